@@ -1,0 +1,190 @@
+"""Saving that survives a kill at any moment, and loading that runs no code and believes no file unchecked.
+
+A folder is written aside, every file is fsynced and listed with its sha256 in manifest.json, and only then is the
+folder renamed into place. So a folder under its real name is whole, whenever the power went.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.config import UserError
+
+MANIFEST = "manifest.json"
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Asks the disk to hold a file's bytes, or a folder's list of names, before we go on."""
+    if path.is_dir() and os.name == "nt":  # Windows has no handle for a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing: readers see the old text or the new, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    fsync(aside)
+    os.replace(aside, path)
+    fsync(path.parent)
+
+
+def write_json(path: Path, data) -> None:
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path):
+    """The content of a JSON file. UserError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def previous_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
+
+
+@contextmanager
+def atomic_folder(path: Path):
+    """Yields an empty folder to fill; on leaving it is sealed with a manifest and renamed to `path`.
+
+    A folder that stood there is replaced. A crash between the two renames leaves the old one as `.<name>.previous`,
+    from where `recover` brings it back. UserError where the disk does not take the files; the old folder is intact then.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        for file in files:
+            fsync(file)
+        manifest = {
+            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
+        }
+        write_json(aside / MANIFEST, manifest)
+        if path.exists():
+            shutil.rmtree(previous_of(path), ignore_errors=True)
+            os.replace(path, previous_of(path))
+        os.replace(aside, path)
+        fsync(path.parent)
+        shutil.rmtree(previous_of(path), ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        recover(path)
+        if isinstance(error, OSError):
+            raise UserError(f"could not save {path}: {error.strerror or error}; what was saved before is intact") from error
+        raise
+
+
+def recover(path: Path) -> None:
+    """Brings back the folder that a crash in the middle of its replacement left under the name `.<name>.previous`."""
+    if not path.exists() and previous_of(path).exists():
+        os.replace(previous_of(path), path)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, naming the file; None where every file is as its manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, (size, digest) in entries.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if sha256_of(file) != digest:
+            return f"{name} has changed since it was saved"
+    return None
+
+
+def open_model_folder(folder: Path, needs: str) -> Path:
+    """`folder`, checked: it holds the file `needs` and, where it has a manifest, every file is intact. Else UserError."""
+    recover(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: train first, or name one with --checkpoint")
+    fault = damage(folder) if (folder / MANIFEST).exists() else None
+    if fault:
+        raise UserError(f"{folder} is damaged: {fault}")
+    if not (folder / needs).is_file():
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+        more = f" ({pickles[0]} is a pickle, which could run code, and is not loaded)" if pickles else ""
+        raise UserError(f"{folder} holds no {needs}{more}")
+    return folder
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    for previous in folder.glob(".step-*.previous"):
+        recover(folder / previous.name[1 : -len(".previous")])
+    return sorted(p for p in folder.glob("step-*") if p.is_dir() and p.suffix != ".corrupt")
+
+
+def save_state(folder: Path, state: dict, progress: dict, keep: int = 2) -> None:
+    """Saves what resuming needs as folder/step-XXXXXXXX and drops all but the newest `keep`.
+
+    state: tensors, numbers, text, lists and dicts only; progress: the readable part (its `step` names the folder).
+    """
+    import torch
+
+    with atomic_folder(folder / f"step-{progress['step']:08d}") as aside:
+        torch.save(state, aside / "state.pt")
+        (aside / "progress.json").write_text(json.dumps(progress, indent=2, allow_nan=False), encoding="utf-8")
+    for old in step_folders(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_state(folder: Path) -> tuple[dict, dict] | None:
+    """(state, progress) of the newest checkpoint that is whole; None where none was ever saved.
+
+    A damaged one is renamed to *.corrupt and named. UserError where all are damaged: starting over is the user's choice.
+    """
+    import torch
+
+    candidates = step_folders(folder)
+    for path in reversed(candidates):
+        fault = damage(path)
+        if fault is None:
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            return state, read_json(path / "progress.json")
+        corrupt = path.with_name(path.name + ".corrupt")
+        shutil.rmtree(corrupt, ignore_errors=True)
+        os.replace(path, corrupt)
+        print(f"checkpoint {path.name} is damaged ({fault}); kept as {corrupt.name}, trying the one before it")
+    if candidates or list(folder.glob("step-*.corrupt")):
+        raise UserError(f"every checkpoint in {folder} is damaged; to start over, run again with --overwrite")
+    return None
+
+
+def fingerprint(tensors: dict) -> str:
+    """sha256 of named tensors: the same for the same weights, whatever file they came from."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,218 @@
+"""A script's settings: a dataclass becomes flags and a strict YAML file, and errors become one readable line."""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class UserError(Exception):
+    """Something that the user can put right. `cli` prints it as one line and exits with code 2."""
+
+
+def setting(real, demo):
+    """A default that differs between real work and the small base that comes with the project."""
+    return field(default=real, metadata={"demo": demo})
+
+
+@dataclass
+class TrainConfig:
+    """Settings that every train script has. The comment of a line is its help text."""
+
+    data_dir: str = ""  # folder with your data; empty: synthetic demo data, made once
+    model: str = ""  # base model: a hub name, a local folder, or "demo" for the small base that comes along
+    output_dir: str = ""  # where run folders go; empty: outputs/ beside common/
+    run_name: str = ""  # name of the run folder; empty: full or lora
+    overwrite: bool = False  # replace an existing run folder instead of taking the next free name
+    resume: bool = False  # go on where a stopped run left off, with the settings it had
+    epochs: int = 10  # passes over the training data
+    max_steps_per_epoch: int = 0  # cut every epoch short, for a smoke run; 0: whole epochs
+    batch_size: int = 8  # samples per process and backward pass
+    gradient_accumulation_steps: int = 1  # backward passes per optimizer step: a large batch on a small device
+    lr: float = 1e-4  # peak learning rate, reached after the warm-up, then down to zero by a cosine
+    weight_decay: float = 1e-4  # pulls matrices towards zero; biases and norms are left alone
+    warmup_steps: int = 50  # optimizer steps from zero to lr: early gradients are large and noisy
+    max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it; 0: never
+    patience: int = 0  # stop after this many epochs without a new best; 0: never
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass; what trains stays fp32
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
+    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    threads: int = 0  # CPU threads of this process; 0: as torch chooses
+    seed: int = 0  # data order, augmentation and new weights are functions of it
+    save_steps: int = 0  # save for resuming every N steps, too, not only after an epoch; for long epochs
+
+
+@dataclass
+class LoadConfig:
+    """Settings that every eval and infer script has."""
+
+    checkpoint: str = ""  # folder of a trained model; empty: checkpoints/best of the newest run in outputs/
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
+    threads: int = 0  # CPU threads of this process; 0: as torch chooses
+
+
+def project_root() -> Path:
+    """The folder that holds common/; for a script that was exported as one file, the script's own folder."""
+    here = Path(__file__).resolve().parent
+    return here.parent if here.name == "common" else here
+
+
+def field_comments(cls) -> dict[str, str]:
+    """Field name -> the comment that ends its line, over the whole class hierarchy (a subclass overrides)."""
+    comments = {}
+    for part in reversed(cls.__mro__[:-1]):
+        lines = inspect.getsource(part).splitlines()
+        for node in ast.walk(ast.parse(inspect.cleandoc("\n".join(lines)))):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
+                comments[node.target.id] = comment or comments.get(node.target.id, "")
+    return comments
+
+
+def convert(kind, value):
+    """`value` (text from a flag, or a YAML value) as `kind`; ValueError says what was expected."""
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError("one of " + ", ".join(map(str, typing.get_args(kind))))
+        return value
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return None if value is None or value == "" else convert(kinds[0], value)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    try:
+        if kind is bool or isinstance(value, bool):
+            fits = kind is bool and isinstance(value, bool)
+        elif kind is int and isinstance(value, float):
+            fits = value == int(value)
+        else:  # YAML reads 1e-4 as text: a string is good for a number when it parses as one
+            fits = isinstance(value, (int, float, str)) and (kind is not str or isinstance(value, str))
+        if fits:
+            return kind(value)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(names[kind])
+
+
+def read_yaml(path: Path, kinds: dict) -> dict:
+    """The settings in a YAML file. UserError for an unknown or doubled key, or a value of the wrong type."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            doubled = {key for key in keys if keys.count(key) > 1}
+            if doubled:
+                raise UserError(f"{path}: {', '.join(sorted(doubled))} is given twice; keep one")
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader: no objects are built
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold settings as `name: value` lines")
+    known = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1)
+            raise UserError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        try:
+            known[name] = convert(kinds[name], value)
+        except ValueError as error:
+            raise UserError(f"{path}: {key} is {value!r}, but must be {error}") from None
+    return known
+
+
+def parse(cls, argv=None, doc: str | None = None):
+    """Settings from flags and an optional --config file: default < YAML < flag.
+
+    Each dataclass field becomes `--name_with_underscores` (dashes work too; booleans also as `--no_name`). A default
+    made by `setting(real, demo)` takes its demo value when the base is the demo: with `--model demo`, or with neither
+    --data_dir nor --model.
+    """
+    import argparse
+
+    kinds, comments, fields = typing.get_type_hints(cls), field_comments(cls), dataclasses.fields(cls)
+    parser = argparse.ArgumentParser(
+        description=doc or sys.modules[cls.__module__].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE] [--setting value ...]",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+
+    def typed(kind):
+        def read(text):
+            try:
+                return convert(kind, text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
+
+        return read
+
+    for f in fields:
+        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, key=lambda name: "-" in name[2:])
+        default = "" if f.default in ("", None, dataclasses.MISSING) else f"default: {f.default}"
+        if "demo" in f.metadata:
+            default += f"; demo: {f.metadata['demo']}"
+        text = (comments[f.name] + (f" ({default})" if default else "")).replace("%", "%%")
+        options = dict(dest=f.name, default=argparse.SUPPRESS)
+        if kinds[f.name] is bool:
+            parser.add_argument(*names, action="store_true", help=text, **options)
+            negative = sorted({n.replace("--", f"--no{mark}", 1) for n in names for mark in "_-"})
+            parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **options)
+        else:
+            choices = typing.get_args(kinds[f.name]) if typing.get_origin(kinds[f.name]) is Literal else ()
+            metavar = "{" + ",".join(map(str, choices)) + "}" if choices else f.name.upper()
+            parser.add_argument(*names, type=typed(kinds[f.name]), metavar=metavar, help=text, **options)
+
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    given = {**(read_yaml(Path(path), kinds) if path else {}), **given}
+    demo = given["model"] == "demo" if given.get("model") else not given.get("data_dir")
+    defaults = {f.name: f.metadata["demo"] for f in fields if demo and "demo" in f.metadata}
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
+    if missing:
+        parser.error(f"--{missing[0]} is needed")
+    if given.get("model") == "":
+        del given["model"]
+    return cls(**{**defaults, **given})
+
+
+def write_yaml(config, path: Path) -> None:
+    """All settings, each with its comment, in a form that --config reads back."""
+    import yaml
+
+    comments = field_comments(type(config))
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        text = yaml.safe_dump({name: value}, default_flow_style=False, allow_unicode=True, width=10_000).strip()
+        lines.append(f"{text}  # {comments[name]}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def cli(main, *args, **kwargs):
+    """Runs a script's main: a UserError ends in one line and exit code 2, Ctrl-C in 130."""
+    try:
+        main(*args, **kwargs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of our output went away, as in `script | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

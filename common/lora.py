@@ -1,0 +1,106 @@
+"""Adapters on any model through PEFT: find the layers, count what trains, save and load strictly."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from common.config import UserError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def find_targets(model, wanted, kinds, exclude=()) -> list[str]:
+    """Full names of the modules of the given kinds that adapters go on, for LoraConfig(target_modules=...).
+
+    wanted: "*" for all of these kinds, or a list of patterns, each a regular expression for the end of a module's name
+    ("q_proj", "encoder.*fc1"). exclude: names that start a part of the model to leave alone, such as a head that trains
+    whole. Prints how many layers each pattern hit; UserError, with the candidates, where one hit none.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not is_within(name, exclude)]
+    if wanted == "*":
+        hits = {name.rsplit(".", 1)[-1]: [] for name in names}
+        for name in names:
+            hits[name.rsplit(".", 1)[-1]].append(name)
+    else:
+        try:
+            hits = {p: [name for name in names if re.search(rf"(^|\.)({p})$", name)] for p in wanted}
+        except re.error as error:
+            raise UserError(f"--lora_targets is no valid regular expression: {error}") from None
+    for pattern, found in hits.items():
+        if not found:
+            ends = Counter(re.sub(r"\d+", "N", name) for name in names)
+            raise UserError(f"no layer's name ends in {pattern!r}; there are: {', '.join(sorted(ends))}")
+    if not names:
+        raise UserError("the model has no layer that an adapter could go on")
+    coverage = ", ".join(f"{pattern} {len(found)}" for pattern, found in hits.items())
+    chosen = sorted({name for found in hits.values() for name in found})
+    print(f"LoRA on {len(chosen)} layers: {coverage}")
+    return chosen
+
+
+def count_parameters(model) -> dict[str, int]:
+    """{"total", "trainable"}: numbers of parameters, shared ones counted once."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return {"total": sum(n for n, _ in sizes), "trainable": sum(n for n, trains in sizes if trains)}
+
+
+def adapter_state(model) -> dict:
+    """All that trained, by PEFT's names: the LoRA matrices, and the layers (heads) that train whole beside them."""
+    from peft import get_peft_model_state_dict
+
+    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    return {**get_peft_model_state_dict(model), **whole}
+
+
+def save_adapter_files(model, folder: Path) -> None:
+    """Writes a PEFT adapter folder; PeftModel.from_pretrained(base, folder) gives the trained model back.
+
+    PEFT itself saves the LoRA matrices only (or wraps a head in a second copy, `modules_to_save`, which breaks heads whose
+    weights are shared between layers). Its loader takes further keys of the model as they are, so the heads go into the
+    same file under their own names.
+    """
+    from safetensors.torch import save_file
+
+    model.save_pretrained(folder)
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in adapter_state(model).items()}, folder / ADAPTER_FILE)
+
+
+def train_whole(model, parts) -> None:
+    """Unfreezes the parts of a PEFT model with these names (heads), to train beside the LoRA matrices."""
+    for name, parameter in model.named_parameters():
+        if is_within(name, parts):
+            parameter.requires_grad_(True)
+
+
+def is_within(name: str, parts) -> bool:
+    """Whether a module or parameter name lies in a part of the model: "a.head.0.weight" does in "head"."""
+    return any(f".{part}." in f".{name}." for part in parts)
+
+
+def load_adapter_files(model, folder: Path, whole=()):
+    """The base `model` with the adapter of `folder` on it, in eval mode; whole: the parts that trained whole.
+
+    UserError unless every tensor of the file finds its place and every place gets its tensor.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        saved = load_file(folder / ADAPTER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
+    expected = {f"base_model.model.{name}": tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
+    try:
+        model = PeftModel.from_pretrained(model, folder)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"the adapter in {folder} does not fit this base: {str(error).splitlines()[0]}") from None
+    expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    shapes = {name: tuple(t.shape) for name, t in saved.items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise UserError(
+            f"{folder / ADAPTER_FILE} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
+            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+        )
+    return model.eval()

@@ -1,0 +1,59 @@
+"""The optimizer over what trains, the learning-rate schedule, and one optimizer step."""
+
+import math
+
+from common.config import UserError
+
+
+def build_optimizer(model, config, steps: int, groups: list[dict] | None = None):
+    """AdamW over every parameter that trains, and its warm-up + cosine schedule over `steps` optimizer steps.
+
+    groups: [{"params": [...], "lr": ...}] where parts of the model want another rate than config.lr; default: one group.
+    Weight decay pulls matrices and convolutions only: biases and norm scales (1-D) have no reason to shrink.
+    """
+    import torch
+
+    if groups is None:
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
+    split = []
+    for group in groups:
+        for decay, wanted in ((config.weight_decay, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim <= 1)):
+            params = [p for p in group["params"] if p.requires_grad and wanted(p)]
+            if params:
+                split.append({**group, "params": params, "weight_decay": decay})
+    if not split:
+        raise UserError("nothing in the model trains: no parameter has requires_grad")
+    optimizer = torch.optim.AdamW(split, lr=config.lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.warmup_steps, steps))
+    return optimizer, scheduler
+
+
+def schedule(step: int, warmup: int, total: int) -> float:
+    """Factor on the learning rate of optimizer step `step` (from 0): a line up to 1, then half a cosine down to 0 at `total`.
+
+    The first step already moves (1 / warmup, not 0). A warm-up never takes more than half of a short run.
+    """
+    warmup = min(warmup, total // 2)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+def optimizer_step(accelerator, optimizer, scheduler, max_grad_norm: float) -> float:
+    """Clip, step, schedule, zero. Returns the gradient norm before clipping; UserError if it is not a number.
+
+    The parameters are read from the optimizer at every call, so it clips exactly what it steps. accelerator takes the
+    fp16 loss scale out of the gradients first; there an infinite norm is no fault, the scaler skips that step.
+    """
+    import torch
+
+    accelerator.unscale_gradients(optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = float(torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm > 0 else math.inf))
+    if accelerator.scaler is None and not math.isfinite(norm):
+        raise UserError(f"the gradient is not finite ({norm}); a lower --lr or --precision fp32 may help")
+    optimizer.step()
+    if not optimizer.step_was_skipped:
+        scheduler.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,558 @@
+"""Run: the run folder, the place in the training, metrics.jsonl, best so far, and summary.json, also when a run fails.
+
+The train script keeps its loop; Run does around it what is easily got subtly wrong: saving and resuming, stopping,
+accumulation, the non-finite guard, best tracking and the record.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import get_type_hints
+
+from common.checkpoint import folder_bytes, load_state, read_json, save_state, write_json
+from common.config import UserError, project_root, read_yaml, write_yaml
+from common.optim import optimizer_step
+from common.runtime import (
+    Interrupted,
+    StopSignals,
+    gather_lists,
+    process_index,
+    progress,
+    seed_everything,
+    start_accelerator,
+    to_device,
+)
+
+SCHEMA_VERSION = 1
+LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
+# Settings that may differ when a run is taken up again: they do not change the weights (threads may, in the last bit).
+FREE_ON_RESUME = {"resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
+
+
+class Run:
+    """One training run. Use as a context manager; on leaving, summary.json says finished, failed or interrupted."""
+
+    def __init__(self, config, task: str, method: str):
+        self.config, self.task, self.method = config, task, method
+        self.epoch, self.step, self.batches_done = 1, 0, 0  # epoch under way (from 1), optimizer steps, batches of the epoch
+        self.losses, self.loss_sums = [], [0.0, 0]  # of the step under way; [sum, count] over the epoch
+        self.history: list[dict] = []  # one record an epoch, epoch 0 = before training
+        self.best_record, self.best_name, self.higher_is_better, self.bad_epochs = None, None, True, 0
+        self.clock = {"seconds": 0.0, "train_seconds": 0.0, "samples": 0}
+        self.resumed_at: list[int] = []
+        self.stop_wanted = 0  # the signal that some process got
+        self.facts = {}
+        self.models, self.optimizers, self.schedulers = [], [], []
+        self.finished, self.ready, self.window, self.stepped, self.files_in_batch = False, False, 1, False, []
+
+    # ---- opening and closing -------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        self.accelerator = start_accelerator(self.config)
+        self.rank, self.world = process_index()
+        self.is_main = self.rank == 0
+        self.device = self.accelerator.device
+        self.started, self.last_tick = datetime.now(UTC), time.monotonic()
+        self.folder = Path(self.broadcast(lambda: str(self.open_folder())))
+        self.best = self.folder / "checkpoints" / "best"
+        self.last = self.folder / "checkpoints" / "last"
+        if self.is_main:
+            write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
+            self.write_summary("running")
+        self.say(f"run folder {self.folder}")
+        self.signals = StopSignals(wait_always=self.world > 1).__enter__()
+        seed_everything(self.config.seed, "build")
+        return self
+
+    def __exit__(self, kind, error, _trace):
+        self.signals.__exit__()
+        status = "finished" if self.finished else "failed"
+        if kind in (Interrupted, KeyboardInterrupt):
+            status = "interrupted"
+            if self.ready and not self.losses:  # between two steps: what is in memory can be gone on from
+                self.save()
+        if self.is_main:
+            message = f"{kind.__name__}: {error}" if kind else None
+            self.write_summary(status, message)
+            self.lock.close()
+        if getattr(self, "board", None):
+            self.board.close()
+        if self.world > 1 and kind is None:
+            self.accelerator.end_training()
+        if status == "interrupted":
+            self.say(f"stopped at step {self.step}; run the same command with --resume to go on")
+            raise SystemExit(128 + getattr(error, "signum", 2)) from None
+
+    def open_folder(self) -> Path:
+        """Chooses and locks the run folder: the named one, the next free name, or with --resume the newest of them."""
+        config = self.config
+        root = (Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs") / self.task
+        name = config.run_name or self.method
+        if Path(name).name != name:
+            raise UserError(f"--run_name {name!r} must be a plain folder name")
+        numbered = [root / name, *(root / f"{name}_{i}" for i in range(2, 1000))]
+        taken = [path for path in numbered if has_results(path)]
+        folder = next(path for path in numbered if path not in taken)
+        if config.resume and taken:
+            folder = taken[-1]
+        elif config.resume:
+            print(f"nothing to resume in {root / name}: starting at step 0")
+        elif config.overwrite and (root / name).exists():
+            folder = root / name
+            if any(folder.iterdir()) and not (folder / "summary.json").exists():
+                raise UserError(f"--overwrite: {folder} does not look like a run folder (no summary.json); not touched")
+        elif taken and taken[0] == root / name:
+            print(f"{root / name} holds a run already (--resume goes on, --overwrite replaces it): using {folder.name}")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(folder)
+        if config.resume and (folder / "config.yaml").exists():
+            self.check_same_settings(folder)
+        elif not config.resume:
+            for path in folder.iterdir():
+                if path.name != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return folder
+
+    def check_same_settings(self, folder: Path) -> None:
+        then = read_yaml(folder / "config.yaml", get_type_hints(type(self.config)))
+        for key, value in dataclasses.asdict(self.config).items():
+            if key not in FREE_ON_RESUME and then.get(key, value) != value:
+                raise UserError(
+                    f"--resume: {key} is {value!r} now and was {then[key]!r} when {folder.name} started; give the same "
+                    f"settings, or leave --resume out to start another run"
+                )
+
+    def broadcast(self, make):
+        """The main process's value on every process; its UserError, too, ends all of them."""
+        if self.world == 1:
+            return make()
+        import torch
+
+        box = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error)
+        torch.distributed.broadcast_object_list(box, src=0)
+        if box[1]:
+            raise UserError(box[1])
+        return box[0]
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True)
+
+    def describe(self, **facts) -> None:
+        """Puts facts into the summary: base={name, sha256}, data={...}, parameters={total, trainable}."""
+        self.facts.update(facts)
+
+    # ---- around the loop -----------------------------------------------------------------------------------------
+
+    def prepare(self, *things):
+        """Models, optimizers and schedulers for this device, precision and number of processes, in the order given.
+
+        With --resume their state is that of the newest whole checkpoint afterwards.
+        """
+        import torch
+
+        from common.lora import count_parameters
+
+        ready = []
+        for thing in things:
+            if isinstance(thing, torch.nn.Module):
+                thing = self.accelerator.prepare_model(thing)
+                self.models.append(thing)
+            elif isinstance(thing, torch.optim.Optimizer):
+                thing = self.accelerator.prepare_optimizer(thing)
+                self.optimizers.append(thing)
+            else:
+                self.schedulers.append(thing)
+            ready.append(thing)
+        counts = [count_parameters(model) for model in self.models]
+        total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
+        self.facts.setdefault("parameters", {"total": total, "trainable": trains})
+        self.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
+        if self.config.resume:
+            self.restore()
+        self.ready = True
+        return ready if len(ready) > 1 else ready[0]
+
+    def unwrap(self, model):
+        """The model itself, without what several processes wrap around it."""
+        return self.accelerator.unwrap_model(model)
+
+    def total_steps(self, loader) -> int:
+        """Optimizer steps of the whole run, for the schedule."""
+        steps = -(-len(loader.batch_sampler) // self.config.gradient_accumulation_steps)
+        return self.config.epochs * min(steps, self.config.max_steps_per_epoch or steps)
+
+    def epochs(self, before):
+        """Yields the epochs that are left, from 1. before() gives the metrics of the untrained model, for the record.
+
+        What the loop's body saved (the best model) is on disk when the checkpoint to resume from is written.
+        """
+        if not self.history:
+            self.history.append({"epoch": 0, "step": 0, **before()})
+            self.log(self.history[0])
+            self.say(f"before training: {self.in_words(self.history[0])}")
+            self.save()
+        while self.epoch <= self.config.epochs and not self.out_of_patience():
+            yield self.epoch
+            self.epoch, self.batches_done, self.loss_sums = self.epoch + 1, 0, [0.0, 0]
+            self.save()
+            self.signals.busy = False
+            self.stop_if_asked()
+        if self.out_of_patience():
+            self.say(f"stopped early: {self.bad_epochs} epochs without a better {self.best_name}")
+
+    def out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.bad_epochs
+
+    def batches(self, loader, epoch: int):
+        """Yields the epoch's batches on the device, from where a stopped run left off; a progress bar shows loss and rate.
+
+        gradient_accumulation_steps batches make one optimizer step (fewer at the epoch's end, and the loss is divided by
+        as many as there are). max_steps_per_epoch counts optimizer steps. Saves and stops only between two steps.
+        """
+        config, accumulate = self.config, self.config.gradient_accumulation_steps
+        plan = loader.batch_sampler.plan(epoch)
+        if config.max_steps_per_epoch:
+            plan = plan[: config.max_steps_per_epoch * accumulate]
+        loader.batch_sampler.set_range(epoch, self.batches_done, len(plan))
+        bar = progress(None, f"epoch {epoch}/{config.epochs}", total=len(plan), initial=self.batches_done)
+        self.signals.busy, began = False, time.monotonic()
+        batches = iter(loader)
+        with bar:
+            while self.batches_done < len(plan):
+                number = self.batches_done  # of this batch in the epoch
+                batch = to_device(next(batches), self.device)
+                self.signals.busy = True
+                place = number % accumulate
+                self.window = min(accumulate, len(plan) - (number - place))
+                self.last_of_window = place == self.window - 1
+                for model in self.models:
+                    model.require_backward_grad_sync = self.last_of_window  # DDP: sum gradients over processes once a step
+                self.files_in_batch = [loader.dataset.name(index) for index in plan[number]]
+                seed_everything(config.seed, epoch, number, self.rank)
+                yield batch
+                if self.last_of_window:
+                    self.end_step(len(plan[number]) * self.window, began)
+                    began = time.monotonic()
+                    bar.set_postfix(loss=f"{self.loss_sums[0] / max(1, self.loss_sums[1]):.4f}")
+                else:
+                    self.batches_done += 1
+                bar.update()
+
+    def end_step(self, samples: int, began: float) -> None:
+        if not self.stepped:
+            raise RuntimeError("the loop's body ended without run.step(...)")
+        self.batches_done += 1
+        self.step += 1
+        self.loss_sums = [self.loss_sums[0] + sum(self.losses), self.loss_sums[1] + len(self.losses)]
+        if self.step % LOG_EVERY == 0:
+            rates = [group["lr"] for group in self.optimizers[0].param_groups]
+            self.log({"step": self.step, "loss": sum(self.losses) / len(self.losses), "lr": max(rates)})
+        self.losses, self.stepped = [], False
+        self.clock["train_seconds"] += time.monotonic() - began
+        self.clock["samples"] += samples * self.world
+        self.signals.busy = False
+        self.stop_if_asked()
+        if self.config.save_steps and self.step % self.config.save_steps == 0:
+            self.save()
+
+    def stop_if_asked(self) -> None:
+        signum = self.stop_wanted or (self.world == 1 and self.signals.pending)
+        if signum:
+            raise Interrupted(signum)
+
+    def backward(self, loss) -> None:
+        """Backward pass of one batch's loss. UserError, before anything moved, when the loss is not finite.
+
+        After the first backward pass every parameter that trains must hold a gradient, else it would silently stay as it is.
+        """
+        import torch
+
+        state = torch.stack([loss.detach().float(), torch.tensor(float(self.signals.pending), device=self.device)])
+        states = [state.cpu()]
+        if self.world > 1:  # all processes leave together: one whose loss is fine must not wait for one that is gone
+            every = [torch.empty_like(state) for _ in range(self.world)]
+            torch.distributed.all_gather(every, state)
+            states = [s.cpu() for s in every]
+        self.stop_wanted = int(max(float(s[1]) for s in states))
+        values = [float(s[0]) for s in states]
+        if not all(map(math.isfinite, values)):
+            files = gather_lists(self.files_in_batch)
+            raise UserError(
+                f"the loss is {', '.join(str(v) for v in values if not math.isfinite(v))} at step {self.step + 1}, epoch "
+                f"{self.epoch}; the batch held {', '.join(files)}; nothing was changed by it, the last checkpoint is intact"
+            )
+        self.losses.append(values[self.rank])
+        self.accelerator.backward(loss / self.window)
+        if self.step == 0 and len(self.losses) == 1:
+            for model in self.models:
+                dead = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+                if dead:
+                    raise UserError(f"{len(dead)} trainable tensors got no gradient, so they would never learn: {dead[0]} ...")
+
+    def step_optimizer(self, optimizer, scheduler) -> None:
+        """Clip, step, schedule, zero; at the end of an accumulation window, else nothing."""
+        if self.last_of_window:
+            try:
+                optimizer_step(self.accelerator, optimizer, scheduler, self.config.max_grad_norm)
+            except UserError as error:
+                raise UserError(f"step {self.step + 1}: {error}; the batch held {', '.join(self.files_in_batch)}") from None
+            self.stepped = True
+
+    def end_epoch(self, metrics: dict, best: str, higher_is_better: bool = True) -> bool:
+        """Records an epoch's validation metrics. True on the process that should now save the model as the best so far."""
+        sums = gather_lists([self.loss_sums])
+        loss = sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums))
+        record = {"epoch": self.epoch, "step": self.step, "train_loss": loss, **metrics}
+        self.signals.busy = True  # until the checkpoint that knows of this record is written
+        self.history.append(record)
+        self.log(record)
+        self.best_name, self.higher_is_better = best, higher_is_better
+        new, old = metrics[best], self.best_record and self.best_record[best]
+        is_best = self.best_record is None or (new is not None and (new > old if higher_is_better else new < old))
+        if is_best:
+            self.best_record, self.bad_epochs = {**record, best: new if new is not None else 0.0}, 0
+        else:
+            self.bad_epochs += 1
+        self.say(f"epoch {self.epoch}/{self.config.epochs}: {self.in_words(record)}{'  (best)' if is_best else ''}")
+        return is_best and self.is_main
+
+    def finish(self) -> None:
+        """Draws curves.png and marks the run as finished; summary.json is written when the `with` block ends."""
+        if self.is_main:
+            from common.plots import draw_curves
+
+            steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+            draw_curves(steps, self.best_name, self.best_record, self.resumed_at, self.folder / "curves.png")
+            self.say(f"best {self.best_name} {self.best_record[self.best_name]:.4f} in epoch {self.best_record['epoch']}")
+            self.say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB), curves.png and summary.json beside it")
+        self.finished = True
+
+    # ---- saving and the record -----------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint to resume from: everything that moves, and the length of metrics.jsonl."""
+        self.tick()
+        if not self.is_main:
+            return
+        state = {
+            "models": [moving_state(self.accelerator.unwrap_model(model)) for model in self.models],
+            "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
+            "schedulers": [{"last_epoch": s.last_epoch, "_step_count": s._step_count} for s in self.schedulers],
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+        }
+        log = self.folder / "metrics.jsonl"
+        progress_ = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "loss_sums": self.loss_sums,
+            "history": self.history,
+            "best": self.best_record,
+            "best_name": self.best_name,
+            "higher_is_better": self.higher_is_better,
+            "bad_epochs": self.bad_epochs,
+            "clock": self.clock,
+            "resumed_at": self.resumed_at,
+            "log_bytes": log.stat().st_size if log.exists() else 0,
+            "base": self.facts.get("base"),
+            "data": self.facts.get("data"),
+            "processes": self.world,
+        }
+        save_state(self.last, state, progress_)
+
+    def restore(self) -> None:
+        """Loads the newest whole checkpoint into what was prepared, if there is one, and cuts metrics.jsonl to its length."""
+        found = self.broadcast(lambda: load_state(self.last) and True)  # the main process renames what is damaged
+        found = found and load_state(self.last)
+        log = self.folder / "metrics.jsonl"
+        if found is None:
+            if self.is_main:
+                log.unlink(missing_ok=True)
+            self.say("no checkpoint was saved yet: starting at step 0")
+            return
+        state, saved = found
+        for what in ("base", "data"):
+            then, now = (saved[what] or {}).get("sha256"), (self.facts.get(what) or {}).get("sha256")
+            if then != now:
+                raise UserError(f"--resume: the {what} is not the one that this run started with (sha256 {then} then, {now} now)")
+        if saved["processes"] != self.world:
+            raise UserError(f"--resume: the run was started with {saved['processes']} processes and has {self.world} now")
+        for model, tensors in zip(self.models, state["models"], strict=True):
+            load_moving_state(self.accelerator.unwrap_model(model), tensors)
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.optimizer.load_state_dict(values)
+        for scheduler, values in zip(self.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(values)
+        if self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.epoch, self.batches_done = saved["step"], saved["epoch"], saved["batches_done"]
+        self.loss_sums, self.history, self.best_record = saved["loss_sums"], saved["history"], saved["best"]
+        self.best_name, self.higher_is_better = saved["best_name"], saved["higher_is_better"]
+        self.bad_epochs = saved["bad_epochs"]
+        self.clock, self.resumed_at = saved["clock"], [*saved["resumed_at"], self.step]
+        self.last_tick = time.monotonic()
+        if self.is_main and log.exists():
+            with open(log, "r+b") as file:
+                file.truncate(saved["log_bytes"])
+        self.say(f"resumed at step {self.step}, epoch {self.epoch}, {self.batches_done} batches into it")
+
+    def log(self, record: dict) -> None:
+        """Appends a line to metrics.jsonl and the same numbers to TensorBoard's file."""
+        if not self.is_main:
+            return
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        if not hasattr(self, "board"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.folder / "tb"), purge_step=self.step if self.resumed_at else None)
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                self.board.add_scalar(name, value, record["step"])
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.clock["seconds"] += now - self.last_tick
+        self.last_tick = now
+
+    @staticmethod
+    def in_words(record: dict) -> str:
+        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
+        return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+
+    def write_summary(self, status: str, error: str | None = None) -> None:
+        self.tick()
+        clock, name = self.clock, self.best_name
+        write_json(
+            self.folder / "summary.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "task": self.task,
+                "method": self.method,
+                "run_name": self.folder.name,
+                "status": status,
+                "error": error,
+                "started": self.started.isoformat(timespec="seconds"),
+                "ended": None if status == "running" else datetime.now(UTC).isoformat(timespec="seconds"),
+                "resumed_at_steps": self.resumed_at,
+                "config": dataclasses.asdict(self.config),
+                **{key: self.facts.get(key) for key in ("base", "data", "parameters")},
+                "metrics": {
+                    "name": name,
+                    "higher_is_better": self.higher_is_better,
+                    "before": without_place(self.history[0]) if self.history else None,
+                    "best": self.best_record,
+                    "final": without_place(self.history[-1]) if len(self.history) > 1 else None,
+                },
+                "epochs": len(self.history) - 1 if self.history else 0,
+                "steps": self.step,
+                "seconds": round(clock["seconds"], 2),
+                "train_seconds": round(clock["train_seconds"], 2),
+                "samples_per_second": round(clock["samples"] / clock["train_seconds"], 2) if clock["train_seconds"] else None,
+                "peak_memory_bytes": peak_memory(self.device),
+                "checkpoint_bytes": folder_bytes(self.best) if self.best.exists() else None,
+                "environment": environment(self.device, self.world),
+            },
+        )
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run folder holds anything worth keeping: a checkpoint, or a run that ended well."""
+    if not folder.exists():
+        return False
+    saved = any((folder / "checkpoints").glob("*/*")) if (folder / "checkpoints").exists() else False
+    summary = folder / "summary.json"
+    return saved or (summary.exists() and read_json(summary).get("status") == "finished")
+
+
+def newest_best(task: str, method: str) -> Path:
+    """checkpoints/best of the newest run of a task and method in outputs/. UserError where there is none."""
+    root = project_root() / "outputs" / task
+    folders = [path.parent for path in root.glob("*/summary.json") if (path.parent / "checkpoints" / "best").is_dir()]
+    folders = [folder for folder in folders if read_json(folder / "summary.json").get("method") == method]
+    if not folders:
+        raise UserError(f"no {method} run in {root}: train first, or name a checkpoint with --checkpoint")
+    newest = max(folders, key=lambda folder: (folder / "checkpoints" / "best").stat().st_mtime)
+    return newest / "checkpoints" / "best"
+
+
+def lock_folder(folder: Path):
+    """An open file that holds the folder's lock until it is closed or the process ends, however it ends."""
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        raise UserError(f"another process is training in {folder}; give this run a --run_name of its own") from None
+    return file
+
+
+def without_place(record: dict) -> dict:
+    return {key: value for key, value in record.items() if key not in ("epoch", "step")}
+
+
+def moving_state(model) -> dict:
+    """What training can change in a model: parameters that train, and buffers. Frozen weights come from the base."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_moving_state(model, tensors: dict) -> None:
+    expected = set(moving_state(model))
+    if expected != set(tensors):
+        odd = sorted(expected ^ set(tensors))
+        raise UserError(f"--resume: the checkpoint is of another model: {odd[0]} and {len(odd) - 1} more tensors do not match")
+    model.load_state_dict(tensors, strict=False)
+
+
+def peak_memory(device) -> dict:
+    import torch
+
+    try:
+        import resource
+
+        scale = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
+        cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    except ImportError:  # Windows
+        import psutil
+
+        cpu = psutil.Process().memory_info().peak_wset
+    return {"cpu": cpu, "gpu": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+
+
+def environment(device, processes: int) -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {}
+    for package in ("torch", "transformers", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "device": name,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,344 @@
+"""Pictures and boxes for a detector: decoding, checking, a cache in memory, augmentation, batches."""
+
+import hashlib
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# needs: torchvision, pillow
+from common.config import UserError
+from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, progress, seeded
+from formats import IMAGE_ENDINGS, Faults, Sample, make_sample, read_dataset
+
+HERE = Path(__file__).resolve().parent
+
+
+def demo_data() -> Path:
+    """The folder of the synthetic target data, drawn at the first call (about three seconds)."""
+    from synthetic import make_demo_data
+
+    folder = HERE / "data" / "demo"
+    if not folder.exists():
+        print(f"drawing the demo data into {folder}")
+        make_demo_data(folder)
+    return folder
+
+
+def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.ndarray:
+    """A picture file as uint8 RGB, (height, width, 3), turned upright as its EXIF orientation says.
+
+    claimed: the annotation's (width, height). If it is the size of the stored, unturned picture, whoever drew the boxes
+    ignored the orientation, so it is ignored here, too. ValueError says what is wrong with the file.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image.load()
+            stored = image.size
+            upright = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError("no picture that can be decoded") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"picture that cannot be decoded, {str(error).splitlines()[0]}") from None
+    image = image if claimed and claimed == stored and claimed != upright.size else upright
+    if claimed and claimed != image.size:
+        raise ValueError(f"picture of another size than its annotation says, {image.size} instead of {claimed}")
+    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip everything above 255
+        values = np.asarray(image).astype(np.float64)
+        eight_bits = image.mode == "I" and values.max() <= 255
+        image = Image.fromarray((values / (1 if eight_bits else 257)).clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("picture of floating-point numbers, whose range is not known")
+    return np.array(image.convert("RGB"))
+
+
+class Preprocess:
+    """How a base wants its pictures: size, mean and standard deviation, read from its image processor."""
+
+    def __init__(self, processor, image_size: int = 0):
+        self.size = {"height": image_size, "width": image_size} if image_size else dict(processor.size)
+        self.mean = torch.tensor(processor.image_mean if processor.do_normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
+        self.std = torch.tensor(processor.image_std if processor.do_normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+
+    def target_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of a picture as the model sees it: fixed, or by shortest and longest edge, keeping the ratio."""
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        short, long = self.size["shortest_edge"], self.size.get("longest_edge") or 10**9
+        if max(height, width) / min(height, width) * short > long:
+            short = int(round(long * min(height, width) / max(height, width)))
+        if height < width:
+            return short, int(short * width / height)
+        return int(short * height / width), short
+
+    def resize(self, pixels: np.ndarray) -> torch.Tensor:
+        """(H, W, 3) uint8 -> (3, h, w) uint8, bilinear with antialiasing, as the base's own processor does."""
+        from torchvision.transforms.v2 import functional
+
+        tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+        return functional.resize(tensor, list(self.target_size(*pixels.shape[:2])), antialias=True)
+
+    def normalize(self, tensor: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, h, w) -> float32 with the base's mean and standard deviation."""
+        return (tensor.float() / 255 - self.mean) / self.std
+
+
+class DetectionData(torch.utils.data.Dataset):
+    """Item (epoch, index) -> {"pixels": (3, h, w) float, "target": dict of what transformers calls a label}.
+
+    With augment, the item is a function of (seed, epoch, index): workers and resumed runs see the same pixels.
+    """
+
+    def __init__(self, samples: list[Sample], preprocess: Preprocess, cache: list, augment=False, seed=0):
+        self.samples, self.preprocess, self.cache, self.seed = samples, preprocess, cache, seed
+        self.augment = make_augmentation() if augment else None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return str(self.samples[index].path)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        width, height = self.samples[index].size
+        return self.preprocess.target_size(height, width)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        from torchvision import tv_tensors
+
+        epoch, index = key
+        sample = self.samples[index]
+        pixels = self.cache[index]
+        if pixels is None:
+            try:
+                pixels = self.preprocess.resize(decode(sample.path, sample.size))
+            except (OSError, ValueError) as error:  # it was fine when training started
+                raise UserError(f"{sample.path}: {error}") from None
+        width, height = sample.size
+        h, w = pixels.shape[1:]
+        keep = ~sample.crowd  # a crowd box is a region, not an object: it is scored around, never trained on
+        scale = torch.tensor([w / width, h / height, w / width, h / height])
+        boxes = torch.from_numpy(sample.boxes[keep]).float() * scale
+        labels = torch.from_numpy(sample.labels[keep])
+        if self.augment:
+            with seeded(self.seed, epoch, index):
+                boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w))
+                item = self.augment({"image": tv_tensors.Image(pixels), "boxes": boxes, "labels": labels})
+            pixels, boxes = (item[key].as_subclass(torch.Tensor) for key in ("image", "boxes"))
+            labels = item["labels"]
+        x1, y1, x2, y2 = (boxes / torch.tensor([w, h, w, h])).clamp(0, 1).unbind(1)
+        target = {
+            "class_labels": labels,
+            "boxes": torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dim=1),  # cxcywh, fractions
+            "orig_size": torch.tensor([height, width]),
+            "image_id": torch.tensor([index]),
+        }
+        return {"pixels": self.preprocess.normalize(pixels), "target": target}
+
+
+def make_augmentation():
+    """Flip, crop to between 40 % and all of the picture (boxes follow, slivers go), colour. Keys: image, boxes, labels."""
+    from torchvision.transforms import v2
+
+    class CropAndScaleBack(v2.Transform):
+        """A random part of the picture, at the picture's own size again."""
+
+        def forward(self, item):
+            h, w = item["image"].shape[-2:]
+            return v2.RandomResizedCrop((h, w), scale=(0.4, 1.0), ratio=(0.75 * w / h, 1.33 * w / h))(item)
+
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([CropAndScaleBack()], p=0.5),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+            v2.ClampBoundingBoxes(),
+            v2.SanitizeBoundingBoxes(min_size=3),
+        ]
+    )
+
+
+def collate(items: list[dict]) -> dict:
+    """Items -> what a DETR-family model takes: pixel_values (B, 3, H, W), pixel_mask (B, H, W), labels (list of dict).
+
+    Smaller pictures are padded at the right and below, with 0 in the mask; box fractions are of the unpadded picture.
+    """
+    height, width = (max(item["pixels"].shape[side] for item in items) for side in (1, 2))
+    values = torch.zeros(len(items), 3, height, width)
+    mask = torch.zeros(len(items), height, width, dtype=torch.long)
+    for i, item in enumerate(items):
+        h, w = item["pixels"].shape[1:]
+        values[i, :, :h, :w] = item["pixels"]
+        mask[i, :h, :w] = 1
+    return {"pixel_values": values, "pixel_mask": mask, "labels": [item["target"] for item in items]}
+
+
+def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str):
+    """Decodes every picture once: (samples that are usable, cache, bytes used).
+
+    Boxes are clipped to the picture; those without area, or not finite, are dropped. The resized pictures are kept while
+    they fit into cache_bytes (cache entries are None for the rest).
+    """
+
+    def look(sample: Sample):
+        try:
+            pixels = decode(sample.path, sample.size)
+            return pixels.shape[:2], preprocess.resize(pixels)
+        except (OSError, ValueError) as error:
+            return None, str(error)
+
+    good, cache, used = [], [], 0
+    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock; `map` with many pictures would hold them all
+        for first in progress(range(0, len(samples), 64), f"checking {text} pictures"):
+            part = samples[first : first + 64]
+            for sample, (shape, pixels) in zip(part, pool.map(look, part), strict=True):
+                if shape is None:
+                    fault, _, detail = pixels.partition(", ")
+                    faults.add(fault, f"{sample.path.name} ({detail})" if detail else sample.path.name)
+                    continue
+                clean_boxes(sample, shape[1], shape[0], faults)
+                good.append(sample)
+                used += pixels.nbytes
+                cache.append(pixels if used <= cache_bytes else None)
+    return good, cache, min(used, cache_bytes)
+
+
+def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None:
+    """Puts the sample's boxes inside its picture, in place."""
+    if sample.relative:
+        sample.boxes, sample.relative = sample.boxes * [width, height, width, height], False
+    sample.size = (width, height)
+    clipped = sample.boxes.clip(0, [width, height, width, height])
+    sides = clipped[:, 2:] - clipped[:, :2]
+    bad = ~np.isfinite(sample.boxes).all(axis=1) | (np.nan_to_num(sides) <= 0).any(axis=1)
+    moved = ~bad & (np.abs(clipped - sample.boxes) > 1).any(axis=1)
+    for i in np.flatnonzero(bad):
+        faults.add("box without area inside its picture", f"{sample.path.name} box {i + 1}")
+    for _ in np.flatnonzero(moved):
+        faults.add("part of a box that lay outside its picture", sample.path.name)
+    sample.area = np.where(np.isnan(sample.area) | moved, sides.prod(axis=1), sample.area)[~bad]
+    sample.boxes, sample.labels, sample.crowd = clipped[~bad], sample.labels[~bad], sample.crowd[~bad]
+
+
+def cache_limit(cache: str) -> int:
+    """A quarter of the memory that is free now, shared by the processes of this machine; 0 with --cache off."""
+    import os
+
+    import psutil
+
+    if cache == "off":
+        return 0
+    return psutil.virtual_memory().available // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def read_tables(data_dir: str, data_format: str, seed: int, faults: Faults):
+    """(splits, classes, format) of a folder, or of the demo data where data_dir is empty."""
+    return read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults)
+
+
+def build_loaders(config, processor):
+    """(train loader, validation loader, class names, facts for the summary)."""
+    rank, world = process_index()
+    faults, preprocess = Faults(), Preprocess(processor, config.image_size)
+    splits, classes, data_format = read_tables(config.data_dir, config.data_format, config.seed, faults)
+    limit = cache_limit(config.cache)
+    samples, cache, used = check_samples(splits["train"], preprocess, faults, limit, "training")
+    train = DetectionData(samples, preprocess, cache, config.augment, config.seed)
+    val = DetectionData(*usable("val", splits["val"], preprocess, faults, limit - used))
+    facts = {
+        "name": config.data_dir or "demo",
+        "format": data_format,
+        "sha256": data_sha256(train.samples, val.samples, classes),
+        "train": len(train),
+        "val": len(val),
+        "left_out": faults.counts(),
+    }
+    if rank == 0:
+        faults.report()
+        kept = sum(entry is not None for entry in train.cache + val.cache)
+        counts = np.bincount(np.concatenate([s.labels for s in train.samples]), minlength=len(classes))
+        boxes = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+        print(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation pictures; boxes: {boxes}")
+        print(f"{kept} of {len(train) + len(val)} decoded pictures stay in memory")
+    train_loader = build_loader(
+        train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
+    )
+    return train_loader, eval_loader(val, config.batch_size, config.num_workers), classes, facts
+
+
+def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int):
+    """(samples, preprocess, cache) for DetectionData; UserError where no picture is left."""
+    samples, cache, _ = check_samples(samples, preprocess, faults, limit, split)
+    if not samples:
+        faults.report()
+        raise UserError(f"the {split} split has no picture that can be used")
+    return samples, preprocess, cache
+
+
+def load_for_eval(config, processor, origin: dict):
+    """(loader, classes, name of the data) for eval: config.data_dir, or the data that the checkpoint was trained on.
+
+    The checkpoint's classes count; the data's labels are matched to them by name. UserError where the data has others.
+    """
+    faults = Faults()
+    data_dir, data_format = (
+        (config.data_dir, config.data_format) if config.data_dir else (origin["data_dir"], origin["data_format"])
+    )
+    splits, classes, _ = read_tables(data_dir, data_format, origin["seed"], faults)
+    if config.split not in splits:
+        raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
+    strange = [name for name in classes if name not in origin["classes"]]
+    if strange:
+        raise UserError(
+            f"{data_dir} has classes that the checkpoint does not know: {', '.join(strange[:5])}; it knows {', '.join(origin['classes'])}"
+        )
+    index = np.array([origin["classes"].index(name) for name in classes])
+    for sample in splits[config.split]:
+        sample.labels = index[sample.labels]
+    dataset = DetectionData(*usable(config.split, splits[config.split], Preprocess(processor, origin["image_size"]), faults, 0))
+    faults.report()
+    return eval_loader(dataset, config.batch_size, config.num_workers), origin["classes"], data_dir or "demo"
+
+
+def pictures_only(paths: list[Path], preprocess: Preprocess, faults: Faults):
+    """The pictures as a data set without boxes; those that cannot be decoded are left out and named."""
+    return DetectionData(*usable("input", [make_sample(p, None, []) for p in paths], preprocess, faults, cache_limit("auto")))
+
+
+def eval_loader(dataset: DetectionData, batch_size: int, num_workers: int = 0):
+    rank, world = process_index()
+    shapes = [dataset.shape(i) for i in range(len(dataset))]
+    return build_loader(dataset, EvalBatches(shapes, batch_size, rank, world), collate, num_workers)
+
+
+def data_sha256(train: list[Sample], val: list[Sample], classes: list[str]) -> str:
+    """A hash of what was learnt from and scored on: names, sizes, boxes and labels, split by split."""
+    digest = hashlib.sha256(repr(classes).encode())
+    for split in (train, val):
+        for s in split:
+            digest.update(f"{s.path.name} {s.size}".encode())
+            digest.update(np.ascontiguousarray(s.boxes.round(2)))
+            digest.update(np.ascontiguousarray(s.labels))
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def find_pictures(pattern: str) -> list[Path]:
+    """The picture files that a path names: a file, a folder (its pictures), or a glob in quotes."""
+    import glob
+
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    found = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    found = [p for p in found if p.is_file() and p.suffix.lower() in IMAGE_ENDINGS]
+    if not found:
+        raise UserError(f"--input {pattern}: no picture there ({', '.join(IMAGE_ENDINGS)})")
+    return found

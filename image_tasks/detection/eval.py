@@ -1,0 +1,78 @@
+"""Scores a fully fine-tuned detector: COCO average precision, curves, and its best and worst pictures.
+
+    python eval.py                                           # the newest outputs/detection/full, on its validation data
+    python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/boxes --split test
+
+Leaves eval.json, precision_recall.png, per_class.png, predictions.png and worst.png in <run folder>/eval_<split>/.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, cli, parse  # noqa: E402
+
+
+@dataclass
+class EvalConfig(LoadConfig):
+    data_dir: str = ""  # COCO, VOC or YOLO folder; empty: the data that the checkpoint was trained on
+    data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
+    split: Literal["train", "val", "test"] = "val"  # which part of the data
+    batch_size: int = 16  # pictures at a time; no metric depends on it
+    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    output_dir: str = ""  # where the results go; empty: eval_<split> in the run folder
+
+
+def load_full(config):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=EvalConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.checkpoint import write_json
+    from common.report import newest_best
+    from common.runtime import start_accelerator
+    from data import load_for_eval
+    from metrics import coco_eval, coco_metrics, draw_page, draw_per_class, draw_precision_recall, predict, worst_first
+
+    device = start_accelerator(config).device
+    config.checkpoint = config.checkpoint or str(newest_best("detection", method))
+    model, processor, origin = load(config)
+    loader, classes, name = load_for_eval(config, processor, origin)
+    found, loss = predict(model.to(device), processor, loader)
+    samples = loader.dataset.samples
+    scored = coco_eval(samples, found, classes)
+    metrics = {"val_loss": loss, **coco_metrics(scored, classes)}
+
+    checkpoint = Path(config.checkpoint).expanduser()
+    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    folder = Path(config.output_dir).expanduser() if config.output_dir else run_folder / f"eval_{config.split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
+    write_json(folder / "eval.json", {**facts, "config": asdict(config), "metrics": metrics})
+    if scored:
+        draw_precision_recall(scored, classes, folder / "precision_recall.png")
+        draw_per_class(metrics, folder / "per_class.png")
+    draw_page(loader.dataset, found, classes, range(min(9, len(samples))), folder / "predictions.png")
+    draw_page(loader.dataset, found, classes, worst_first(samples, found)[:9], folder / "worst.png")
+
+    print(f"{name}, {config.split} split, {len(samples)} pictures")
+    for key, value in metrics.items():
+        if not isinstance(value, dict):
+            print(f"  {key:12} {'absent' if value is None else f'{value:.4f}'}")
+    for label in classes if scored else []:
+        values = [metrics[key][label] for key in ("per_class_map_50", "per_class_map")]
+        print("  {:12} AP50 {}  AP {}".format(label, *("absent" if v is None else f"{v:.4f}" for v in values)))
+    print(f"saved {folder}: eval.json, precision_recall.png, per_class.png, predictions.png, worst.png")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,89 @@
+"""Finds objects in your pictures with a fully fine-tuned detector.
+
+    python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
+    python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --threshold 0.3
+
+Leaves the pictures with boxes drawn and predictions.json (COCO results) in outputs/detection/predictions/<method>/.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+
+
+@dataclass
+class InferConfig(LoadConfig):
+    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    threshold: float = 0.5  # boxes with a lower score are not drawn, listed or saved
+    batch_size: int = 1  # pictures at a time; only those that the model sees in the same shape go together
+    output_dir: str = ""  # where the results go; empty: outputs/detection/predictions/<method>
+
+
+def load_full(config):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=InferConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    if not config.input:
+        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
+    if not 0 <= config.threshold <= 1:
+        raise UserError(f"--threshold {config.threshold} must lie between 0 and 1")
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    import torch
+
+    from common.checkpoint import write_json
+    from common.report import newest_best
+    from common.runtime import EvalBatches, progress, start_accelerator
+    from data import Faults, Preprocess, collate, decode, find_pictures, pictures_only
+    from metrics import detect, draw_boxes, xywh
+
+    pictures = find_pictures(config.input)
+    device = start_accelerator(config).device
+    config.checkpoint = config.checkpoint or str(newest_best("detection", method))
+    model, processor, origin = load(config)
+    model, classes = model.to(device), origin["classes"]
+    faults = Faults()
+    dataset = pictures_only(pictures, Preprocess(processor, origin["image_size"]), faults)
+    faults.report()
+    root = (
+        Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs/detection/predictions" / method
+    )
+    root.mkdir(parents=True, exist_ok=True)
+
+    results, seconds, shapes = [], 0.0, [dataset.shape(i) for i in range(len(dataset))]
+    print(f"{'picture':40} {'objects':>7} {'ms':>8}")
+    for keys in progress(EvalBatches(shapes, config.batch_size), "detecting"):
+        batch = collate([dataset[key] for key in keys])
+        began = time.perf_counter()
+        ((found, _),) = detect(model, processor, [batch])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        seconds += took
+        for item in found:
+            sample, sure = dataset.samples[item["index"]], item["scores"] >= config.threshold
+            boxes, labels, scores = item["boxes"][sure], item["labels"][sure], item["scores"][sure]
+            drawn = draw_boxes(decode(sample.path), boxes, labels, classes, scores)
+            drawn.save(root / f"{item['index'] + 1:04d}_{sample.path.stem}.png")
+            for box, label, score in zip(boxes, labels, scores, strict=True):
+                place = {"image_id": item["index"] + 1, "file_name": str(sample.path)}
+                row = {"category_id": int(label) + 1, "category_name": classes[label], "bbox": xywh(box), "score": float(score)}
+                results.append({**place, **row})
+            print(f"{sample.path.name[:40]:40} {len(boxes):7} {1000 * took / len(found):8.1f}")
+    write_json(root / "predictions.json", results)
+    print(f"{len(dataset)} pictures, {len(results)} objects, {1000 * seconds / len(dataset):.1f} ms a picture (model only)")
+    print(f"saved {root}: one picture each, and predictions.json")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,219 @@
+"""COCO average precision by pycocotools, and pictures of what a detector finds."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+
+from common.plots import figure, save_figure
+from common.runtime import gather_lists, progress, to_device
+
+SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")  # COCOeval.stats[:6]
+
+
+def predict(model, processor, loader) -> tuple[list[dict], float]:
+    """What `detect` finds in the pictures of all processes, in order, and the mean loss over pictures."""
+    parts = list(detect(model, processor, progress(loader, "evaluating")))
+    found = gather_lists([item for items, _ in parts for item in items])
+    losses = gather_lists([(loss * len(items), len(items)) for items, loss in parts])
+    return sorted(found, key=lambda item: item["index"]), sum(loss for loss, _ in losses) / sum(n for _, n in losses)
+
+
+@torch.no_grad()
+def detect(model, processor, batches):
+    """Yields ([{"index", "scores" (Q,), "labels" (Q,), "boxes" (Q, 4) xyxy in original pixels}], mean loss) per batch.
+
+    All queries are there, for average precision wants the unsure ones, too; pictures show those above a threshold.
+    """
+    model = extract_model_from_parallel(model).eval()
+    device = next(model.parameters()).device
+    for batch in batches:
+        outputs = model(**to_device(batch, device))
+        sizes = torch.stack([label["orig_size"] for label in batch["labels"]]).to(device)
+        results = post_process(processor, outputs, sizes)
+        indices = [int(label["image_id"]) for label in batch["labels"]]
+        yield [{"index": i, **to_numpy(result)} for i, result in zip(indices, results, strict=True)], float(outputs.loss)
+
+
+def to_numpy(tensors: dict) -> dict:
+    return {key: value.cpu().float().numpy() if key != "labels" else value.cpu().numpy() for key, value in tensors.items()}
+
+
+def post_process(processor, outputs, sizes, threshold: float = 0.0) -> list[dict]:
+    """Scores, labels and boxes of each picture, by the base's own image processor (softmax or sigmoid, as it was trained)."""
+    return processor.post_process_object_detection(outputs, threshold=threshold, target_sizes=sizes)
+
+
+def xywh(box) -> list[float]:
+    """(x1, y1, x2, y2) as COCO's [x, y, width, height]."""
+    return [float(box[0]), float(box[1]), float(box[2] - box[0]), float(box[3] - box[1])]
+
+
+def coco_eval(samples, found: list[dict], classes: list[str]):
+    """pycocotools' COCOeval after accumulate(); None where there is nothing to score. Category id = class index + 1."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    annotations = [
+        {"image_id": i, "category_id": int(label) + 1, "bbox": xywh(box), "area": float(area), "iscrowd": int(crowd)}
+        for i, s in enumerate(samples)
+        for box, label, crowd, area in zip(s.boxes, s.labels, s.crowd, s.area, strict=True)
+    ]
+    results = [
+        {"image_id": item["index"], "category_id": int(label) + 1, "bbox": xywh(box), "score": float(score)}
+        for item in found
+        for score, label, box in zip(item["scores"], item["labels"], item["boxes"], strict=True)
+    ]
+    if not annotations or not results:
+        return None
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks a lot
+        truth = COCO()
+        truth.dataset = {
+            "info": {},
+            "images": [{"id": i, "width": s.size[0], "height": s.size[1]} for i, s in enumerate(samples)],
+            "annotations": [{"id": i + 1, **a} for i, a in enumerate(annotations)],
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
+        }
+        truth.createIndex()
+        scored = COCOeval(truth, truth.loadRes(results), "bbox")
+        scored.evaluate()
+        scored.accumulate()
+        scored.summarize()
+    return scored
+
+
+def coco_metrics(scored, classes: list[str]) -> dict:
+    """map, map_50, ... as numbers from 0 to 1, None where the data has no such box; per class: AP at 0.50:0.95 and at 0.50."""
+    if scored is None:
+        return {name: 0.0 for name in SUMMARY[:3]}
+    values = {name: none_if_absent(value) for name, value in zip(SUMMARY, scored.stats[:6], strict=True)}
+    precision = scored.eval["precision"]  # (IoU thresholds 10, recalls 101, classes, areas 4, detections 3); -1: absent
+    for key, part in (("per_class_map", precision[:, :, :, 0, -1]), ("per_class_map_50", precision[:1, :, :, 0, -1])):
+        values[key] = {name: mean_precision(part[:, :, k]) for k, name in enumerate(classes)}
+    return values
+
+
+def none_if_absent(value) -> float | None:
+    return None if value < 0 else float(value)
+
+
+def mean_precision(values: np.ndarray) -> float | None:
+    there = values[values > -1]
+    return float(there.mean()) if there.size else None
+
+
+def evaluate(model, processor, loader, classes: list[str]) -> dict:
+    """The metrics of a model on a loader's data: val_loss and COCO's AP over all queries. Used in training and by eval.py."""
+    found, loss = predict(model, processor, loader)
+    return {"val_loss": loss, **coco_metrics(coco_eval(loader.dataset.samples, found, classes), classes)}
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#e377c2", "#17becf")
+
+
+def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=None, smallest: int = 320):
+    """A PIL picture of (H, W, 3) uint8 pixels with named boxes (xyxy); small pictures are enlarged to be readable."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.fromarray(pixels)
+    zoom = max(1.0, smallest / min(image.size))
+    image = image.resize((round(image.width * zoom), round(image.height * zoom)), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    unit = max(1, min(image.size) // 200)
+    font = ImageFont.load_default(size=max(11, 7 * unit))
+    order = range(len(boxes)) if scores is None else np.argsort(scores)  # the surest on top
+    for i in order:
+        color = COLORS[int(labels[i]) % len(COLORS)]
+        box = [float(v) * zoom for v in boxes[i]]
+        text = classes[int(labels[i])] + ("" if scores is None else f" {scores[i]:.2f}")
+        draw.rectangle(box, outline=color, width=2 * unit)
+        left, top, right, bottom = draw.textbbox((box[0], box[1]), text, font=font)
+        place = (min(max(0, box[0]), image.width - (right - left) - 3), max(0, box[1] - (bottom - top) - 5))
+        back = draw.textbbox(place, text, font=font)
+        draw.rectangle([back[0] - 2, back[1] - 2, back[2] + 2, back[3] + 2], fill=color)
+        draw.text(place, text, fill="white", font=font)
+    return image
+
+
+def draw_page(dataset, found: list[dict], classes: list[str], indices, path: Path, threshold: float = 0.5) -> None:
+    """A page of pictures in pairs: ground truth on the left, predictions above the threshold on the right."""
+    from data import decode
+
+    by_index = {item["index"]: item for item in found}
+    columns = min(3, len(indices))
+    rows = -(-len(indices) // columns)
+    page, axes = figure(rows, 2 * columns, width=2.6, height=2.6)
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, index in enumerate(indices):
+        sample, item = dataset.samples[index], by_index[index]
+        pixels = decode(sample.path, sample.size)
+        sure = item["scores"] >= threshold
+        left, right = axes[place // columns, 2 * (place % columns) :][:2]
+        left.imshow(draw_boxes(pixels, sample.boxes, sample.labels, classes))
+        right.imshow(draw_boxes(pixels, item["boxes"][sure], item["labels"][sure], classes, item["scores"][sure]))
+        left.set_title(f"{sample.path.name}: truth", fontsize=8)
+        right.set_title(f"found, score >= {threshold}", fontsize=8)
+    save_figure(page, path)
+
+
+def worst_first(samples, found: list[dict], threshold: float = 0.5) -> list[int]:
+    """Picture indices by the number of mistakes: boxes missed, plus boxes found where there is none (IoU 0.5, same class)."""
+    from pycocotools import mask
+
+    def overlap(a, b):
+        return mask.iou(*(np.array([[x1, y1, x2 - x1, y2 - y1]], dtype=np.float64) for x1, y1, x2, y2 in (a, b)), [0])[0, 0]
+
+    mistakes = {}
+    for item in found:
+        sample, sure = samples[item["index"]], item["scores"] >= threshold
+        boxes, labels, scores = item["boxes"][sure], item["labels"][sure], item["scores"][sure]
+        free, hits = set(np.flatnonzero(~sample.crowd)), 0
+        for i in np.argsort(-scores, kind="stable"):
+            overlaps = [(overlap(boxes[i], sample.boxes[j]), j) for j in free if sample.labels[j] == labels[i]]
+            if overlaps and max(overlaps)[0] >= 0.5:
+                free.remove(max(overlaps)[1])
+                hits += 1
+        mistakes[item["index"]] = len(free) + len(boxes) - hits
+    return sorted(mistakes, key=lambda index: (-mistakes[index], index))
+
+
+def draw_precision_recall(scored, classes: list[str], path: Path) -> None:
+    """Precision over recall at IoU 0.50, a line for each class."""
+    page, ((axis,),) = figure(1, 1, 7, 5)
+    recall, precision = scored.params.recThrs, scored.eval["precision"][0, :, :, 0, -1]
+    for k, name in enumerate(classes):
+        if (precision[:, k] > -1).any():
+            label = f"{name}: AP50 {mean_precision(precision[:, k]):.3f}"
+            axis.plot(recall, precision[:, k], label=label, color=COLORS[k % len(COLORS)])
+    axis.set(title="Precision and recall at IoU 0.50", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.legend(fontsize=8, ncols=1 + len(classes) // 20)
+    save_figure(page, path)
+
+
+def draw_per_class(metrics: dict, path: Path) -> None:
+    """Bars of AP at 0.50 and at 0.50:0.95 for each class."""
+    names = list(metrics["per_class_map"])
+    page, ((axis,),) = figure(1, 1, max(5, 0.8 * len(names) + 2), 4)
+    for shift, (key, label) in enumerate((("per_class_map_50", "AP at IoU 0.50"), ("per_class_map", "AP at IoU 0.50:0.95"))):
+        bars = axis.bar(np.arange(len(names)) + 0.4 * shift, [metrics[key][n] or 0 for n in names], 0.4, label=label)
+        axis.bar_label(bars, fmt="%.2f", fontsize=7)
+    axis.set_xticks(np.arange(len(names)) + 0.2, names, rotation=30 if len(names) > 6 else 0)
+    axis.set(title="Average precision of each class", ylabel="average precision", ylim=(0, 1.05))
+    axis.legend(fontsize=8, loc="lower right")
+    save_figure(page, path)
+
+
+def draw_predictions(model, processor, dataset, classes: list[str], folder: Path, count: int = 6) -> None:
+    """validation.png in the folder: the first pictures of the validation data, truth beside what the model finds."""
+    from data import collate
+
+    indices = range(min(count, len(dataset)))
+    batches = [collate([dataset[(0, i)]]) for i in indices]
+    found = [item for items, _ in detect(model, processor, batches) for item in items]
+    draw_page(dataset, found, classes, indices, folder / "validation.png")

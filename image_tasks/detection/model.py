@@ -1,0 +1,211 @@
+"""DETR-family detectors: where they come from, their class head for new classes, where adapters go, saving and loading."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
+from common.checkpoint import atomic_folder, fingerprint, open_model_folder, read_json, write_json
+from common.config import UserError
+from common.lora import ADAPTER_FILE, find_targets, is_within, load_adapter_files, save_adapter_files
+
+DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
+ORIGIN = "origin.json"  # beside every checkpoint: task, base and its hash, classes, image size, data
+
+# Parts that predict classes and boxes, over the family's architectures. They train whole beside an adapter.
+HEADS = (
+    "class_labels_classifier", "bbox_predictor",  # DETR, Conditional DETR, YOLOS
+    "class_embed", "bbox_embed",  # Deformable DETR, RT-DETR, D-FINE
+    "enc_score_head", "enc_bbox_head", "denoising_class_embed",  # RT-DETR, D-FINE
+)  # fmt: skip
+# The names of attention's query and value projections moved between architectures: the first pair that is there counts.
+QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"))
+
+
+def lora_targets(model, which: str) -> list[str]:
+    """Names of the layers that get adapters. which: qv, all-linear, all (convolutions, too), or a regular expression."""
+    if which == "qv":
+        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        pair = next((pair for pair in QUERY_VALUE if set(pair) <= ends), QUERY_VALUE[0])
+        return find_targets(model, pair, nn.Linear, HEADS)
+    # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
+    frozen = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
+    if which == "all-linear":
+        return find_targets(model, "*", nn.Linear, HEADS)
+    wanted = "*" if which == "all" else [which]
+    return find_targets(model, wanted, (nn.Linear, nn.Conv2d), (*HEADS, *frozen))
+
+
+def load_base(name: str):
+    """(model, image processor, {"name", "sha256"}) of a base: "demo", a local folder, or a hub name.
+
+    float32 and safetensors only; UserError where a weight is missing or left over.
+    """
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = DEMO_BASE if name == "demo" else Path(name).expanduser()
+    if not source.is_dir():
+        if name == "demo" or source.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise UserError(f"--model: there is no folder {source}; give a folder, a hub name (facebook/detr-resnet-50) or demo")
+        fetch(name)
+        source = name
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=True)
+        model, info = AutoModelForObjectDetection.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model {name} is no detector that can be loaded safely: {reason}") from None
+    strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
+    if strays:
+        raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
+    print(f"base: {name}, {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    return model, processor, {"name": name, "sha256": fingerprint(model.state_dict())}
+
+
+def fetch(name: str) -> None:
+    """Downloads a hub model into the local cache, unless it is there. UserError in a few seconds where there is no network."""
+    import os
+
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors"]
+    try:
+        snapshot_download(name, allow_patterns=files, local_files_only=True)
+        return
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    remedy = "give --model a local folder, or --model demo for the small base that comes along"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
+    try:
+        HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
+        print(f"fetching {name} from the hub")
+        snapshot_download(name, allow_patterns=files)
+    except Exception as error:  # every network library has errors of its own, and all mean the same here
+        kind = type(error).__name__
+        raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
+
+
+def with_classes(base, classes: list[str]):
+    """The base with a class head for `classes`; every other weight is kept.
+
+    Rows of class layers are copied by class name; a class that the base does not know starts as the mean of those that it
+    does: the head keeps its notion of "some object" against "no object".
+    """
+    from transformers import AutoModelForObjectDetection
+
+    known = [base.config.id2label[i] for i in range(len(base.config.id2label))]
+    model = base
+    if known != classes:
+        config = copy.deepcopy(base.config)
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: i for i, label in enumerate(classes)}
+        model = AutoModelForObjectDetection.from_config(config)
+        lowered = [label.lower() for label in known]
+        rows = [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
+        mine, theirs = model.state_dict(), base.state_dict()
+        changed = [key for key in mine if mine[key].shape != theirs[key].shape]
+        for key in changed:
+            theirs[key] = pick_rows(theirs[key], rows, len(known))
+        model.load_state_dict(theirs)
+        new = [c for c, row in zip(classes, rows, strict=True) if row is None]
+        parts = sorted({key.rsplit(".", 1)[0] for key in changed})
+        print(
+            f"new class head ({', '.join(parts)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
+            + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
+        )
+    model.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
+    return model
+
+
+def pick_rows(tensor: torch.Tensor, rows: list[int | None], known: int) -> torch.Tensor:
+    """Rows of a class layer (known or more, ...) for the wanted classes, then what comes after the known (no object)."""
+    mean = tensor[:known].mean(dim=0)
+    return torch.stack([mean if row is None else tensor[row] for row in rows] + list(tensor[known:]))
+
+
+def train_mode(model) -> None:
+    """Training mode, but BatchNorm keeps the base's statistics: small batches would spoil them, and no adapter holds them."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def backbone_groups(model, lr: float, lr_backbone: float) -> list[dict]:
+    """Optimizer groups: the convolutional backbone learns at a lower rate, as in DETR."""
+    groups = {lr: [], lr_backbone: []}
+    for name, parameter in model.named_parameters():
+        groups[lr_backbone if is_within(name, ("backbone",)) else lr].append(parameter)
+    return [{"params": params, "lr": rate} for rate, params in groups.items()]
+
+
+def origin(method: str, classes: list[str], base: dict, config) -> dict:
+    return {
+        "task": "detection",
+        "method": method,
+        "base": base,
+        "classes": classes,
+        "image_size": config.image_size,
+        "data_dir": config.data_dir,
+        "data_format": config.data_format,
+        "seed": config.seed,
+    }
+
+
+def save_model(folder: Path, model, processor, facts: dict) -> None:
+    """A folder for from_pretrained: weights, config with the class names, image processor, origin.json."""
+    with atomic_folder(folder) as aside:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        write_json(aside / ORIGIN, facts)
+
+
+def save_adapter(folder: Path, model, processor, facts: dict) -> None:
+    """A PEFT adapter folder with the heads in it, image processor, origin.json."""
+    with atomic_folder(folder) as aside:
+        model.peft_config["default"].base_model_name_or_path = facts["base"]["name"]
+        save_adapter_files(model, aside)
+        processor.save_pretrained(aside)
+        write_json(aside / ORIGIN, facts)
+
+
+def load_model(folder: Path):
+    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
+    folder = open_model_folder(folder, "model.safetensors")
+    facts = read_origin(folder, "full")
+    model, processor, _ = load_base(str(folder.resolve()))
+    return model.eval(), processor, facts
+
+
+def load_adapter(folder: Path, base: str = "", merge: bool = True):
+    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
+
+    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    """
+    folder = open_model_folder(folder, ADAPTER_FILE)
+    facts = read_origin(folder, "lora")
+    model, processor, found = load_base(base or facts["base"]["name"])
+    if found["sha256"] != facts["base"]["sha256"]:
+        raise UserError(
+            f"{folder} was trained on the base {facts['base']['name']} (sha256 {facts['base']['sha256'][:12]}), but "
+            f"{found['name']} has sha256 {found['sha256'][:12]}: an adapter fits no other base"
+        )
+    model = load_adapter_files(with_classes(model, facts["classes"]), folder, HEADS)
+    return (model.merge_and_unload() if merge else model).eval(), processor, facts
+
+
+def read_origin(folder: Path, method: str) -> dict:
+    facts = read_json(folder / ORIGIN)
+    if facts.get("task") != "detection" or facts.get("method") != method:
+        raise UserError(f"{folder} is a checkpoint of {facts.get('task')} ({facts.get('method')}), not of detection ({method})")
+    return facts

@@ -1,0 +1,75 @@
+"""Full fine-tuning of a DETR-family detector on your own boxes.
+
+    python train.py                                  # demo: small base, synthetic shapes, two minutes on a CPU
+    python train.py --data_dir ~/boxes               # facebook/detr-resnet-50 on your COCO, VOC or YOLO folder
+    torchrun --nproc_per_node 4 train.py --data_dir ~/boxes
+
+Trains every weight, the convolutional backbone at a lower rate than the transformer.
+Leaves outputs/detection/full/: the model (checkpoints/best/), curves.png, predictions/, metrics.jsonl, summary.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+
+
+@dataclass
+class Config(TrainConfig):
+    model: str = setting("facebook/detr-resnet-50", demo="demo")  # base: hub name, local folder, or demo
+    data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
+    image_size: int = 0  # resize pictures to N x N pixels; 0: as the base was trained
+    augment: bool = True  # random flip, crop and colour in training; never in evaluation
+    cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
+    epochs: int = setting(30, demo=16)  # passes over the training data
+    batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
+    lr: float = setting(5e-5, demo=8e-4)  # every weight moves, so a fraction of the step of train_lora.py
+    lr_backbone: float = setting(5e-6, demo=8e-4)  # DETR trains its backbone at a tenth; the small base needs no care
+    max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.optim import build_optimizer
+    from common.report import Run
+    from data import build_loaders
+    from metrics import draw_predictions, evaluate
+    from model import backbone_groups, load_base, load_model, origin, save_model, train_mode, with_classes
+
+    with Run(config, task="detection", method="full") as run:
+        base, processor, base_facts = load_base(config.model)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        run.describe(base=base_facts, data=data_facts)
+
+        # 1. The base with a head for these classes. Every weight trains.
+        model = with_classes(base, classes)
+        groups = backbone_groups(model, config.lr, config.lr_backbone)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+
+        # 2. Train; keep the model with the best validation mAP.
+        for epoch in run.epochs(before=lambda: evaluate(model, processor, val_loader, classes)):
+            train_mode(model)
+            for batch in run.batches(train_loader, epoch):
+                loss = model(**batch).loss
+                run.backward(loss)
+                run.step_optimizer(optimizer, scheduler)
+            if run.end_epoch(evaluate(model, processor, val_loader, classes), best="map"):
+                save_model(run.best, run.unwrap(model), processor, origin("full", classes, base_facts, config))
+
+        # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
+        if run.is_main:
+            best, _, _ = load_model(run.best)
+            draw_predictions(best.to(run.device), processor, val_loader.dataset, classes, run.folder / "predictions")
+        run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)
