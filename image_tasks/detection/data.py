@@ -288,16 +288,16 @@ def load_for_eval(config, processor, origin: dict):
     The checkpoint's classes count; the data's labels are matched to them by name. UserError where the data has others.
     """
     faults = Faults()
-    data_dir, data_format = (
-        (config.data_dir, config.data_format) if config.data_dir else (origin["data_dir"], origin["data_format"])
-    )
+    chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
+    data_dir, data_format = chosen["data_dir"], chosen["data_format"]
     splits, classes, _ = read_tables(data_dir, data_format, origin["seed"], faults)
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     strange = [name for name in classes if name not in origin["classes"]]
     if strange:
         raise UserError(
-            f"{data_dir} has classes that the checkpoint does not know: {', '.join(strange[:5])}; it knows {', '.join(origin['classes'])}"
+            f"{data_dir} has classes that the checkpoint does not know: {', '.join(strange[:5])}; "
+            f"it knows {', '.join(origin['classes'])}"
         )
     index = np.array([origin["classes"].index(name) for name in classes])
     for sample in splits[config.split]:
