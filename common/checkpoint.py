@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.config import UserError
+from common.runtime import say
 
 MANIFEST = "manifest.json"
 
@@ -168,7 +169,7 @@ def load_state(folder: Path) -> tuple[dict, dict] | None:
         corrupt = path.with_name(path.name + ".corrupt")
         shutil.rmtree(corrupt, ignore_errors=True)
         os.replace(path, corrupt)
-        print(f"checkpoint {path.name} is damaged ({fault}); kept as {corrupt.name}, trying the one before it")
+        say(f"checkpoint {path.name} is damaged ({fault}); kept as {corrupt.name}, trying the one before it")
     if candidates or list(folder.glob("step-*.corrupt")):
         raise UserError(f"every checkpoint in {folder} is damaged; to start over, run again with --overwrite")
     return None

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.config import UserError
+from common.runtime import say
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -34,7 +35,7 @@ def find_targets(model, wanted, kinds, exclude=()) -> list[str]:
         raise UserError("the model has no layer that an adapter could go on")
     coverage = ", ".join(f"{pattern} {len(found)}" for pattern, found in hits.items())
     chosen = sorted({name for found in hits.values() for name in found})
-    print(f"LoRA on {len(chosen)} layers: {coverage}")
+    say(f"LoRA on {len(chosen)} layers: {coverage}")
     return chosen
 
 
@@ -61,6 +62,8 @@ def save_adapter_files(model, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
+    config = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # a set, which PEFT would write in another order in every process
     model.save_pretrained(folder)
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in adapter_state(model).items()}, folder / ADAPTER_FILE)
 

@@ -25,6 +25,7 @@ from common.runtime import (
     gather_lists,
     process_index,
     progress,
+    say,
     seed_everything,
     start_accelerator,
     to_device,
@@ -66,7 +67,7 @@ class Run:
         if self.is_main:
             write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
             self.write_summary("running")
-        self.say(f"run folder {self.folder}")
+        say(f"run folder {self.folder}")
         self.signals = StopSignals(wait_always=self.world > 1).__enter__()
         seed_everything(self.config.seed, "build")
         return self
@@ -87,7 +88,7 @@ class Run:
         if self.world > 1 and kind is None:
             self.accelerator.end_training()
         if status == "interrupted":
-            self.say(f"stopped at step {self.step}; run the same command with --resume to go on")
+            say(f"stopped at step {self.step}; run the same command with --resume to go on")
             raise SystemExit(128 + getattr(error, "signum", 2)) from None
 
     def open_folder(self) -> Path:
@@ -146,10 +147,6 @@ class Run:
             raise UserError(box[1])
         return box[0]
 
-    def say(self, text: str) -> None:
-        if self.is_main:
-            print(text, flush=True)
-
     def describe(self, **facts) -> None:
         """Puts facts into the summary: base={name, sha256}, data={...}, parameters={total, trainable}."""
         self.facts.update(facts)
@@ -179,7 +176,7 @@ class Run:
         counts = [count_parameters(model) for model in self.models]
         total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
         self.facts.setdefault("parameters", {"total": total, "trainable": trains})
-        self.say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
+        say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
         if self.config.resume:
             self.restore()
         self.ready = True
@@ -202,7 +199,7 @@ class Run:
         if not self.history:
             self.history.append({"epoch": 0, "step": 0, **before()})
             self.log(self.history[0])
-            self.say(f"before training: {self.in_words(self.history[0])}")
+            say(f"before training: {self.in_words(self.history[0])}")
             self.save()
         while self.epoch <= self.config.epochs and not self.out_of_patience():
             yield self.epoch
@@ -211,7 +208,7 @@ class Run:
             self.signals.busy = False
             self.stop_if_asked()
         if self.out_of_patience():
-            self.say(f"stopped early: {self.bad_epochs} epochs without a better {self.best_name}")
+            say(f"stopped early: {self.bad_epochs} epochs without a better {self.best_name}")
 
     def out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.bad_epochs
@@ -326,7 +323,7 @@ class Run:
             self.best_record, self.bad_epochs = {**record, best: new if new is not None else 0.0}, 0
         else:
             self.bad_epochs += 1
-        self.say(f"epoch {self.epoch}/{self.config.epochs}: {self.in_words(record)}{'  (best)' if is_best else ''}")
+        say(f"epoch {self.epoch}/{self.config.epochs}: {self.in_words(record)}{'  (best)' if is_best else ''}")
         return is_best and self.is_main
 
     def finish(self) -> None:
@@ -336,8 +333,8 @@ class Run:
 
             steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             draw_curves(steps, self.best_name, self.best_record, self.resumed_at, self.folder / "curves.png")
-            self.say(f"best {self.best_name} {self.best_record[self.best_name]:.4f} in epoch {self.best_record['epoch']}")
-            self.say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB), curves.png and summary.json beside it")
+            say(f"best {self.best_name} {self.best_record[self.best_name]:.4f} in epoch {self.best_record['epoch']}")
+            say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB), curves.png and summary.json beside it")
         self.finished = True
 
     # ---- saving and the record -----------------------------------------------------------------------------------
@@ -350,7 +347,7 @@ class Run:
         state = {
             "models": [moving_state(self.accelerator.unwrap_model(model)) for model in self.models],
             "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [{"last_epoch": s.last_epoch, "_step_count": s._step_count} for s in self.schedulers],
+            "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
         log = self.folder / "metrics.jsonl"
@@ -381,7 +378,7 @@ class Run:
         if found is None:
             if self.is_main:
                 log.unlink(missing_ok=True)
-            self.say("no checkpoint was saved yet: starting at step 0")
+            say("no checkpoint was saved yet: starting at step 0")
             return
         state, saved = found
         for what in ("base", "data"):
@@ -407,7 +404,7 @@ class Run:
         if self.is_main and log.exists():
             with open(log, "r+b") as file:
                 file.truncate(saved["log_bytes"])
-        self.say(f"resumed at step {self.step}, epoch {self.epoch}, {self.batches_done} batches into it")
+        say(f"resumed at step {self.step}, epoch {self.epoch}, {self.batches_done} batches into it")
 
     def log(self, record: dict) -> None:
         """Appends a line to metrics.jsonl and the same numbers to TensorBoard's file."""

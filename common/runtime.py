@@ -111,9 +111,10 @@ class EpochBatches:
 
 
 class EvalBatches:
-    """Batch sampler of evaluation: every sample once, divided among processes; only samples of equal `keys` share a batch.
+    """Batch sampler of evaluation: every sample, divided among processes; only samples of equal `keys` share a batch.
 
     The key is the shape of the sample as the model sees it: then nothing is padded, and no metric depends on batch size.
+    All processes get equally many batches (a model may talk to its siblings in a forward pass), so a few come twice.
     """
 
     def __init__(self, keys: list, batch_size: int, rank: int = 0, world: int = 1):
@@ -121,7 +122,7 @@ class EvalBatches:
         for index, key in enumerate(keys):
             groups.setdefault(key, []).append(index)
         batches = [g[i : i + batch_size] for g in groups.values() for i in range(0, len(g), batch_size)]
-        self.batches = batches[rank::world]
+        self.batches = [batches[i % len(batches)] for i in range(rank, -(-len(batches) // world) * world, world)]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -169,6 +170,12 @@ def process_index() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def say(text: str) -> None:
+    """Prints on the main process only."""
+    if process_index()[0] == 0:
+        print(text, flush=True)
 
 
 def gather_lists(items: list) -> list:

@@ -11,7 +11,7 @@ import torch
 
 # needs: torchvision, pillow
 from common.config import UserError
-from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, progress, seeded
+from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, progress, say, seeded
 from formats import IMAGE_ENDINGS, Faults, Sample, make_sample, read_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -23,7 +23,7 @@ def demo_data() -> Path:
 
     folder = HERE / "data" / "demo"
     if not folder.exists():
-        print(f"drawing the demo data into {folder}")
+        say(f"drawing the demo data into {folder}")
         make_demo_data(folder)
     return folder
 
@@ -265,8 +265,8 @@ def build_loaders(config, processor):
         kept = sum(entry is not None for entry in train.cache + val.cache)
         counts = np.bincount(np.concatenate([s.labels for s in train.samples]), minlength=len(classes))
         boxes = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
-        print(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation pictures; boxes: {boxes}")
-        print(f"{kept} of {len(train) + len(val)} decoded pictures stay in memory")
+        say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation pictures; boxes: {boxes}")
+        say(f"{kept} of {len(train) + len(val)} decoded pictures stay in memory")
     train_loader = build_loader(
         train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
     )

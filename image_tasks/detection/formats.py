@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
+from common.runtime import say
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -47,7 +48,7 @@ class Faults:
     def report(self) -> None:
         for fault, places in sorted(self.found.items()):
             more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-            print(f"left out, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
+            say(f"left out, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
 
 
 def make_sample(path, size, rows, relative=False) -> Sample:
@@ -59,8 +60,8 @@ def make_sample(path, size, rows, relative=False) -> Sample:
 def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
     """(splits, classes, format): splits maps train, val and perhaps test to lists of Sample; classes are names in order.
 
-    data_format: "auto" recognises the layout by what is there. Without a val split a fifth of train becomes it, chosen by
-    a hash of (seed, file name), so that adding pictures moves no other.
+    data_format: "auto" recognises the layout by what is there. Without a val split about a fifth of train becomes it: a
+    hash of (seed, file name) decides for each picture alone, so that adding pictures moves no other.
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir: there is no folder {data_dir}")
@@ -83,21 +84,25 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
     if not classes:
         raise UserError(f"{data_dir} ({data_format}) names no classes")
     if not splits.get("val"):
-        ranked = sorted(splits["train"], key=lambda s: hashlib.sha256(f"{seed} {s.path.name}".encode()).digest())
-        count = max(1, round(len(ranked) / 5))
-        if len(ranked) < 2:
+        every = splits["train"]
+        if len(every) < 2:
             raise UserError(f"{data_dir} has one training picture and no validation split: too few")
-        held_out = {s.path for s in ranked[:count]}
-        splits["val"] = [s for s in splits["train"] if s.path in held_out]
-        splits["train"] = [s for s in splits["train"] if s.path not in held_out]
-        print(f"no validation split in {data_dir}: {count} of {len(ranked)} training pictures, chosen by seed {seed}, become it")
+        hashes = [hashlib.sha256(f"{seed} {s.path.name}".encode()).digest() for s in every]
+        bound = min(max(bytes([51]), min(hashes) + b"0"), max(hashes))  # 51 / 256 is a fifth; neither side stays empty
+        splits["val"] = [s for s, place in zip(every, hashes, strict=True) if place < bound]
+        splits["train"] = [s for s, place in zip(every, hashes, strict=True) if place >= bound]
+        count = len(splits["val"])
+        say(f"no validation split in {data_dir}: {count} of {len(every)} training pictures, chosen by seed {seed}, become it")
     return splits, classes, data_format
 
 
 def inside(folder: Path, name: str) -> Path | None:
     """folder/name, or None where the name leads out of the folder (an annotation is not trusted to point anywhere)."""
     path = folder / name
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    try:
+        return path if path.resolve().is_relative_to(folder.resolve()) and path.exists() else None
+    except (OSError, ValueError):  # no name that a file could have
+        return None
 
 
 # ---- COCO: one JSON per split ----------------------------------------------------------------------------------------
@@ -111,6 +116,7 @@ def coco_files(data_dir: Path) -> dict[str, Path]:
         for pattern in [place.format(name) for name in names for place in places]:
             other = ("captions", "person_keypoints", "stuff", "panoptic")  # COCO's annotations for other tasks
             files = [p for p in sorted(data_dir.glob(pattern)) if not p.name.startswith(other)]
+            files = [p for p in files if split == "train" or "train" not in p.name]  # trainval.json is no validation split
             if files:
                 found[split] = files[0]
                 break
@@ -139,9 +145,9 @@ def read_coco(data_dir: Path, faults: Faults):
     try:
         categories = sorted(tables["train"][1]["categories"], key=lambda c: c["id"])
         classes = [str(c["name"]) for c in categories]
-        used = {a["category_id"] for a in tables["train"][1]["annotations"]}
+        used = {a.get("category_id") for a in tables["train"][1]["annotations"] if isinstance(a, dict)}
     except (KeyError, TypeError) as error:
-        raise UserError(f"{files['train']}: a category or an annotation lacks {error}") from None
+        raise UserError(f"{files['train']}: a category without id and name, or an id that is no number ({error})") from None
     if 0 not in used and len(classes) > 1 and all(c.get("supercategory") == classes[0] for c in categories[1:]):
         classes = classes[1:]  # Roboflow's exports list the group of the classes itself as category 0
     doubled = {name for name in classes if classes.count(name) > 1}

@@ -65,7 +65,7 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     for keys in progress(EvalBatches(shapes, config.batch_size), "detecting"):
         batch = collate([dataset[key] for key in keys])
         began = time.perf_counter()
-        ((found, _),) = detect(model, processor, [batch])
+        (found,) = detect(model, processor, [batch])
         if device.type == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - began

@@ -16,26 +16,27 @@ SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")  #
 
 def predict(model, processor, loader) -> tuple[list[dict], float]:
     """What `detect` finds in the pictures of all processes, in order, and the mean loss over pictures."""
-    parts = list(detect(model, processor, progress(loader, "evaluating")))
-    found = gather_lists([item for items, _ in parts for item in items])
-    losses = gather_lists([(loss * len(items), len(items)) for items, loss in parts])
-    return sorted(found, key=lambda item: item["index"]), sum(loss for loss, _ in losses) / sum(n for _, n in losses)
+    found = gather_lists([item for items in detect(model, processor, progress(loader, "evaluating")) for item in items])
+    found = {item["index"]: item for item in found}  # processes repeat a batch to have equally many
+    return [found[index] for index in sorted(found)], sum(item["loss"] for item in found.values()) / len(found)
 
 
 @torch.no_grad()
-def detect(model, processor, batches):
-    """Yields ([{"index", "scores" (Q,), "labels" (Q,), "boxes" (Q, 4) xyxy in original pixels}], mean loss) per batch.
+def detect(model, processor, batches, with_loss: bool = True):
+    """Yields for each batch [{"index", "loss", "scores" (Q,), "labels" (Q,), "boxes" (Q, 4) xyxy in original pixels}].
 
-    All queries are there, for average precision wants the unsure ones, too; pictures show those above a threshold.
+    All queries are there: average precision wants the unsure ones, too. The loss is the batch's; None without truth.
     """
     model = extract_model_from_parallel(model).eval()
     device = next(model.parameters()).device
     for batch in batches:
-        outputs = model(**to_device(batch, device))
+        inputs = {key: value for key, value in batch.items() if with_loss or key != "labels"}
+        outputs = model(**to_device(inputs, device))
+        loss = float(outputs.loss) if with_loss else None
         sizes = torch.stack([label["orig_size"] for label in batch["labels"]]).to(device)
         results = post_process(processor, outputs, sizes)
         indices = [int(label["image_id"]) for label in batch["labels"]]
-        yield [{"index": i, **to_numpy(result)} for i, result in zip(indices, results, strict=True)], float(outputs.loss)
+        yield [{"index": i, "loss": loss, **to_numpy(result)} for i, result in zip(indices, results, strict=True)]
 
 
 def to_numpy(tensors: dict) -> dict:
@@ -215,5 +216,5 @@ def draw_predictions(model, processor, dataset, classes: list[str], folder: Path
 
     indices = range(min(count, len(dataset)))
     batches = [collate([dataset[(0, i)]]) for i in indices]
-    found = [item for items, _ in detect(model, processor, batches) for item in items]
+    found = [item for items in detect(model, processor, batches, with_loss=False) for item in items]
     draw_page(dataset, found, classes, indices, folder / "validation.png")

@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import accelerate
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from torch import nn
 from common.checkpoint import atomic_folder, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError
 from common.lora import ADAPTER_FILE, find_targets, is_within, load_adapter_files, save_adapter_files
+from common.runtime import process_index, say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 ORIGIN = "origin.json"  # beside every checkpoint: task, base and its hash, classes, image size, data
@@ -19,6 +21,7 @@ HEADS = (
     "class_labels_classifier", "bbox_predictor",  # DETR, Conditional DETR, YOLOS
     "class_embed", "bbox_embed",  # Deformable DETR, RT-DETR, D-FINE
     "enc_score_head", "enc_bbox_head", "denoising_class_embed",  # RT-DETR, D-FINE
+    "pre_bbox_head", "lqe_layers",  # D-FINE: the first guess of the boxes, and how well a box fits (part of the score)
 )  # fmt: skip
 # The names of attention's query and value projections moved between architectures: the first pair that is there counts.
 QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"))
@@ -66,7 +69,7 @@ def load_base(name: str):
     strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
     if strays:
         raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
-    print(f"base: {name}, {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    say(f"base: {name}, {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
     return model, processor, {"name": name, "sha256": fingerprint(model.state_dict())}
 
 
@@ -88,7 +91,7 @@ def fetch(name: str) -> None:
         raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
     try:
         HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
-        print(f"fetching {name} from the hub")
+        say(f"fetching {name} from the hub")
         snapshot_download(name, allow_patterns=files)
     except Exception as error:  # every network library has errors of its own, and all mean the same here
         kind = type(error).__name__
@@ -112,19 +115,54 @@ def with_classes(base, classes: list[str]):
         model = AutoModelForObjectDetection.from_config(config)
         lowered = [label.lower() for label in known]
         rows = [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
-        mine, theirs = model.state_dict(), base.state_dict()
-        changed = [key for key in mine if mine[key].shape != theirs[key].shape]
+        # Class layers are those that a class more would change; shapes alone do not tell where the number of classes stays.
+        config.id2label = dict(enumerate([*known, "one more"]))
+        wider, theirs = AutoModelForObjectDetection.from_config(config).state_dict(), base.state_dict()
+        changed = [key for key in theirs if wider[key].shape != theirs[key].shape]
         for key in changed:
             theirs[key] = pick_rows(theirs[key], rows, len(known))
         model.load_state_dict(theirs)
         new = [c for c, row in zip(classes, rows, strict=True) if row is None]
         parts = sorted({key.rsplit(".", 1)[0] for key in changed})
-        print(
+        say(
             f"new class head ({', '.join(parts)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
             + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
         )
     model.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
+    try:
+        model.get_input_embeddings()
+    except NotImplementedError:  # PEFT looks what shares weights with the word embeddings; a detector has none
+        model.get_input_embeddings = nn.Identity
+    model.loss_function = weighed_over_processes(model.loss_function)
     return model
+
+
+def weighed_over_processes(family_loss):
+    """A DETR-family loss, such that its mean over processes is what one process would get for all their pictures.
+
+    Box terms (and the class terms of DETR's successors) are sums divided by a batch's number of boxes, plain DETR's class
+    term is a mean over queries in which no object weighs eos_coefficient: a process with few boxes would count too much.
+    """
+    from transformers.loss import loss_for_object_detection as library
+
+    # The library's own division takes the mean of the box counts over processes and divides by their number once more, so
+    # box terms would count double with two processes. Without it, it divides by the batch's own count, as we expect below.
+    library.is_accelerate_available = lambda: False
+    softmax = family_loss is library.ForObjectDetectionLoss
+
+    def loss_function(logits, labels, device, pred_boxes, config, *args, **kwargs):
+        loss, parts, auxiliary = family_loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
+        if process_index()[1] > 1 and torch.is_grad_enabled():
+            boxes = float(sum(len(label["class_labels"]) for label in labels))
+            queries = logits.shape[0] * logits.shape[1]
+            matched = sum(min(len(label["class_labels"]), logits.shape[1]) for label in labels)
+            mine = torch.tensor([boxes, matched + config.eos_coefficient * (queries - matched)], device=logits.device)
+            share = mine.clamp(min=1) / accelerate.utils.reduce(mine, "mean").clamp(min=1)
+            classes = sum(value for name, value in parts.items() if name.startswith("loss_ce")) if softmax else 0.0
+            loss = share[0] * (loss - classes) + share[1] * classes
+        return loss, parts, auxiliary
+
+    return loss_function
 
 
 def pick_rows(tensor: torch.Tensor, rows: list[int | None], known: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ SPLITS = ("train", "val", "test")
 SCENE_SIZE = 96  # pixels, both sides
 SUPERSAMPLING = 4  # shapes are drawn this much larger and shrunk: smooth edges
 SHAPE_SIZES = (15, 39)  # diameter of a shape's surrounding circle, in pixels
+MAX_TILT = math.radians(12)   # shapes stand upright, more or less: a net of this size learns shapes in any turn very slowly
 MAX_OVERLAP = 0.05  # highest IoU of two boxes in a picture
 
 
@@ -139,18 +140,18 @@ def enlarge(coarse):
 
 
 def place(rng, name):
-    """Corner points (n, 2) in pixels of a shape of random size, turn and place that lies inside the picture."""
+    """Corner points (n, 2) in pixels of a shape of random size, tilt and place that lies inside the picture."""
     radius = rng.uniform(*SHAPE_SIZES) / 2
-    turn = rng.uniform(0, 2 * math.pi)
+    tilt = rng.uniform(-MAX_TILT, MAX_TILT)
     if name == "circle":
         angles, radii = np.arange(72) / 72, 0.88
     elif name == "square":
-        angles, radii = np.arange(4) / 4, 1.0
+        angles, radii = np.arange(4) / 4 + 1 / 8, 1.15
     elif name == "triangle":
-        angles, radii = np.arange(3) / 3, 1.0
+        angles, radii = np.arange(3) / 3 - 1 / 4, 1.1       # minus a quarter: y points down, so the first corner is on top
     else:  # star: five tips, and between them five notches nearer to the centre
-        angles, radii = np.arange(10) / 10, np.where(np.arange(10) % 2 == 0, 1.08, 0.47)
-    angles = 2 * math.pi * angles + turn
+        angles, radii = np.arange(10) / 10 - 1 / 4, np.where(np.arange(10) % 2 == 0, 1.08, 0.47)
+    angles = 2 * math.pi * angles + tilt
     corners = radius * np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
     low, high = 1 - corners.min(axis=0), SCENE_SIZE - 1 - corners.max(axis=0)  # one pixel of ground stays at the rim
     return corners + rng.uniform(low, high)
