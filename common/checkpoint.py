@@ -189,3 +189,17 @@ def fingerprint(tensors: dict) -> str:
 
 def folder_bytes(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def moving_state(model) -> dict:
+    """What training can change in a model: parameters that train, and buffers. Frozen weights come from the base."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def load_moving_state(model, tensors: dict) -> None:
+    expected = set(moving_state(model))
+    if expected != set(tensors):
+        odd = sorted(expected ^ set(tensors))
+        raise UserError(f"--resume: the checkpoint is of another model: {odd[0]} and {len(odd) - 1} more tensors do not match")
+    model.load_state_dict(tensors, strict=False)

@@ -48,6 +48,11 @@ class TrainConfig:
     seed: int = 0  # data order, augmentation and new weights are functions of it
     save_steps: int = 0  # save for resuming every N steps, too, not only after an epoch; for long epochs
 
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
+
 
 @dataclass
 class LoadConfig:
@@ -107,7 +112,7 @@ def read_yaml(path: Path, kinds: dict) -> dict:
 
     class Strict(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
-            keys = [key.value for key, _ in node.value]
+            keys = [str(key.value).replace("-", "_") for key, _ in node.value]
             doubled = {key for key in keys if keys.count(key) > 1}
             if doubled:
                 raise UserError(f"{path}: {', '.join(sorted(doubled))} is given twice; keep one")
@@ -201,7 +206,9 @@ def write_yaml(config, path: Path) -> None:
     for name, value in dataclasses.asdict(config).items():
         text = yaml.safe_dump({name: value}, default_flow_style=False, allow_unicode=True, width=10_000).strip()
         lines.append(f"{text}  # {comments[name]}")
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(aside, path)  # a kill leaves the old file or the new one, not half of one
 
 
 def cli(main, *args, **kwargs):

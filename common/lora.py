@@ -19,9 +19,9 @@ def find_targets(model, wanted, kinds, exclude=()) -> list[str]:
     """
     names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not is_within(name, exclude)]
     if wanted == "*":
-        hits = {name.rsplit(".", 1)[-1]: [] for name in names}
+        hits = {}
         for name in names:
-            hits[name.rsplit(".", 1)[-1]].append(name)
+            hits.setdefault(re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)[0], []).append(name)  # fc1, downsample.0
     else:
         try:
             hits = {p: [name for name in names if re.search(rf"(^|\.)({p})$", name)] for p in wanted}

@@ -7,22 +7,20 @@ accumulation, the non-finite guard, best tracking and the record.
 import dataclasses
 import json
 import math
-import os
-import platform
-import shutil
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_type_hints
 
-from common.checkpoint import folder_bytes, load_state, read_json, save_state, write_json
-from common.config import UserError, project_root, read_yaml, write_yaml
+from common.checkpoint import folder_bytes, load_moving_state, load_state, moving_state, save_state, write_json
+from common.config import UserError, write_yaml
+from common.folders import open_run_folder
 from common.optim import optimizer_step
 from common.runtime import (
     Interrupted,
     StopSignals,
+    environment,
     gather_lists,
+    peak_memory,
     process_index,
     progress,
     say,
@@ -33,8 +31,6 @@ from common.runtime import (
 
 SCHEMA_VERSION = 1
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
-# Settings that may differ when a run is taken up again: they do not change the weights (threads may, in the last bit).
-FREE_ON_RESUME = {"resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
 
 
 class Run:
@@ -61,7 +57,8 @@ class Run:
         self.is_main = self.rank == 0
         self.device = self.accelerator.device
         self.started, self.last_tick = datetime.now(UTC), time.monotonic()
-        self.folder = Path(self.broadcast(lambda: str(self.open_folder())))
+        self.lock = None
+        self.folder = self.broadcast(self.open_folder)
         self.best = self.folder / "checkpoints" / "best"
         self.last = self.folder / "checkpoints" / "last"
         if self.is_main:
@@ -92,43 +89,8 @@ class Run:
             raise SystemExit(128 + getattr(error, "signum", 2)) from None
 
     def open_folder(self) -> Path:
-        """Chooses and locks the run folder: the named one, the next free name, or with --resume the newest of them."""
-        config = self.config
-        root = (Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs") / self.task
-        name = config.run_name or self.method
-        if Path(name).name != name:
-            raise UserError(f"--run_name {name!r} must be a plain folder name")
-        numbered = [root / name, *(root / f"{name}_{i}" for i in range(2, 1000))]
-        taken = [path for path in numbered if has_results(path)]
-        folder = next(path for path in numbered if path not in taken)
-        if config.resume and taken:
-            folder = taken[-1]
-        elif config.resume:
-            print(f"nothing to resume in {root / name}: starting at step 0")
-        elif config.overwrite and (root / name).exists():
-            folder = root / name
-            if any(folder.iterdir()) and not (folder / "summary.json").exists():
-                raise UserError(f"--overwrite: {folder} does not look like a run folder (no summary.json); not touched")
-        elif taken and taken[0] == root / name:
-            print(f"{root / name} holds a run already (--resume goes on, --overwrite replaces it): using {folder.name}")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = lock_folder(folder)
-        if config.resume and (folder / "config.yaml").exists():
-            self.check_same_settings(folder)
-        elif not config.resume:
-            for path in folder.iterdir():
-                if path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder, self.lock = open_run_folder(self.config, self.task, self.method)
         return folder
-
-    def check_same_settings(self, folder: Path) -> None:
-        then = read_yaml(folder / "config.yaml", get_type_hints(type(self.config)))
-        for key, value in dataclasses.asdict(self.config).items():
-            if key not in FREE_ON_RESUME and then.get(key, value) != value:
-                raise UserError(
-                    f"--resume: {key} is {value!r} now and was {then[key]!r} when {folder.name} started; give the same "
-                    f"settings, or leave --resume out to start another run"
-                )
 
     def broadcast(self, make):
         """The main process's value on every process; its UserError, too, ends all of them."""
@@ -197,10 +159,14 @@ class Run:
         What the loop's body saved (the best model) is on disk when the checkpoint to resume from is written.
         """
         if not self.history:
-            self.history.append({"epoch": 0, "step": 0, **before()})
-            self.log(self.history[0])
-            say(f"before training: {self.in_words(self.history[0])}")
+            record = {"epoch": 0, "step": 0, **before()}
+            self.signals.busy = True
+            self.history.append(record)
+            self.log(record)
+            say(f"before training: {self.in_words(record)}")
             self.save()
+            self.signals.busy = False
+            self.stop_if_asked()
         while self.epoch <= self.config.epochs and not self.out_of_patience():
             yield self.epoch
             self.epoch, self.batches_done, self.loss_sums = self.epoch + 1, 0, [0.0, 0]
@@ -427,8 +393,8 @@ class Run:
 
     @staticmethod
     def in_words(record: dict) -> str:
-        numbers = {k: v for k, v in record.items() if isinstance(v, float)}
-        return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+        numbers = [f"{name} {value:.4f}" for name, value in record.items() if isinstance(value, float)]
+        return ", ".join(numbers[:5])  # the rest is in metrics.jsonl
 
     def write_summary(self, status: str, error: str | None = None) -> None:
         self.tick()
@@ -466,90 +432,5 @@ class Run:
         )
 
 
-def has_results(folder: Path) -> bool:
-    """Whether a run folder holds anything worth keeping: a checkpoint, or a run that ended well."""
-    if not folder.exists():
-        return False
-    saved = any((folder / "checkpoints").glob("*/*")) if (folder / "checkpoints").exists() else False
-    summary = folder / "summary.json"
-    return saved or (summary.exists() and read_json(summary).get("status") == "finished")
-
-
-def newest_best(task: str, method: str) -> Path:
-    """checkpoints/best of the newest run of a task and method in outputs/. UserError where there is none."""
-    root = project_root() / "outputs" / task
-    folders = [path.parent for path in root.glob("*/summary.json") if (path.parent / "checkpoints" / "best").is_dir()]
-    folders = [folder for folder in folders if read_json(folder / "summary.json").get("method") == method]
-    if not folders:
-        raise UserError(f"no {method} run in {root}: train first, or name a checkpoint with --checkpoint")
-    newest = max(folders, key=lambda folder: (folder / "checkpoints" / "best").stat().st_mtime)
-    return newest / "checkpoints" / "best"
-
-
-def lock_folder(folder: Path):
-    """An open file that holds the folder's lock until it is closed or the process ends, however it ends."""
-    file = open(folder / ".lock", "w")
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock
-        pass
-    except OSError:
-        raise UserError(f"another process is training in {folder}; give this run a --run_name of its own") from None
-    return file
-
-
 def without_place(record: dict) -> dict:
     return {key: value for key, value in record.items() if key not in ("epoch", "step")}
-
-
-def moving_state(model) -> dict:
-    """What training can change in a model: parameters that train, and buffers. Frozen weights come from the base."""
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-def load_moving_state(model, tensors: dict) -> None:
-    expected = set(moving_state(model))
-    if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))
-        raise UserError(f"--resume: the checkpoint is of another model: {odd[0]} and {len(odd) - 1} more tensors do not match")
-    model.load_state_dict(tensors, strict=False)
-
-
-def peak_memory(device) -> dict:
-    import torch
-
-    try:
-        import resource
-
-        scale = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
-        cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    except ImportError:  # Windows
-        import psutil
-
-        cpu = psutil.Process().memory_info().peak_wset
-    return {"cpu": cpu, "gpu": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
-
-
-def environment(device, processes: int) -> dict:
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    versions = {}
-    for package in ("torch", "transformers", "peft"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "platform": platform.platform(),
-        "device": name,
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-    }

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import random
 import signal
 import sys
@@ -195,6 +196,43 @@ def progress(iterable, text: str, total: int | None = None, **options):
 
     quiet = process_index()[0] > 0 or not sys.stderr.isatty()
     return tqdm(iterable, desc=text, total=total, leave=False, disable=quiet, dynamic_ncols=True, **options)
+
+
+def peak_memory(device) -> dict:
+    import torch
+
+    try:
+        import resource
+
+        scale = 1 if sys.platform == "darwin" else 1024  # Linux counts kilobytes
+        cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    except ImportError:  # Windows
+        import psutil
+
+        cpu = psutil.Process().memory_info().peak_wset
+    return {"cpu": cpu, "gpu": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+
+
+def environment(device, processes: int) -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {}
+    for package in ("torch", "transformers", "peft"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "device": name,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+    }
 
 
 class StopSignals:

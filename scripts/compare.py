@@ -90,10 +90,11 @@ def differences(summaries: list[dict], labels: list[str]) -> list[str]:
     statuses = [s.get("status") for s in summaries]
     if set(statuses) != {"finished"}:
         found["status"] = statuses
-    return [
-        f"{key}: " + ", ".join(f"{str(v)[: 16 if 'sha256' in key else None]} ({label})" for v, label in zip(values, labels, strict=True))
-        for key, values in found.items()
-    ]
+    phrases = []
+    for key, values in found.items():
+        length = 16 if key.endswith("sha256") else None
+        phrases.append(f"{key}: " + ", ".join(f"{str(v)[:length]} ({label})" for v, label in zip(values, labels, strict=True)))
+    return phrases
 
 
 # Saying ----------------------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def make_detection(config):
     for step, bar, (x, boxes_b, classes_b) in batches(config.steps, "2/2 detr"):
         if step == config.steps * 3 // 4:
             backbone.eval()
-        labels = [{"class_labels": c[c >= 0], "boxes": b[c >= 0]} for b, c in zip(boxes_b, classes_b)]
+        labels = [{"class_labels": c[c >= 0], "boxes": b[c >= 0]} for b, c in zip(boxes_b, classes_b, strict=True)]
         out = model(pixel_values=x, labels=labels)
         tokens = token_head(out.encoder_last_hidden_state)
         tokens = torch.cat([tokens[..., :-4], tokens[..., -4:].sigmoid()], dim=-1)
@@ -132,7 +132,7 @@ def make_detection(config):
     reloaded, report = AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     trained, loaded = (detection_map(m, *held_out) for m in (model, reloaded.eval()))
-    assert all(abs(a - b) < 1e-3 for a, b in zip(trained, loaded)), f"trained {trained}, reloaded {loaded}"
+    assert all(abs(a - b) < 1e-3 for a, b in zip(trained, loaded, strict=True)), f"trained {trained}, reloaded {loaded}"
     (folder / "README.md").write_text(DETECTION_CARD.format(
         weights=sum(p.numel() for p in plain.parameters()), steps=config.steps, warmup=warmup_steps, batch=config.batch_size,
         seed=config.seed, minutes=seconds / 60, count=count, held_out=len(held_out[0]), map50=loaded[0], map=loaded[1]))
@@ -193,8 +193,9 @@ def draw_source(split, count, seed):
     Rows without a shape have class -1. A picture depends on (seed, split, its number) alone.
     """
     import torch
-    from synthetic import SCENE_SIZE, SOURCE_CLASSES, draw_scene, scene_rng
     from tqdm import tqdm
+
+    from synthetic import SCENE_SIZE, SOURCE_CLASSES, draw_scene, scene_rng
 
     pictures = torch.empty(count, 3, SCENE_SIZE, SCENE_SIZE, dtype=torch.uint8)
     boxes, classes = torch.zeros(count, 4, 4), torch.full((count, 4), -1)

@@ -72,11 +72,11 @@ class Preprocess:
         if "height" in self.size:
             return self.size["height"], self.size["width"]
         short, long = self.size["shortest_edge"], self.size.get("longest_edge") or 10**9
-        if max(height, width) / min(height, width) * short > long:
-            short = int(round(long * min(height, width) / max(height, width)))
-        if height < width:
-            return short, int(short * width / height)
-        return int(short * height / width), short
+        exact = min(short, long * min(height, width) / max(height, width))
+        short = max(1, round(exact))  # rounded here, cut off for the longer side: to the pixel what the library does
+        if min(height, width) == short:
+            return height, width
+        return (int(exact * height / width), short) if width < height else (short, int(exact * width / height))
 
     def resize(self, pixels: np.ndarray) -> torch.Tensor:
         """(H, W, 3) uint8 -> (3, h, w) uint8, bilinear with antialiasing, as the base's own processor does."""
@@ -158,7 +158,7 @@ def make_augmentation():
         [
             v2.RandomHorizontalFlip(),
             v2.RandomApply([CropAndScaleBack()], p=0.5),
-            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+            v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
             v2.ClampBoundingBoxes(),
             v2.SanitizeBoundingBoxes(min_size=3),
         ]

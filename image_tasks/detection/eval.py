@@ -38,7 +38,7 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     config = parse(settings, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
-    from common.report import newest_best
+    from common.folders import newest_best
     from common.runtime import start_accelerator
     from data import load_for_eval
     from metrics import coco_eval, coco_metrics, draw_page, draw_per_class, draw_precision_recall, predict, worst_first

@@ -7,6 +7,7 @@ unusable is a UserError. Boxes leave as (x1, y1, x2, y2) in pixels of the pictur
 import hashlib
 import json
 import math
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """folder/name, or None where the name leads out of the folder (an annotation is not trusted to point anywhere)."""
+    """folder/name; None where nothing is there, or outside the folder (an annotation is not trusted to point anywhere)."""
     path = folder / name
     try:
         return path if path.resolve().is_relative_to(folder.resolve()) and path.exists() else None
@@ -158,18 +159,17 @@ def read_coco(data_dir: Path, faults: Faults):
 
 
 def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes: list[str], faults: Faults) -> list[Sample]:
-    index = {c.get("id"): classes.index(c["name"]) for c in table["categories"] if c.get("name") in classes}
+    categories = [c for c in table["categories"] if isinstance(c, dict) and str(c.get("name")) in classes]
+    index = {c.get("id"): classes.index(str(c["name"])) for c in categories}
     rows = defaultdict(list)
     for a in table["annotations"]:
         where = f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}"
         try:
             x, y, w, h = (float(v) for v in a["bbox"])
-            label, image_id = index[a["category_id"]], a["image_id"]
-            area = float(a.get("area") or math.nan)
-        except (KeyError, TypeError, ValueError):
+            label, area = index[a["category_id"]], float(a.get("area") or math.nan)
+            rows[a["image_id"]].append((x, y, x + w, y + h, label, bool(a.get("iscrowd", 0)), area))
+        except (KeyError, TypeError, ValueError, OverflowError):
             faults.add("box that cannot be read", where)
-            continue
-        rows[image_id].append((x, y, x + w, y + h, label, bool(a.get("iscrowd", 0)), area))
     names = SPLIT_NAMES[split]
     folders = [path.parent, *(data_dir / part for n in names for part in (n, f"{n}2017", f"images/{n}", f"images/{n}2017"))]
     folders += [data_dir / "images", data_dir]
@@ -177,10 +177,11 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes
     for image in table["images"]:
         try:
             name, image_id, size = str(image["file_name"]), image["id"], (int(image["width"]), int(image["height"]))
-        except (KeyError, TypeError, ValueError):
+            doubled = image_id in seen
+        except (KeyError, TypeError, ValueError, OverflowError):
             faults.add("image entry without id, file_name, width and height", f"{path.name} {str(image)[:60]}")
             continue
-        if image_id in seen:
+        if doubled:
             raise UserError(f"{path}: image id {image_id} is given twice")
         seen.add(image_id)
         places = [place for folder in folders if (place := inside(folder, name)) and place.is_file()]
@@ -261,6 +262,8 @@ def read_yolo(data_dir: Path, faults: Faults):
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         names = settings["names"]
+        if isinstance(names, str):
+            raise TypeError
         classes = [str(names[i]) for i in range(len(names))]  # a list, or {0: ..., 1: ...}
     except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} must hold `names:`, the list of class names") from None
@@ -278,16 +281,23 @@ def read_yolo(data_dir: Path, faults: Faults):
             elif place and place.is_file() and place.suffix == ".txt":
                 lines = [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
                 pictures = [p for line in lines if (p := inside(data_dir, line))]
+                for line in lines:
+                    if not inside(data_dir, line):
+                        faults.add("picture that is not there", f"{place.name}: {line}")
             else:
                 continue
-            splits[split] = [read_yolo_sample(p, data_dir, len(classes), faults) for p in pictures]
+            posed = "kpt_shape" in settings
+            splits[split] = [read_yolo_sample(p, data_dir, len(classes), posed, faults) for p in pictures]
             break
     return splits, classes
 
 
-def read_yolo_sample(picture: Path, data_dir: Path, classes: int, faults: Faults) -> Sample:
-    """`class cx cy w h` a line, in fractions; more numbers are a polygon, whose bounding box counts. No file: no objects."""
-    parts = list(picture.relative_to(data_dir).parts)
+def read_yolo_sample(picture: Path, data_dir: Path, classes: int, posed: bool, faults: Faults) -> Sample:
+    """`class cx cy w h` a line, in fractions. No file: no objects.
+
+    More numbers are keypoints behind the box, where data.yaml has kpt_shape (posed); else a polygon, whose bounding box counts.
+    """
+    parts = list(Path(os.path.relpath(picture, data_dir)).parts)  # a list in data.yaml may name it by an absolute path
     if "images" in parts:
         last = len(parts) - 1 - parts[::-1].index("images")
         parts[last] = "labels"
@@ -304,7 +314,7 @@ def read_yolo_sample(picture: Path, data_dir: Path, classes: int, faults: Faults
             except ValueError:
                 faults.add("box that cannot be read", f"{file.name} line {number}")
                 continue
-            if len(values) >= 6 and len(values) % 2 == 0:
+            if len(values) >= 6 and len(values) % 2 == 0 and not posed:
                 corners = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
             else:
                 x, y, w, h = values[:4]

@@ -42,7 +42,7 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     import torch
 
     from common.checkpoint import write_json
-    from common.report import newest_best
+    from common.folders import newest_best
     from common.runtime import EvalBatches, progress, start_accelerator
     from data import Faults, Preprocess, collate, decode, find_pictures, pictures_only
     from metrics import detect, draw_boxes, xywh

@@ -1,0 +1,90 @@
+"""The run folder: outputs/<task>/<name>/, never overwritten by accident, locked while a run is in it."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import get_type_hints
+
+from common.checkpoint import read_json
+from common.config import UserError, project_root, read_yaml
+
+# Settings that may differ when a run is taken up again: they do not change the weights (threads may, in the last bit).
+FREE_ON_RESUME = {"resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
+
+
+def open_run_folder(config, task: str, method: str):
+    """(folder, its lock) for a run: the named one, the next free name, or with --resume the newest of them.
+
+    UserError where it is in use, was started with other settings (--resume), or holds files that no run has left there.
+    """
+    root = (Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs") / task
+    name = config.run_name or method
+    if Path(name).name != name:
+        raise UserError(f"--run_name {name!r} must be a plain folder name")
+    numbered = [root / name, *(root / f"{name}_{i}" for i in range(2, 1000))]
+    taken = [path for path in numbered if has_results(path)]
+    folder = next(path for path in numbered if path not in taken)
+    if config.resume and taken:
+        folder = taken[-1]
+    elif config.resume:
+        print(f"nothing to resume in {root / name}: starting at step 0")
+    elif config.overwrite:
+        folder = root / name
+    elif folder != root / name:
+        print(f"{root / name} holds a run already (--resume goes on, --overwrite replaces it): using {folder.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {path.name for path in folder.iterdir()}
+    if "summary.json" not in contents and contents - {".lock", "config.yaml", ".config.yaml.tmp", ".summary.json.tmp"}:
+        raise UserError(f"{folder} holds files, but no run (there is no summary.json): not touched; use another --run_name")
+    lock = lock_folder(folder)
+    if config.resume and (folder / "config.yaml").exists():
+        check_same_settings(config, folder)
+    elif not config.resume:
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return folder, lock
+
+
+def check_same_settings(config, folder: Path) -> None:
+    then = read_yaml(folder / "config.yaml", get_type_hints(type(config)))
+    for key, value in dataclasses.asdict(config).items():
+        if key not in FREE_ON_RESUME and then.get(key, value) != value:
+            raise UserError(
+                f"--resume: {key} is {value!r} now and was {then[key]!r} when {folder.name} started; give the same settings, "
+                f"or leave --resume out to start another run"
+            )
+
+
+def has_results(folder: Path) -> bool:
+    """Whether a run folder holds anything worth keeping: a checkpoint, or a run that ended well."""
+    if not folder.exists():
+        return False
+    saved = any((folder / "checkpoints").glob("*/*")) if (folder / "checkpoints").exists() else False
+    summary = folder / "summary.json"
+    return saved or (summary.exists() and read_json(summary).get("status") == "finished")
+
+
+def lock_folder(folder: Path):
+    """An open file that holds the folder's lock until it is closed or the process ends, however it ends."""
+    file = open(folder / ".lock", "w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except OSError:
+        raise UserError(f"another process is training in {folder}; give this run a --run_name of its own") from None
+    return file
+
+
+def newest_best(task: str, method: str) -> Path:
+    """checkpoints/best of the newest run of a task and method in outputs/. UserError where there is none."""
+    root = project_root() / "outputs" / task
+    folders = [path.parent for path in root.glob("*/summary.json") if (path.parent / "checkpoints" / "best").is_dir()]
+    folders = [folder for folder in folders if read_json(folder / "summary.json").get("method") == method]
+    if not folders:
+        raise UserError(f"no {method} run in {root}: train first, or name a checkpoint with --checkpoint")
+    newest = max(folders, key=lambda folder: (folder / "checkpoints" / "best").stat().st_mtime)
+    return newest / "checkpoints" / "best"

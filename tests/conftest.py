@@ -1,0 +1,132 @@
+"""What several test files share: the path to the code, and scripts run as a user runs them.
+
+from conftest import ROOT, run_script
+"""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DETECTION = ROOT / "image_tasks" / "detection"
+
+sys.path.insert(0, str(ROOT))
+# For this process and the ones it starts, before torch is imported: one thread, no network.
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def show(text) -> str:
+    """The last part of a process's output; a process that was killed for its time leaves bytes, or nothing."""
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+    return text[-6000:]
+
+
+def run_script(folder, script, *args, expect: int | None = 0, env: dict | None = None, timeout: float = 240):
+    """Runs a script as a user does, from its own folder; the completed process, with its output as text.
+
+    expect: the exit code it must end with (None: any); anything else fails the test and shows the output.
+    """
+    command = [sys.executable, str(script), *map(str, args)]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired as slow:
+        raise AssertionError(f"{command} took over {timeout} s\n{show(slow.stdout)}\n{show(slow.stderr)}") from None
+    if expect is not None and done.returncode != expect:
+        raise AssertionError(
+            f"{command} ended with {done.returncode}, not {expect}\n--- stdout\n{show(done.stdout)}\n--- stderr\n"
+            f"{show(done.stderr)}"
+        )
+    return done
+
+
+class Child:
+    """A forked copy of this process that calls function(*args), with its output in a file.
+
+    A fork has all imports of this process, so it starts in milliseconds; it may patch, exhaust and crash what it likes.
+    """
+
+    def __init__(self, function, *args, log: Path, limit: int = 120):
+        self.log = Path(log)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                signal.alarm(limit)  # a child that hangs dies of it
+                sys.stdout = sys.stderr = open(self.log, "w", buffering=1)
+                os.dup2(sys.stdout.fileno(), 1)
+                os.dup2(sys.stdout.fileno(), 2)
+                function(*args)
+                code = 0
+            except SystemExit as leaving:
+                code = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def kill(self, signum: int) -> None:
+        os.kill(self.pid, signum)
+
+    def wait(self) -> int:
+        """What it exits with; 99 after an exception, -N after signal N."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def running(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def wait_for(self, condition, seconds: float = 60) -> None:
+        """Returns as soon as condition() holds; fails when the child ends before, or takes too long."""
+        until = time.monotonic() + seconds
+        while not condition():
+            assert self.running(), f"ended before it was expected to: {self.text}"
+            assert time.monotonic() < until, f"not within {seconds} s: {self.text}"
+            time.sleep(0.005)
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def in_child(function, *args, log: Path) -> tuple[int, str]:
+    """(exit code, output) of function(*args) in a forked copy of this process."""
+    child = Child(function, *args, log=log)
+    return child.wait(), child.text
+
+
+def import_all() -> None:
+    """Imports what a training run imports on its way, so that forked children need not."""
+    for name in ("accelerate", "matplotlib.pyplot", "safetensors.torch", "torch.utils.data", "torch.utils.tensorboard"):
+        importlib.import_module(name)
+
+
+def start_toy(folder: Path, *flags, env: dict | None = None) -> Child:
+    """toy_train.py with these flags and its run folder in folder/toy, in a forked process."""
+    import_all()
+    from toy_train import main
+
+    from common.config import cli
+
+    def call():
+        os.environ.update(env or {})
+        cli(main, ["--output_dir", str(folder), *map(str, flags)])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return Child(call, log=folder / f"log-{time.monotonic_ns()}.txt")
+
+
+def run_toy(folder: Path, *flags, expect: int = 0, env: dict | None = None) -> str:
+    """start_toy, waited for; its output. Any other exit code than the expected one fails the test."""
+    child = start_toy(folder, *flags, env=env)
+    code = child.wait()
+    assert code == expect, f"toy_train.py {flags} ended with {code}, not {expect}\n{child.text}"
+    return child.text

@@ -1,0 +1,243 @@
+"""What is subtly wrong in many training loops: clipping, accumulation, schedule, weight decay, non-finite gradients."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import import_all, in_child
+from safetensors.torch import load_file
+from torch import nn
+
+from common.config import TrainConfig, UserError
+from common.optim import build_optimizer, optimizer_step, schedule
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
+
+
+def config(**changes):
+    return TrainConfig(**{"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.0, **changes})
+
+
+def one_step(accelerator, model, optimizer, scheduler, scale: float, limit: float):
+    """One step on a loss times `scale`: (norm that optimizer_step reports, norm of the gradients that were stepped on)."""
+    seen = []
+    handle = optimizer.optimizer.register_step_pre_hook(
+        lambda o, *_: seen.append(math.sqrt(sum(float(p.grad.square().sum()) for g in o.param_groups for p in g["params"])))
+    )
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    (scale * (model(x) - 3).square().mean()).backward()
+    norm = optimizer_step(accelerator, optimizer, scheduler, limit)
+    handle.remove()
+    return norm, seen[0]
+
+
+def test_clips_at_every_step(accelerator):
+    model = net()
+    optimizer, scheduler = build_optimizer(model, config(), 20)
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    for _ in range(10):
+        norm, stepped = one_step(accelerator, model, optimizer, scheduler, 1e4, limit=0.5)
+        assert norm > 100
+        assert stepped == pytest.approx(0.5, rel=1e-3)
+
+
+def test_short_gradients_are_left_alone_and_zero_switches_clipping_off(accelerator):
+    for scale, limit in ((1e-3, 0.5), (1e4, 0.0)):
+        model = net()
+        optimizer, scheduler = build_optimizer(model, config(), 20)
+        norm, stepped = one_step(accelerator, model, accelerator.prepare_optimizer(optimizer), scheduler, scale, limit)
+        assert stepped == pytest.approx(norm, rel=1e-6)
+
+
+def test_clips_what_is_stepped_and_nothing_else(accelerator):
+    """Two optimizers share no norm: the huge gradients of one do not shrink the other's."""
+    small, large = net(), net()
+    optimizer, scheduler = build_optimizer(small, config(), 20)
+    x = torch.ones(2, 4)
+    (1e-4 * small(x).sum() + 1e6 * large(x).sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in small.parameters()]).norm()
+    untouched = [p.grad.clone() for p in large.parameters()]
+    norm = optimizer_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, 1.0)
+    assert norm == pytest.approx(float(expected), rel=1e-5)
+    assert all(torch.equal(p.grad, before) for p, before in zip(large.parameters(), untouched, strict=True))
+
+
+def test_gradients_are_zeroed(accelerator):
+    model = net()
+    optimizer, scheduler = build_optimizer(model, config(), 20)
+    one_step(accelerator, model, accelerator.prepare_optimizer(optimizer), scheduler, 1.0, 1.0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("limit", [1.0, 0.0])
+def test_non_finite_gradient_moves_nothing(accelerator, value, limit):
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer, scheduler = build_optimizer(model, config(), 20)
+    model(torch.ones(2, 4)).sum().backward()
+    model[0].weight.grad[0, 0] = value
+    with pytest.raises(UserError, match="not finite"):
+        optimizer_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, limit)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert optimizer.state == {} and scheduler.last_epoch == 0
+
+
+def test_weight_decay_pulls_matrices_only(accelerator):
+    """With gradients of zero all that moves is what decays."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, scheduler = build_optimizer(model, config(weight_decay=0.5), 20)
+    (0 * model(torch.randn(2, 1, 4, 4)).sum()).backward()
+    optimizer_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, 1.0)
+    ratio = {name: float((p.detach() / before[name]).mean()) for name, p in model.named_parameters() if before[name].any()}
+    assert {name for name, r in ratio.items() if r != 1} == {"0.weight", "3.weight"}
+    assert ratio["3.weight"] == pytest.approx(1 - 0.1 * 0.5, rel=1e-4)
+
+
+def test_only_what_trains_is_stepped_and_groups_keep_their_rate():
+    model = net()
+    model[0].requires_grad_(False)
+    groups = [{"params": list(model[:2].parameters()), "lr": 1e-5}, {"params": list(model[2].parameters()), "lr": 0.1}]
+    optimizer, _ = build_optimizer(model, config(weight_decay=0.3), 20, groups)
+    rates = {id(p): (group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {
+        id(model[1].weight): (1e-5, 0.0),
+        id(model[1].bias): (1e-5, 0.0),
+        id(model[2].weight): (0.1, 0.3),
+        id(model[2].bias): (0.1, 0.0),
+    }
+    with pytest.raises(UserError, match="nothing in the model trains"):
+        build_optimizer(model.requires_grad_(False), config(), 20)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(50, 1000), (0, 100), (10, 11), (50, 20), (1, 2), (50, 3)])
+def test_schedule_rises_peaks_and_falls_to_nothing(warmup, total):
+    factors = [schedule(step, warmup, total) for step in range(total)]
+    top = factors.index(max(factors))
+    assert factors[0] > 0 and max(factors) == 1.0
+    assert factors[: top + 1] == sorted(factors[: top + 1])
+    assert factors[top:] == sorted(factors[top:], reverse=True)
+    assert top <= max(total // 2, 0) and top <= warmup
+    assert all(schedule(step, warmup, total) == pytest.approx(0, abs=1e-9) for step in range(total, total + 20))
+    if total >= 100:
+        assert factors[-1] < 1e-2
+    if warmup > 1 and total >= 100:
+        rises = [b - a for a, b in zip(factors, factors[1:warmup], strict=False)]
+        assert rises == pytest.approx([1 / warmup] * (warmup - 1))
+
+
+def test_schedule_reaches_the_optimizer(accelerator):
+    model = net()
+    optimizer, scheduler = build_optimizer(model, config(warmup_steps=5), 40)
+    prepared, rates = accelerator.prepare_optimizer(optimizer), []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        one_step(accelerator, model, prepared, scheduler, 1.0, 1.0)
+    assert rates == pytest.approx([0.1 * schedule(step, 5, 40) for step in range(40)])
+    assert rates[0] == pytest.approx(0.02) and optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-12)
+
+
+# ---- accumulation, through Run -------------------------------------------------------------------------------------
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    samples: int = 44  # how many
+
+
+class Rows:
+    """Sample i is fixed; a batch's loss is the mean over its samples."""
+
+    def __init__(self, samples: int):
+        generator = torch.Generator().manual_seed(3)
+        self.x, self.y = torch.randn(samples, 4, generator=generator), torch.randn(samples, 1, generator=generator)
+
+    def __len__(self):
+        return len(self.x)
+
+    def name(self, index):
+        return str(index)
+
+    def __getitem__(self, key):
+        return self.x[key[1]], self.y[key[1]]
+
+
+def train(folder, path, batch_size: int, accumulate: int, order=None):
+    """Two epochs of plain training through Run; writes the weights and the learning rates of all steps."""
+    from safetensors.torch import save_file
+
+    from common.report import Run
+    from common.runtime import EpochBatches, build_loader
+
+    settings = RunConfig(
+        output_dir=str(folder),
+        epochs=2,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulate,
+        lr=0.05,
+        warmup_steps=2,
+        device="cpu",
+    )
+    with Run(settings, task="toy", method="full") as run:
+        data = Rows(settings.samples)
+        sampler = EpochBatches(len(data), batch_size, seed=0)
+        loader = build_loader(data, sampler, torch.utils.data.default_collate)
+        if order is not None:  # large batches of unlike sizes, which EpochBatches would not cut
+            sampler.plan = order
+        model = net()
+        optimizer, scheduler = build_optimizer(model, settings, 2 * (len(sampler) if order is None else len(order(1))))
+        if order is None:
+            assert run.total_steps(loader) == 2 * math.ceil(len(sampler) / accumulate)
+            optimizer, scheduler = build_optimizer(model, settings, run.total_steps(loader))
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+        rates = []
+        for epoch in run.epochs(before=lambda: {"m": 0.0}):
+            for batch in run.batches(loader, epoch):
+                rates.append(optimizer.param_groups[0]["lr"])
+                run.backward((model(batch[0]) - batch[1]).square().mean())
+                run.step_optimizer(optimizer, scheduler)
+            run.end_epoch({"m": float(epoch)}, best="m")
+        save_file(dict(model.state_dict()), path)
+        path.with_suffix(".json").write_text(json.dumps({"rates": rates, "steps": run.step}))
+        run.best.mkdir(parents=True)
+        run.finish()
+
+
+@pytest.mark.parametrize(
+    ("small", "k"),
+    [(4, 2), (4, 4), (4, 11)],  # 11 small batches an epoch: the last window has 1, 3 and all 11 of them
+)
+def test_accumulation_equals_one_large_batch(tmp_path, small, k):
+    import_all()
+    from common.runtime import EpochBatches
+
+    plan = EpochBatches(44, small, seed=0)
+
+    def joined(epoch):
+        parts = plan.plan(epoch)
+        return [sum(parts[i : i + k], []) for i in range(0, len(parts), k)]
+
+    few, many = tmp_path / "few.safetensors", tmp_path / "many.safetensors"
+    for args in ((tmp_path / "a", many, small, k), (tmp_path / "b", few, small * k, 1, joined)):
+        code, text = in_child(train, *args, log=tmp_path / "log.txt")
+        assert code == 0, text
+    steps = [json.loads(path.with_suffix(".json").read_text()) for path in (few, many)]
+    assert steps[0]["steps"] == steps[1]["steps"] == 2 * math.ceil(11 / k)
+    assert steps[1]["rates"][:1] == steps[0]["rates"][:1]
+    one, other, start = load_file(few), load_file(many), net().state_dict()
+    for name in one:
+        assert not torch.allclose(one[name], start[name], atol=1e-3), "nothing was learnt, so nothing was compared"
+        assert torch.allclose(one[name], other[name], atol=2e-6), name
