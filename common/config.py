@@ -8,6 +8,7 @@ import os
 import sys
 import types
 import typing
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -213,6 +214,7 @@ def write_yaml(config, path: Path) -> None:
 
 def cli(main, *args, **kwargs):
     """Runs a script's main: a UserError ends in one line and exit code 2, Ctrl-C in 130."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries telling each other about their next versions
     try:
         main(*args, **kwargs)
     except UserError as error:

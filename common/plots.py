@@ -42,7 +42,7 @@ def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: lis
         points = [(r["step"], r[key]) for r in epochs if r.get(key) is not None]
         if points:
             losses.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
-    losses.set(title="Loss", xlabel="optimizer step", ylabel="loss", yscale="log")
+    losses.set(title="Loss", xlabel="optimizer step", ylabel="loss")
     for i, name in enumerate(names):
         points = [(r["step"], r[name]) for r in epochs if r.get(name) is not None]
         if points:

@@ -29,6 +29,7 @@ from common.runtime import (
     to_device,
 )
 
+# needs: tensorboard
 SCHEMA_VERSION = 1
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
 
@@ -220,7 +221,7 @@ class Run:
         self.batches_done += 1
         self.step += 1
         self.loss_sums = [self.loss_sums[0] + sum(self.losses), self.loss_sums[1] + len(self.losses)]
-        if self.step % LOG_EVERY == 0:
+        if self.step % LOG_EVERY == 0 or self.step == 1:
             rates = [group["lr"] for group in self.optimizers[0].param_groups]
             self.log({"step": self.step, "loss": sum(self.losses) / len(self.losses), "lr": max(rates)})
         self.losses, self.stepped = [], False

@@ -105,7 +105,9 @@ def in_child(function, *args, log: Path) -> tuple[int, str]:
 
 def import_all() -> None:
     """Imports what a training run imports on its way, so that forked children need not."""
-    for name in ("accelerate", "matplotlib.pyplot", "safetensors.torch", "torch.utils.data", "torch.utils.tensorboard"):
+    for name in ("accelerate", "safetensors.torch", "torch.utils.data", "torch.utils.tensorboard", "torch._dynamo"):
+        importlib.import_module(name)  # torch imports the last one when it makes an optimizer
+    for name in ("matplotlib.pyplot", "matplotlib.backends.backend_agg"):
         importlib.import_module(name)
 
 

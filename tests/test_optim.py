@@ -212,8 +212,6 @@ def train(folder, path, batch_size: int, accumulate: int, order=None):
             run.end_epoch({"m": float(epoch)}, best="m")
         save_file(dict(model.state_dict()), path)
         path.with_suffix(".json").write_text(json.dumps({"rates": rates, "steps": run.step}))
-        run.best.mkdir(parents=True)
-        run.finish()
 
 
 @pytest.mark.parametrize(

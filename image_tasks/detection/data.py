@@ -45,8 +45,9 @@ def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.n
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError("no picture that can be decoded") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture that cannot be decoded, {str(error).splitlines()[0]}") from None
+    except Exception as error:  # on a damaged file a decoder may raise anything: struct.error, TypeError, SyntaxError ...
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"picture that cannot be decoded, {reason[0]}") from None
     image = image if claimed and claimed == stored and claimed != upright.size else upright
     if claimed and claimed != image.size:
         raise ValueError(f"picture of another size than its annotation says, {image.size} instead of {claimed}")

@@ -3,7 +3,8 @@
     python eval.py                                           # the newest outputs/detection/full, on its validation data
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/boxes --split test
 
-Leaves eval.json, precision_recall.png, per_class.png, predictions.png and worst.png in <run folder>/eval_<split>/.
+Leaves eval.json (for another split than val: eval_<split>.json) in the run folder, and beside it in eval_<split>/ the
+precision-recall curves, bars for each class, and pages of predictions and of the worst pictures.
 """
 
 import sys
@@ -25,7 +26,7 @@ class EvalConfig(LoadConfig):
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     batch_size: int = 16  # pictures at a time; no metric depends on it
     num_workers: int = 0  # processes that prepare batches; 0: the main one does
-    output_dir: str = ""  # where the results go; empty: eval_<split> in the run folder
+    output_dir: str = ""  # where the results go; empty: the run folder
 
 
 def load_full(config):
@@ -43,21 +44,22 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     from data import load_for_eval
     from metrics import coco_eval, coco_metrics, draw_page, draw_per_class, draw_precision_recall, predict, worst_first
 
-    device = start_accelerator(config).device
+    accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("detection", method))
     model, processor, origin = load(config)
     loader, classes, name = load_for_eval(config, processor, origin)
-    found, loss = predict(model.to(device), processor, loader)
+    found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), processor, loader)
     samples = loader.dataset.samples
     scored = coco_eval(samples, found, classes)
     metrics = {"val_loss": loss, **coco_metrics(scored, classes)}
 
     checkpoint = Path(config.checkpoint).expanduser()
     run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    folder = Path(config.output_dir).expanduser() if config.output_dir else run_folder / f"eval_{config.split}"
+    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
+    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
-    write_json(folder / "eval.json", {**facts, "config": asdict(config), "metrics": metrics})
+    write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
     if scored:
         draw_precision_recall(scored, classes, folder / "precision_recall.png")
         draw_per_class(metrics, folder / "per_class.png")
@@ -71,7 +73,7 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     for label in classes if scored else []:
         values = [metrics[key][label] for key in ("per_class_map_50", "per_class_map")]
         print("  {:12} AP50 {}  AP {}".format(label, *("absent" if v is None else f"{v:.4f}" for v in values)))
-    print(f"saved {folder}: eval.json, precision_recall.png, per_class.png, predictions.png, worst.png")
+    print(f"saved {file}, and pictures in {folder}")
 
 
 if __name__ == "__main__":

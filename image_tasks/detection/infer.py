@@ -48,16 +48,14 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     from metrics import detect, draw_boxes, xywh
 
     pictures = find_pictures(config.input)
-    device = start_accelerator(config).device
+    accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("detection", method))
     model, processor, origin = load(config)
-    model, classes = model.to(device), origin["classes"]
+    model, classes = accelerator.prepare_model(model, evaluation_mode=True), origin["classes"]
     faults = Faults()
     dataset = pictures_only(pictures, Preprocess(processor, origin["image_size"]), faults)
     faults.report()
-    root = (
-        Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs/detection/predictions" / method
-    )
+    root = Path(config.output_dir or project_root() / "outputs/detection/predictions" / method).expanduser()
     root.mkdir(parents=True, exist_ok=True)
 
     results, seconds, shapes = [], 0.0, [dataset.shape(i) for i in range(len(dataset))]
@@ -65,8 +63,8 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     for keys in progress(EvalBatches(shapes, config.batch_size), "detecting"):
         batch = collate([dataset[key] for key in keys])
         began = time.perf_counter()
-        (found,) = detect(model, processor, [batch])
-        if device.type == "cuda":
+        (found,) = detect(model, processor, [batch], with_loss=False)
+        if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         took = time.perf_counter() - began
         seconds += took

@@ -116,8 +116,9 @@ def with_classes(base, classes: list[str]):
         lowered = [label.lower() for label in known]
         rows = [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
         # Class layers are those that a class more would change; shapes alone do not tell where the number of classes stays.
-        config.id2label = dict(enumerate([*known, "one more"]))
-        wider, theirs = AutoModelForObjectDetection.from_config(config).state_dict(), base.state_dict()
+        probe = copy.deepcopy(config)
+        probe.id2label = dict(enumerate([*known, "one more"]))
+        wider, theirs = AutoModelForObjectDetection.from_config(probe).state_dict(), base.state_dict()
         changed = [key for key in theirs if wider[key].shape != theirs[key].shape]
         for key in changed:
             theirs[key] = pick_rows(theirs[key], rows, len(known))
