@@ -7,6 +7,7 @@ folder renamed into place. So a folder under its real name is whole, whenever th
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,9 +73,10 @@ def atomic_folder(path: Path):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        files = sorted(p for p in aside.rglob("*") if p.is_file())
-        for file in files:
-            fsync(file)
+        everything = sorted(aside.rglob("*"))
+        files = [p for p in everything if p.is_file()]
+        for item in everything:
+            fsync(item)
         manifest = {
             file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
         }
@@ -88,9 +90,21 @@ def atomic_folder(path: Path):
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         recover(path)
-        if isinstance(error, OSError):
-            raise UserError(f"could not save {path}: {error.strerror or error}; what was saved before is intact") from error
+        fault = disk_fault(error)
+        if fault:
+            raise UserError(f"could not save {path}: {fault}; what was saved before is intact") from error
         raise
+
+
+def disk_fault(error: BaseException | None) -> str | None:
+    """What the disk said, where an error comes from a write that failed. torch and safetensors hide that in errors of theirs."""
+    while error is not None and not isinstance(error, UserError):
+        if isinstance(error, OSError):
+            return error.strerror or str(error)
+        if "(os error " in str(error):
+            return str(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
 
 
 def recover(path: Path) -> None:
@@ -147,10 +161,13 @@ def save_state(folder: Path, state: dict, progress: dict, keep: int = 2) -> None
     import torch
 
     with atomic_folder(folder / f"step-{progress['step']:08d}") as aside:
-        torch.save(state, aside / "state.pt")
+        with open(aside / "state.pt", "wb") as file:  # Python's own, so that a full disk is an OSError
+            torch.save(state, file)
         (aside / "progress.json").write_text(json.dumps(progress, indent=2, allow_nan=False), encoding="utf-8")
     for old in step_folders(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):  # of saves that a kill cut short
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def load_state(folder: Path) -> tuple[dict, dict] | None:
@@ -164,7 +181,12 @@ def load_state(folder: Path) -> tuple[dict, dict] | None:
     for path in reversed(candidates):
         fault = damage(path)
         if fault is None:
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise UserError(
+                    f"{path / 'state.pt'} holds more than tensors and numbers, which could run code: refused"
+                ) from None
             return state, read_json(path / "progress.json")
         corrupt = path.with_name(path.name + ".corrupt")
         shutil.rmtree(corrupt, ignore_errors=True)

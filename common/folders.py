@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import get_type_hints
 
-from common.checkpoint import read_json
+from common.checkpoint import read_json, recover
 from common.config import UserError, project_root, read_yaml
 
 # Settings that may differ when a run is taken up again: they do not change the weights (threads may, in the last bit).
@@ -19,7 +19,7 @@ def open_run_folder(config, task: str, method: str):
     """
     root = (Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs") / task
     name = config.run_name or method
-    if Path(name).name != name:
+    if Path(name).name != name or name == "..":
         raise UserError(f"--run_name {name!r} must be a plain folder name")
     numbered = [root / name, *(root / f"{name}_{i}" for i in range(2, 1000))]
     taken = [path for path in numbered if has_results(path)]
@@ -32,7 +32,10 @@ def open_run_folder(config, task: str, method: str):
         folder = root / name
     elif folder != root / name:
         print(f"{root / name} holds a run already (--resume goes on, --overwrite replaces it): using {folder.name}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another --output_dir") from None
     contents = {path.name for path in folder.iterdir()}
     if "summary.json" not in contents and contents - {".lock", "config.yaml", ".config.yaml.tmp", ".summary.json.tmp"}:
         raise UserError(f"{folder} holds files, but no run (there is no summary.json): not touched; use another --run_name")
@@ -71,7 +74,8 @@ def lock_folder(folder: Path):
     try:
         import fcntl
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # lockf, not flock: data workers would inherit that one and hold it for seconds after the run was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows: no lock
         pass
     except OSError:
@@ -82,6 +86,8 @@ def lock_folder(folder: Path):
 def newest_best(task: str, method: str) -> Path:
     """checkpoints/best of the newest run of a task and method in outputs/. UserError where there is none."""
     root = project_root() / "outputs" / task
+    for summary in root.glob("*/summary.json"):
+        recover(summary.parent / "checkpoints" / "best")
     folders = [path.parent for path in root.glob("*/summary.json") if (path.parent / "checkpoints" / "best").is_dir()]
     folders = [folder for folder in folders if read_json(folder / "summary.json").get("method") == method]
     if not folders:

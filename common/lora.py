@@ -97,7 +97,7 @@ def load_adapter_files(model, folder: Path, whole=()):
     try:
         model = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter in {folder} does not fit this base: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
     shapes = {name: tuple(t.shape) for name, t in saved.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))

@@ -7,11 +7,13 @@ accumulation, the non-finite guard, best tracking and the record.
 import dataclasses
 import json
 import math
+import os
+import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.checkpoint import folder_bytes, load_moving_state, load_state, moving_state, save_state, write_json
+from common.checkpoint import folder_bytes, fsync, load_moving_state, load_state, moving_state, save_state, write_json
 from common.config import UserError, write_yaml
 from common.folders import open_run_folder
 from common.optim import optimizer_step
@@ -62,8 +64,11 @@ class Run:
         self.folder = self.broadcast(self.open_folder)
         self.best = self.folder / "checkpoints" / "best"
         self.last = self.folder / "checkpoints" / "last"
+        # A resume that is refused (other data, say) leaves the record of the run as it was.
+        self.keeps_record = self.is_main and not (self.config.resume and (self.folder / "summary.json").exists())
         if self.is_main:
             write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
+        if self.keeps_record:
             self.write_summary("running")
         say(f"run folder {self.folder}")
         self.signals = StopSignals(wait_always=self.world > 1).__enter__()
@@ -71,18 +76,21 @@ class Run:
         return self
 
     def __exit__(self, kind, error, _trace):
-        self.signals.__exit__()
+        self.signals.busy = True  # a second SIGTERM must not cut the last save short (a second Ctrl-C does)
         status = "finished" if self.finished else "failed"
         if kind in (Interrupted, KeyboardInterrupt):
             status = "interrupted"
-            if self.ready and not self.losses:  # between two steps: what is in memory can be gone on from
+        try:
+            if status == "interrupted" and self.ready and not self.losses:  # between two steps: what is in memory is whole
                 self.save()
-        if self.is_main:
-            message = f"{kind.__name__}: {error}" if kind else None
-            self.write_summary(status, message)
-            self.lock.close()
-        if getattr(self, "board", None):
-            self.board.close()
+        finally:
+            if self.keeps_record:
+                self.write_summary(status, f"{kind.__name__}: {error}" if kind else None)
+            if self.is_main:
+                self.lock.close()
+            if hasattr(self, "board"):
+                self.board.close()
+            self.signals.__exit__()
         if self.world > 1 and kind is None:
             self.accelerator.end_training()
         if status == "interrupted":
@@ -142,6 +150,9 @@ class Run:
         say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
         if self.config.resume:
             self.restore()
+            self.keeps_record = self.is_main
+            if self.is_main:
+                self.write_summary("running")
         self.ready = True
         return ready if len(ready) > 1 else ready[0]
 
@@ -160,7 +171,7 @@ class Run:
         What the loop's body saved (the best model) is on disk when the checkpoint to resume from is written.
         """
         if not self.history:
-            record = {"epoch": 0, "step": 0, **before()}
+            record = {"epoch": 0, "step": 0, **without_nan(before())}
             self.signals.busy = True
             self.history.append(record)
             self.log(record)
@@ -279,15 +290,19 @@ class Run:
         """Records an epoch's validation metrics. True on the process that should now save the model as the best so far."""
         sums = gather_lists([self.loss_sums])
         loss = sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums))
+        metrics = without_nan(metrics)
         record = {"epoch": self.epoch, "step": self.step, "train_loss": loss, **metrics}
         self.signals.busy = True  # until the checkpoint that knows of this record is written
         self.history.append(record)
         self.log(record)
         self.best_name, self.higher_is_better = best, higher_is_better
         new, old = metrics[best], self.best_record and self.best_record[best]
-        is_best = self.best_record is None or (new is not None and (new > old if higher_is_better else new < old))
+        if new is None or old is None:  # a metric that does not exist is worse than any that does
+            is_best = self.best_record is None or (new is not None and old is None)
+        else:
+            is_best = new > old if higher_is_better else new < old
         if is_best:
-            self.best_record, self.bad_epochs = {**record, best: new if new is not None else 0.0}, 0
+            self.best_record, self.bad_epochs = record, 0
         else:
             self.bad_epochs += 1
         say(f"epoch {self.epoch}/{self.config.epochs}: {self.in_words(record)}{'  (best)' if is_best else ''}")
@@ -300,7 +315,8 @@ class Run:
 
             steps = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
             draw_curves(steps, self.best_name, self.best_record, self.resumed_at, self.folder / "curves.png")
-            say(f"best {self.best_name} {self.best_record[self.best_name]:.4f} in epoch {self.best_record['epoch']}")
+            best = self.best_record[self.best_name]
+            say(f"best {self.best_name} {'null' if best is None else f'{best:.4f}'} in epoch {self.best_record['epoch']}")
             say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB), curves.png and summary.json beside it")
         self.finished = True
 
@@ -318,6 +334,8 @@ class Run:
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
         log = self.folder / "metrics.jsonl"
+        if log.exists():
+            fsync(log)
         progress_ = {
             "step": self.step,
             "epoch": self.epoch,
@@ -369,23 +387,27 @@ class Run:
         self.clock, self.resumed_at = saved["clock"], [*saved["resumed_at"], self.step]
         self.last_tick = time.monotonic()
         if self.is_main and log.exists():
-            with open(log, "r+b") as file:
-                file.truncate(saved["log_bytes"])
+            os.truncate(log, min(saved["log_bytes"], log.stat().st_size))
         say(f"resumed at step {self.step}, epoch {self.epoch}, {self.batches_done} batches into it")
 
     def log(self, record: dict) -> None:
         """Appends a line to metrics.jsonl and the same numbers to TensorBoard's file."""
         if not self.is_main:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        log, records = self.folder / "metrics.jsonl", [record]
+        with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if not hasattr(self, "board"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.folder / "tb"), purge_step=self.step if self.resumed_at else None)
-        for name, value in record.items():
-            if isinstance(value, (int, float)) and name not in ("step", "epoch"):
-                self.board.add_scalar(name, value, record["step"])
+            # TensorBoard's files lack what a kill cut off and know what a resume takes back: written anew, as metrics.jsonl is.
+            shutil.rmtree(self.folder / "tb", ignore_errors=True)
+            self.board = SummaryWriter(str(self.folder / "tb"))
+            records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        for record in records:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, record["step"])
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -431,6 +453,16 @@ class Run:
                 "environment": environment(self.device, self.world),
             },
         )
+
+
+def without_nan(metrics: dict) -> dict:
+    """The metrics with null for NaN and infinity, which JSON does not know; they are named."""
+    odd = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if odd:
+        say(f"not a finite number, so recorded as null: {', '.join(odd)}")
+    return {
+        name: without_nan(value) if isinstance(value, dict) else None if name in odd else value for name, value in metrics.items()
+    }
 
 
 def without_place(record: dict) -> dict:

@@ -134,7 +134,7 @@ class EvalBatches:
 
 
 def build_loader(dataset, batch_sampler, collate, num_workers: int = 0):
-    """A DataLoader whose workers leave Ctrl-C to the main process and stay alive between epochs."""
+    """A DataLoader whose workers leave Ctrl-C and SIGTERM to the main process and stay alive between epochs."""
     import torch
 
     return torch.utils.data.DataLoader(
@@ -150,7 +150,8 @@ def build_loader(dataset, batch_sampler, collate, num_workers: int = 0):
 
 def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A SIGTERM to the whole group (torchrun, batch systems) is answered by the run, which saves; a second one ends the worker.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def to_device(batch, device):

@@ -3,8 +3,8 @@
     python scripts/make_demo_base.py detection                             # writes image_tasks/detection/demo_base/
     python scripts/make_demo_base.py detection --steps 4 --output_dir /tmp/base      # a smoke run, seconds
 
-You need this only to change a base: they are part of the project. A base is made in a fixed number of steps from a fixed seed, so
-on one machine with one thread the same call gives the same weights.
+You need this only to change a base: they are part of the project. A base is made in a fixed number of steps from a fixed seed,
+so on one machine with one thread the same call gives the same weights.
 """
 
 import sys
@@ -34,7 +34,7 @@ from common.config import UserError, cli, parse  # noqa: E402
 class DetectionConfig:
     output_dir: str = str(ROOT / "image_tasks" / "detection" / "demo_base")  # folder to write
     seed: int = 0  # of weights, pictures and augmentation
-    steps: int = 3000  # optimizer steps of DETR; the warm-up of its backbone takes half as many before
+    steps: int = 5000  # optimizer steps of DETR; the warm-up of its backbone takes a third of that before
     batch_size: int = 16  # pictures a step
     lr: float = 1e-3  # of the transformer; the backbone takes half of it
     pictures: int = 8000  # source pictures drawn for training, fewer where fewer are seen
@@ -57,7 +57,7 @@ def make_detection(config):
     model = detr_from_scratch(SOURCE_CLASSES)
     thaw_batch_norm(model)
     model.to(memory_format=torch.channels_last)          # narrow convolutions take half as long again without it
-    warmup_steps = max(config.steps // 2, 1)
+    warmup_steps = max(config.steps // 3, 1)
     count = min(config.pictures, (config.steps + warmup_steps) * config.batch_size)
     pictures, boxes, classes = draw_source("train", count, config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -233,6 +233,9 @@ def augment(pictures, boxes, classes, generator):
     boxes[..., 0] = torch.where(flip[:, 0, 0], 1 - boxes[..., 0], boxes[..., 0])
     channels = torch.rand(len(pixels), 3, generator=generator).argsort(dim=1)
     pixels = pixels.gather(1, channels[:, :, None, None].expand_as(pixels))
+    # Without paler pictures the network finds shapes by their saturation alone, and sees nothing in a greyish domain.
+    grey = pixels.mean(dim=1, keepdim=True)
+    pixels = grey + (pixels - grey) * uniform(0.1, 1)
     average = pixels.mean(dim=(1, 2, 3), keepdim=True)
     pixels = (pixels - average) * uniform(0.7, 1.3) + average + uniform(-0.15, 0.15)
     pixels = pixels + uniform(0, 0.03) * torch.randn(pixels.shape, generator=generator)

@@ -111,24 +111,32 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
-def start_toy(folder: Path, *flags, env: dict | None = None) -> Child:
-    """toy_train.py with these flags and its run folder in folder/toy, in a forked process."""
+def start_toy(folder: Path, *flags, env: dict | None = None, group: bool = False, curves: bool = False) -> Child:
+    """toy_train.py with these flags and its run folder in folder/toy, in a forked process.
+
+    group: in a process group of its own. curves: with curves.png, which takes longer than the training.
+    """
     import_all()
     from toy_train import main
 
+    from common import plots
     from common.config import cli
 
     def call():
         os.environ.update(env or {})
+        if group:
+            os.setpgid(0, 0)
+        if not curves:
+            plots.draw_curves = lambda *_: None
         cli(main, ["--output_dir", str(folder), *map(str, flags)])
 
     folder.mkdir(parents=True, exist_ok=True)
     return Child(call, log=folder / f"log-{time.monotonic_ns()}.txt")
 
 
-def run_toy(folder: Path, *flags, expect: int = 0, env: dict | None = None) -> str:
+def run_toy(folder: Path, *flags, expect: int = 0, **options) -> str:
     """start_toy, waited for; its output. Any other exit code than the expected one fails the test."""
-    child = start_toy(folder, *flags, env=env)
+    child = start_toy(folder, *flags, **options)
     code = child.wait()
     assert code == expect, f"toy_train.py {flags} ended with {code}, not {expect}\n{child.text}"
     return child.text

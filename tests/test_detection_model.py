@@ -275,8 +275,9 @@ def test_plain_peft_loads_the_same_adapter(trained, base_folder):
 def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(base_folder, tmp_path, kind):
     base, processor, facts = load_base(str(base_folder))
     model, batch = with_classes(base, [*CLASSES, "star"]), make_batch()
-    losses = train(model, batch, steps=3)
-    assert losses[-1] < losses[0]
+    before = outputs(model, batch)
+    train(model, batch, steps=2)
+    assert (outputs(model, batch) - before).abs().max() > 1e-2
     save_model(tmp_path / "best", model, processor, origin("full", [*CLASSES, "star"], facts, FACTS))
     loaded, _, found = load_model(tmp_path / "best")
     assert torch.equal(outputs(loaded, batch), outputs(model, batch)) and found["classes"] == [*CLASSES, "star"]

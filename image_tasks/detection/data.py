@@ -259,6 +259,7 @@ def build_loaders(config, processor):
         "sha256": data_sha256(train.samples, val.samples, classes),
         "train": len(train),
         "val": len(val),
+        "most_boxes": max(len(s.boxes) for s in train.samples + val.samples),
         "left_out": faults.counts(),
     }
     if rank == 0:

@@ -100,10 +100,9 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
 def inside(folder: Path, name: str) -> Path | None:
     """folder/name; None where nothing is there, or outside the folder (an annotation is not trusted to point anywhere)."""
     path = folder / name
-    try:
-        return path if path.resolve().is_relative_to(folder.resolve()) and path.exists() else None
-    except (OSError, ValueError):  # no name that a file could have
+    if not os.path.exists(path):  # no exception, either, for a name that no file could have
         return None
+    return path if path.resolve().is_relative_to(folder.resolve()) else None
 
 
 # ---- COCO: one JSON per split ----------------------------------------------------------------------------------------
@@ -184,11 +183,12 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes
         if doubled:
             raise UserError(f"{path}: image id {image_id} is given twice")
         seen.add(image_id)
-        places = [place for folder in folders if (place := inside(folder, name)) and place.is_file()]
-        if not places:
+        places = (place for folder in folders if (place := inside(folder, name)) and place.is_file())
+        place = next(places, None)
+        if place is None:
             faults.add("picture that is not there", name)
             continue
-        samples.append(make_sample(places[0], size, rows.pop(image_id, [])))
+        samples.append(make_sample(place, size, rows.pop(image_id, [])))
     for image_id in rows:
         if image_id not in seen:
             faults.add("boxes of an image that is not listed", f"{path.name} image id {image_id}")

@@ -122,7 +122,7 @@ def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=Non
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.fromarray(pixels)
-    zoom = max(1.0, smallest / min(image.size))
+    zoom = max(1.0, min(smallest / min(image.size), 4 * smallest / max(image.size)))
     image = image.resize((round(image.width * zoom), round(image.height * zoom)), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     unit = max(1, min(image.size) // 200)

@@ -46,6 +46,7 @@ def load_base(name: str):
 
     float32 and safetensors only; UserError where a weight is missing or left over.
     """
+    from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
     from transformers.utils import logging
 
@@ -60,9 +61,14 @@ def load_base(name: str):
     try:
         processor = AutoImageProcessor.from_pretrained(source, local_files_only=True)
         model, info = AutoModelForObjectDetection.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {name} is no detector that can be loaded safely: {reason}") from None
     strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
@@ -98,8 +104,8 @@ def fetch(name: str) -> None:
         raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
 
 
-def with_classes(base, classes: list[str]):
-    """The base with a class head for `classes`; every other weight is kept.
+def with_classes(base, classes: list[str], most_boxes: int = 0):
+    """The base with a class head for `classes`; every other weight is kept. most_boxes: in one picture, to warn of too many.
 
     Rows of class layers are copied by class name; a class that the base does not know starts as the mean of those that it
     does: the head keeps its notion of "some object" against "no object".
@@ -107,6 +113,9 @@ def with_classes(base, classes: list[str]):
     from transformers import AutoModelForObjectDetection
 
     known = [base.config.id2label[i] for i in range(len(base.config.id2label))]
+    queries = getattr(base.config, "num_queries", most_boxes)
+    if queries < most_boxes:
+        say(f"note: this base finds at most {queries} objects in a picture, and one of yours has {most_boxes}")
     model = base
     if known != classes:
         config = copy.deepcopy(base.config)

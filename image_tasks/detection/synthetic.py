@@ -1,7 +1,7 @@
 """Synthetic detection data: simple shapes with exact boxes, drawn with PIL and numpy, the same for the same seed everywhere.
 
-Two domains that differ in look. On *source* (saturated solid shapes on blotchy colour) the small base model was trained; *target*
-(pale or dark shapes, often only outlines, on grey stripes with colour noise, and a class more) is what the demo fine-tunes it to.
+Two domains that differ in look. On *source* (saturated solid shapes on blotchy colour) the small base model was trained;
+*target* (muted shapes, some only outlines, on grey stripes with noise, and a class more) is what the demo fine-tunes it to.
 
     from synthetic import make_demo_data
     make_demo_data("data/demo")            # 400 + 200 + 200 pictures of the target domain in COCO layout, about five seconds
@@ -99,12 +99,12 @@ def draw_scene(rng, domain):
             corners = place(rng, name)
             box = bounds(corners)
             if all(overlap(box, other[1:]) <= MAX_OVERLAP for other in boxes):
-                colour, outline = solid_paint(rng) if domain == "source" else pale_or_dark_paint(rng)
+                colour, outline = solid_paint(rng) if domain == "source" else muted_paint(rng)
                 paint(picture, corners, colour, outline)
                 boxes.append((name, *box))
                 break
-    if domain == "target":  # noise over shapes and ground alike, as a camera in the dark would add it
-        picture += rng.normal(0, rng.uniform(4, 14), picture.shape)
+    if domain == "target":  # noise over shapes and ground alike, as a camera adds it
+        picture += rng.normal(0, rng.uniform(2, 6), picture.shape)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8), boxes
 
 
@@ -123,7 +123,7 @@ def stripes(rng):
     angle, period, phase = rng.uniform(0, math.pi), rng.uniform(7, 18), rng.uniform(0, 2 * math.pi)
     y, x = np.mgrid[:SCENE_SIZE, :SCENE_SIZE].astype(np.float32)
     wave = np.sin(2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + phase)
-    grey = rng.uniform(105, 150) + rng.uniform(12, 30) * np.tanh(3 * wave)  # tanh: nearly square stripes with soft edges
+    grey = rng.uniform(105, 150) + rng.uniform(10, 24) * np.tanh(3 * wave)  # tanh: nearly square stripes with soft edges
     return grey[:, :, None].astype(np.float32) + enlarge(rng.normal(0, 9, (12, 12, 3)))
 
 
@@ -197,15 +197,10 @@ def solid_paint(rng):
     return hsv(rng.uniform(), rng.uniform(0.75, 1), rng.uniform(0.75, 1)), 0
 
 
-def pale_or_dark_paint(rng):
-    """Target: a pale or a dark colour, filled or as an outline. Returns (colour, outline width)."""
-    pale = rng.uniform() < 0.5
-    colour = (
-        hsv(rng.uniform(), rng.uniform(0.1, 0.4), rng.uniform(0.85, 1))
-        if pale
-        else hsv(rng.uniform(), rng.uniform(0.3, 0.8), rng.uniform(0.12, 0.3))
-    )
-    return colour, rng.uniform(1.6, 3) if rng.uniform() < 0.5 else 0
+def muted_paint(rng):
+    """Target: a duller or darker colour; every fourth shape is an outline. Returns (colour, outline width)."""
+    colour = hsv(rng.uniform(), rng.uniform(0.5, 0.9), rng.uniform(0.45, 1))
+    return colour, rng.uniform(2.2, 3.6) if rng.uniform() < 0.25 else 0
 
 
 def hsv(hue, saturation, value):

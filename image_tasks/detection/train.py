@@ -49,7 +49,7 @@ def main(argv=None):
         run.describe(base=base_facts, data=data_facts)
 
         # 1. The base with a head for these classes. Every weight trains.
-        model = with_classes(base, classes)
+        model = with_classes(base, classes, data_facts["most_boxes"])
         groups = backbone_groups(model, config.lr, config.lr_backbone)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)

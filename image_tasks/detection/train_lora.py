@@ -55,7 +55,7 @@ def main(argv=None):
         run.describe(base=base_facts, data=data_facts)
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The heads train whole.
-        model = with_classes(base, classes)
+        model = with_classes(base, classes, data_facts["most_boxes"])
         lora = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,

@@ -1,0 +1,675 @@
+"""Detection data: three layouts give the same samples, bad input is named, pixels and boxes stay together."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import DETECTION
+from PIL import Image
+
+sys.path.insert(0, str(DETECTION))
+
+import data  # noqa: E402
+from data import DetectionData, Preprocess, build_loaders, check_samples, collate, decode, load_for_eval  # noqa: E402
+from formats import Faults, make_sample, read_dataset  # noqa: E402
+from metrics import coco_eval  # noqa: E402
+
+from common.config import UserError  # noqa: E402
+from common.runtime import EpochBatches, build_loader  # noqa: E402
+
+CLASSES = ["cat", "dog"]
+# Three pictures of 64 x 48, each with its boxes (label, x, y, w, h); the last has none.
+SCENE = {"a": [("cat", 8, 6, 16, 12), ("dog", 32, 24, 20, 18)], "b": [("dog", 4, 4, 40, 30)], "c": []}
+W, H = 64, 48
+
+
+def settings(folder, **changes):
+    values = {"data_dir": str(folder), "data_format": "auto", "image_size": 0, "augment": False, "cache": "auto", "seed": 0}
+    return SimpleNamespace(**{**values, "batch_size": 2, "num_workers": 0, **changes})
+
+
+def processor(height=32, width=32, **changes):
+    from transformers import DetrImageProcessor
+
+    return DetrImageProcessor(**{"size": {"height": height, "width": width}, "do_pad": False, **changes})
+
+
+def draw(path, boxes=(), size=(W, H)):
+    """A black picture with a white filled rectangle for every box (label, x, y, w, h)."""
+    pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    for _, x, y, w, h in boxes:
+        pixels[y : y + h, x : x + w] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def coco(scene=SCENE, ids=None, classes=CLASSES, ending="png"):
+    ids = ids or {name: i for i, name in enumerate(classes, 1)}
+    images = [{"id": i, "file_name": f"{name}.{ending}", "width": W, "height": H} for i, name in enumerate(scene)]
+    boxes = [(i, label, box) for i, name in enumerate(scene) for label, *box in scene[name]]
+    notes = [
+        {"id": n, "image_id": i, "category_id": ids[label], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for n, (i, label, box) in enumerate(boxes)
+    ]
+    return {"images": images, "annotations": notes, "categories": [{"id": ids[name], "name": name} for name in classes]}
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def xml(name, boxes, size=(W, H), extra=""):
+    things = "".join(
+        f"<object><name>{label}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox>"
+        f"</object>"
+        for label, x, y, w, h in boxes
+    )
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    return f"<annotation><filename>{name}.png</filename>{sides}{things}{extra}</annotation>"
+
+
+def yolo(boxes):
+    return "".join(
+        f"{CLASSES.index(label)} {(x + w / 2) / W:.8f} {(y + h / 2) / H:.8f} {w / W:.8f} {h / H:.8f}\n"
+        for label, x, y, w, h in boxes
+    )
+
+
+def make(folder, layout):
+    """Writes SCENE as training data, and its picture `a` as validation data where the layout has a place for it."""
+    if layout == "coco":
+        for split, scene in (("train", SCENE), ("val", {"a": SCENE["a"]})):
+            write(folder / "annotations" / f"instances_{split}2017.json", coco(scene))
+            write(folder / "annotations" / f"captions_{split}2017.json", {"images": [], "annotations": []})
+            for name, boxes in scene.items():
+                draw(folder / f"{split}2017" / f"{name}.png", boxes)
+    elif layout == "roboflow coco":
+        for split, scene in (("train", SCENE), ("valid", {"a": SCENE["a"]})):
+            table = coco(scene)
+            table["categories"] = [{"id": 0, "name": "pets", "supercategory": "none"}] + [
+                {**c, "supercategory": "pets"} for c in table["categories"]
+            ]
+            write(folder / split / "_annotations.coco.json", table)
+            for name, boxes in scene.items():
+                draw(folder / split / f"{name}.png", boxes)
+    elif layout == "single coco":
+        write(folder / "annotations.json", coco())
+        for name, boxes in SCENE.items():
+            draw(folder / "images" / f"{name}.png", boxes)
+    elif layout.startswith("voc"):
+        for name, boxes in SCENE.items():
+            draw(folder / "JPEGImages" / f"{name}.png", boxes)
+            write(folder / "Annotations" / f"{name}.xml", xml(name, boxes))
+        if layout == "voc":
+            draw(folder / "JPEGImages" / "v.png", SCENE["a"])
+            write(folder / "Annotations" / "v.xml", xml("v", SCENE["a"]))
+            write(folder / "ImageSets" / "Main" / "train.txt", "a\nb\nc\n")
+            write(folder / "ImageSets" / "Main" / "val.txt", "v\n")
+        elif layout == "voc trainval":
+            write(folder / "ImageSets" / "Main" / "trainval.txt", "a\nb\nc\n")
+    else:
+        places = {"yolo": "images/{}", "roboflow yolo": "{}/images", "yolo polygons": "images/{}"}
+        for split, scene in (("train", SCENE), ("valid" if "robo" in layout else "val", {"a": SCENE["a"]})):
+            place = places[layout].format(split)
+            for name, boxes in scene.items():
+                draw(folder / place / f"{name}.png", boxes)
+                text = yolo(boxes)
+                if "polygons" in layout:
+                    corners = ((x, y, x + w, y, x + w, y + h, x, y + h) for _, x, y, w, h in boxes)
+                    sides = (" ".join(str(v / (W, H)[i % 2]) for i, v in enumerate(c)) for c in corners)
+                    text = "".join(f"{CLASSES.index(b[0])} {c}\n" for b, c in zip(boxes, sides, strict=True))
+                if boxes:  # a picture without a text file has no objects
+                    write(folder / place.replace("images", "labels") / f"{name}.txt", text)
+        names = "{0: cat, 1: dog}" if layout == "yolo" else "[cat, dog]"
+        robo = "train: ../train/images\nval: ../valid/images\n" if "robo" in layout else ""
+        write(folder / "data.yaml", f"{robo}nc: 2\nnames: {names}\n")
+    return folder
+
+
+def read(folder, **changes):
+    faults = Faults()
+    splits, classes, layout = read_dataset(folder, changes.get("data_format", "auto"), changes.get("seed", 0), faults)
+    return splits, classes, layout, faults.counts()
+
+
+def loaded(folder, **changes):
+    """(training data set, validation data set, classes, facts for the summary)."""
+    train, val, classes, facts = build_loaders(settings(folder, **changes), changes.get("processor") or processor())
+    return train.dataset, val.dataset, classes, facts
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+WITH_VAL = ["coco", "roboflow coco", "voc", "yolo", "roboflow yolo", "yolo polygons"]
+
+
+@pytest.mark.parametrize("layout", [*WITH_VAL, "single coco", "voc trainval", "voc bare"])
+def test_every_layout_gives_the_same_samples(tmp_path, layout, capsys):
+    train, val, classes, facts = loaded(make(tmp_path, layout))
+    assert classes == CLASSES and facts["left_out"] == {} and facts["format"] in layout
+    samples = {s.path.stem: s for s in [*train.samples, *([] if layout in WITH_VAL else val.samples)]}
+    assert sorted(samples) == ["a", "b", "c"]
+    for name, boxes in SCENE.items():
+        sample = samples[name]
+        assert sample.size == (W, H) and [CLASSES[i] for i in sample.labels] == [box[0] for box in boxes]
+        expected = np.array([(x, y, x + w, y + h) for _, x, y, w, h in boxes], dtype=float).reshape(-1, 4)
+        np.testing.assert_allclose(sample.boxes, expected, atol=1e-4)
+        np.testing.assert_allclose(sample.area, (expected[:, 2:] - expected[:, :2]).prod(axis=1), rtol=1e-4)
+    assert ("no validation split" in capsys.readouterr().out) == (layout not in WITH_VAL)
+    if layout in WITH_VAL:
+        assert len(val) == 1 and val.samples[0].boxes.shape == (2, 4)
+
+
+def test_a_held_out_fifth_is_the_same_each_time_and_adding_pictures_moves_no_other(tmp_path, capsys):
+    def split(names, seed=0):
+        scene = {name: SCENE["b"] for name in names}
+        write(tmp_path / "annotations.json", coco(scene))
+        splits, *_ = read(tmp_path, seed=seed)
+        return {part: {s.path.stem for s in splits[part]} for part in ("train", "val")}
+
+    names = [f"p{i:03d}" for i in range(120)]
+    for name in names:
+        draw(tmp_path / "images" / f"{name}.png")
+    first = split(names[:100])
+    assert "of 100 training pictures, chosen by seed 0, become it" in capsys.readouterr().out
+    assert first == split(names[:100]) and first["train"].isdisjoint(first["val"]) and 10 <= len(first["val"]) <= 30
+    assert first["val"] != split(names[:100], seed=1)["val"]
+    for count in range(101, 121, 3):
+        more = split(names[:count])
+        assert first["val"] <= more["val"] and first["train"] <= more["train"]
+    for few in ([2, 3], [5, 6, 7]):  # neither side stays empty
+        small = split([names[i] for i in few])
+        assert small["train"] and small["val"]
+
+
+def test_trainval_is_no_validation_split(tmp_path, capsys):
+    scene = {f"p{i}": SCENE["b"] for i in range(8)}
+    for name in scene:
+        draw(tmp_path / "images" / f"{name}.png")
+    write(tmp_path / "annotations" / "trainval.json", coco(scene))
+    splits, *_ = read(tmp_path)
+    assert {s.path for s in splits["train"]}.isdisjoint(s.path for s in splits["val"])
+    assert "no validation split" in capsys.readouterr().out
+
+
+def test_category_ids_with_gaps_map_to_names_in_each_file_by_itself(tmp_path):
+    make(tmp_path, "coco")
+    write(tmp_path / "annotations" / "instances_train2017.json", coco(ids={"cat": 17, "dog": 90}))
+    write(tmp_path / "annotations" / "instances_val2017.json", coco({"a": SCENE["a"]}, ids={"cat": 3, "dog": 1}))
+    train, val, classes, _ = loaded(tmp_path)
+    assert classes == CLASSES and train.samples[0].labels.tolist() == [0, 1] and val.samples[0].labels.tolist() == [0, 1]
+
+
+def test_crowd_boxes_are_not_trained_on_and_cost_nothing_in_scoring(tmp_path):
+    make(tmp_path, "coco")
+    for split in ("train", "val"):
+        file = tmp_path / "annotations" / f"instances_{split}2017.json"
+        table = json.loads(file.read_text())
+        table["annotations"][1]["iscrowd"] = 1
+        write(file, table)
+    train, val, _, _ = loaded(tmp_path)
+    assert train[(1, 0)]["target"]["class_labels"].tolist() == [0]
+    cat, crowd = val.samples[0].boxes
+    found = {"index": 0, "scores": np.array([0.9, 0.8, 0.7]), "labels": np.array([0, 1, 1])}
+    inside = crowd + [2, 2, -8, -8]
+    scored = coco_eval(val.samples, [{**found, "boxes": np.array([cat, crowd, inside])}], CLASSES)
+    assert scored.stats[0] == pytest.approx(1)  # two detections on the crowd are neither hits nor mistakes, and dog has no truth
+
+
+def test_difficult_voc_objects_are_handled_as_crowd(tmp_path):
+    make(tmp_path, "voc")
+    box = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>30</xmax><ymax>20</ymax></bndbox>"
+    hard = f"<object><name>dog</name><difficult>1</difficult>{box}</object>"
+    write(tmp_path / "Annotations" / "a.xml", xml("a", SCENE["a"], extra=hard))
+    train, *_ = loaded(tmp_path)
+    assert train.samples[0].crowd.tolist() == [False, False, True] and len(train[(1, 0)]["target"]["boxes"]) == 2
+
+
+def test_pictures_without_boxes_stay_also_with_augmentation(tmp_path):
+    train, *_ = loaded(make(tmp_path, "coco"), augment=True)
+    for epoch in range(5):
+        target = train[(epoch, 2)]["target"]
+        assert target["boxes"].shape == (0, 4) and target["class_labels"].shape == (0,)
+
+
+# ---- faults in annotations -------------------------------------------------------------------------------------------
+
+
+def test_boxes_outside_are_clipped_and_those_without_area_are_dropped_and_counted(tmp_path):
+    boxes = [("cat", -10, -10, 30, 30), ("cat", 60, 40, 30, 30), ("dog", 5, 5, 0, 9), ("dog", 100, 100, 9, 9), ("dog", 1, 1, 9, 9)]
+    scene = {"a": [*boxes, ("dog", 3, 3, -9, 5)], "b": SCENE["b"]}
+    table = coco(scene)
+    table["annotations"] += [
+        {"id": 90, "image_id": 0, "category_id": 1, "bbox": [1, 2, float("nan"), 4]},
+        {"id": 91, "image_id": 0, "category_id": 1, "bbox": [1, 2, float("inf"), 4]},
+        {"id": 92, "image_id": 0, "category_id": 7, "bbox": [1, 2, 3, 4]},
+        {"id": 93, "image_id": 0, "category_id": 1, "bbox": [1, 2, 3]},
+        {"id": 94, "image_id": 0, "category_id": 1, "bbox": None},
+        {"id": 95, "image_id": 0, "bbox": [1, 2, 3, 4]},
+        {"id": 96, "image_id": [0], "category_id": 1, "bbox": [1, 2, 3, 4]},
+        {"id": 97, "image_id": 55, "category_id": 1, "bbox": [1, 2, 3, 4]},
+        "no box at all",
+    ]
+    make(tmp_path, "coco")
+    write(tmp_path / "annotations" / "instances_train2017.json", table)
+    train, _, _, facts = loaded(tmp_path)
+    np.testing.assert_allclose(train.samples[0].boxes, [(0, 0, 20, 20), (60, 40, 64, 48), (1, 1, 10, 10)])
+    np.testing.assert_allclose(train.samples[0].area, [400, 32, 81])
+    assert facts["left_out"] == {
+        "box that cannot be read": 6,
+        "box without area inside its picture": 5,
+        "boxes of an image that is not listed": 1,
+        "part of a box that lay outside its picture": 2,
+    }
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "sub/../../secret.png", "x\0y.png", "n" * 5000, "link.png"])
+def test_names_that_leave_the_folder_are_not_followed(tmp_path, name):
+    folder = make(tmp_path / "set", "coco")
+    draw(tmp_path / "secret.png")
+    (folder / "train2017" / "link.png").symlink_to(tmp_path / "secret.png")
+    table = coco()
+    table["images"][0]["file_name"] = name
+    write(folder / "annotations" / "instances_train2017.json", table)
+    splits, _, _, faults = read(folder)
+    assert [s.path.stem for s in splits["train"]] == ["b", "c"] and faults == {"picture that is not there": 1}
+
+
+def test_names_that_leave_the_folder_are_not_followed_by_voc_and_yolo(tmp_path):
+    draw(tmp_path / "secret.png")
+    voc = make(tmp_path / "voc", "voc")
+    write(tmp_path / "secret.xml", xml("secret", SCENE["a"]))
+    write(voc / "ImageSets" / "Main" / "train.txt", "a\n../../secret\n")
+    splits, _, _, faults = read(voc)
+    assert [s.path.stem for s in splits["train"]] == ["a"] and faults == {"annotation that cannot be read": 1}
+    lists = make(tmp_path / "yolo", "yolo")
+    here = (lists / "images" / "train" / "b.png").resolve()
+    write(lists / "train.txt", f"images/train/a.png\n{here}\n{tmp_path}/secret.png\n../secret.png\nimages/train/gone.png\n")
+    write(lists / "data.yaml", "train: train.txt\nval: images/val\nnames: [cat, dog]\n")
+    splits, _, _, faults = read(lists)
+    assert [s.path.stem for s in splits["train"]] == ["a", "b"] and faults == {"picture that is not there": 3}
+    assert [len(s.boxes) for s in splits["train"]] == [2, 1]
+
+
+def test_yolo_rows_with_keypoints_are_boxes_where_the_yaml_says_so(tmp_path):
+    make(tmp_path, "yolo")
+    write(tmp_path / "labels" / "train" / "b.txt", "1 0.5 0.5 0.25 0.5 0.1 0.9 0.2 0.8 0.9 0.1\n")
+    splits, *_ = read(tmp_path)
+    assert splits["train"][1].boxes[0].tolist() == pytest.approx([0.1, 0.1, 0.9, 0.9])  # a polygon
+    write(tmp_path / "data.yaml", "kpt_shape: [3, 2]\nnames: [cat, dog]\n")
+    splits, *_ = read(tmp_path)
+    assert splits["train"][1].boxes[0].tolist() == pytest.approx([0.375, 0.25, 0.625, 0.75])
+
+
+def test_yolo_rows_that_cannot_be_read_are_named(tmp_path, capsys):
+    make(tmp_path, "yolo")
+    rows = "0 0.5 0.5 0.2 0.2\n2 0.5 0.5 0.1 0.1\n0 0.5 0.5 0.1\n0 a b c d\n-1 0.5 0.5 0.1 0.1\n0.5 0.5 0.5 0.1 0.1\n"
+    write(tmp_path / "labels" / "train" / "a.txt", rows + "0 nan 0.5 0.1 0.1\n")
+    train, _, _, facts = loaded(tmp_path)
+    assert len(train.samples[0].boxes) == 1
+    assert facts["left_out"] == {"box that cannot be read": 5, "box without area inside its picture": 1}
+    text = capsys.readouterr().out
+    assert "left out, box that cannot be read (5): a.txt line 2, a.txt line 3, a.txt line 4 and 2 more" in text
+
+
+def test_a_data_yaml_outside_the_working_folder_is_read_with_its_absolute_paths(tmp_path, monkeypatch):
+    make(tmp_path / "set", "yolo")
+    write(tmp_path / "set" / "data.yaml", f"train: {tmp_path}/set/images/train\nval: images/val\nnames: [cat, dog]\n")
+    monkeypatch.chdir(tmp_path)
+    _, _, _, facts = loaded("set")
+    assert facts["train"] == 3 and facts["val"] == 1
+
+
+@pytest.mark.parametrize(
+    "layout, file, text, told",
+    [
+        ("coco", "annotations/instances_train2017.json", "{not json", "instances_train2017.json cannot be read as JSON"),
+        ("coco", "annotations/instances_train2017.json", "[]", "is no COCO file: it has no list 'images'"),
+        ("coco", "annotations/instances_val2017.json", '{"images": []}', "no COCO file: it has no list 'annotations'"),
+        ("coco", "annotations/instances_train2017.json", coco(ids={"cat": 1, "dog": "x"}), "instances_train2017.json: .*id"),
+        ("coco", "annotations/instances_train2017.json", {**coco(), "categories": []}, "names no classes"),
+        ("coco", "annotations/instances_train2017.json", {**coco(), "images": coco()["images"] * 2}, "id 0 is given twice"),
+        ("yolo", "data.yaml", "names: [a, b", "data.yaml must hold `names:`"),
+        ("yolo", "data.yaml", "nc: 2", "data.yaml must hold `names:`"),
+        ("yolo", "data.yaml", "names: cat", "data.yaml must hold `names:`"),
+        ("yolo", "data.yaml", "", "data.yaml must hold `names:`"),
+        ("voc", "Annotations/a.xml", "<annotation><object>", {"annotation that cannot be read": 1}),
+        ("voc", "Annotations/a.xml", xml("a", [("cat", 1, 1, 5, 5), ("cat", "x", "y", "z", "z")]), {"box that cannot be read": 1}),
+        ("voc", "Annotations/a.xml", "", {"annotation that cannot be read": 1}),
+    ],
+)
+def test_malformed_annotations_are_named(tmp_path, layout, file, text, told, capsys):
+    make(tmp_path, layout)
+    write(tmp_path / file, text)
+    if isinstance(told, dict):
+        *_, facts = loaded(tmp_path)
+        assert facts["left_out"] == told and "a.xml" in capsys.readouterr().out
+    else:
+        with pytest.raises(UserError, match=told) as caught:
+            loaded(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_two_layouts_or_of_none_asks_for_the_format(tmp_path):
+    both = make(make(tmp_path / "both", "coco"), "yolo")
+    with pytest.raises(UserError, match="looks like yolo and coco.*--data_format chooses one"):
+        read(both)
+    for layout in ("coco", "yolo"):
+        assert read(both, data_format=layout)[2] == layout
+    with pytest.raises(UserError, match="--data_format voc: .* does not have that layout"):
+        read(both, data_format="voc")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is none of the layouts that are known.*COCO .*VOC .*YOLO"):
+        read(tmp_path / "empty")
+    with pytest.raises(UserError, match="there is no folder"):
+        read(tmp_path / "nowhere")
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_exif_orientation_follows_the_size_that_the_annotation_claims(tmp_path):
+    stored = np.zeros((20, 40, 3), dtype=np.uint8)
+    stored[:10, :10] = 255  # white corner, at the top left of what is stored
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown a quarter turn clockwise
+    Image.fromarray(stored).save(tmp_path / "turned.png", exif=turned)
+    upright = decode(tmp_path / "turned.png", (20, 40))
+    assert upright.shape == (40, 20, 3) and upright[0, -1, 0] == 255 and upright[0, 0, 0] == 0
+    assert np.array_equal(decode(tmp_path / "turned.png"), upright)  # YOLO claims no size
+    assert np.array_equal(decode(tmp_path / "turned.png", (40, 20)), stored)  # whoever drew the boxes ignored the turn
+    with pytest.raises(ValueError, match="another size than its annotation says, \\(20, 40\\) instead of \\(30, 30\\)"):
+        decode(tmp_path / "turned.png", (30, 30))
+
+
+def test_unusual_pictures_have_the_right_pixels(tmp_path):
+    color = np.zeros((16, 24, 3), dtype=np.uint8)
+    color[:, :12], color[:, 12:] = (250, 10, 20), (10, 200, 30)
+    picture = Image.fromarray(color)
+
+    def back(name, image, **options):
+        image.save(tmp_path / name, **options)
+        return decode(tmp_path / name).astype(int)
+
+    palette = picture.convert("P", palette=Image.Palette.ADAPTIVE)
+    frames = [Image.new("RGB", (24, 16), c) for c in ("black", "white")]
+    assert np.abs(back("a.jpg", picture.convert("CMYK"), quality=100, subsampling=0) - color).max() <= 6
+    assert np.abs(back("a.png", palette) - color).max() <= 4
+    assert np.abs(back("b.png", picture.convert("RGBA")) - color).max() == 0
+    gif = back("a.gif", palette, save_all=True, append_images=frames)
+    assert gif.shape == color.shape and np.abs(gif - color).max() <= 4  # the first frame counts
+    grey = back("c.png", picture.convert("L"))
+    assert grey.shape == color.shape and np.ptp(grey, axis=2).max() == 0
+    assert set(np.unique(back("d.png", Image.fromarray(color[:, :, 0] > 100)))) == {0, 255}
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, axis=0)
+    deep = back("e.png", Image.fromarray(ramp))
+    assert deep.shape == (4, 256, 3) and np.abs(deep[0, :, 0] - np.arange(256)).max() <= 1
+    assert back("e.tif", Image.fromarray(np.arange(200, dtype=np.int32)[None]))[0, :, 0].tolist() == list(range(200))
+
+
+def damaged(folder):
+    """Files that are no pictures, or only half of one; what each is."""
+    noise = np.random.default_rng(0).integers(0, 255, (H, W, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "half.jpg", quality=95)
+    whole = (folder / "half.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "nothing.jpg").write_bytes(b"")
+    (folder / "page.jpg").write_text("<html><body>404</body></html>")
+    Image.fromarray(np.zeros((H, W), dtype=np.float32)).save(folder / "floats.tif")
+    Image.fromarray(noise[:, : W // 2]).save(folder / "narrow.png")
+    wrong = Image.Exif()
+    wrong[0x0112] = 6
+    Image.fromarray(noise).save(folder / "exif.jpg", exif=wrong)
+    header = (folder / "exif.jpg").read_bytes()
+    (folder / "exif.jpg").write_bytes(header.replace(b"\x01\x12\x00\x03\x00\x00\x00\x01", b"\x01\x12\x00\x02\xff\xff\xff\xff"))
+    return ["half.jpg", "nothing.jpg", "page.jpg", "floats.tif", "narrow.png"]
+
+
+def test_broken_pictures_are_left_out_named_and_counted(tmp_path, capsys):
+    make(tmp_path, "coco")
+    broken = damaged(tmp_path / "train2017")
+    table = coco()
+    table["images"] += [{"id": 100 + i, "file_name": name, "width": W, "height": H} for i, name in enumerate(broken)]
+    table["images"] += [{"id": 200, "file_name": "gone.png", "width": W, "height": H}, {"id": 201, "file_name": "unsized.png"}]
+    write(tmp_path / "annotations" / "instances_train2017.json", table)
+    train, _, _, facts = loaded(tmp_path)
+    assert [s.path.stem for s in train.samples] == ["a", "b", "c"]
+    assert facts["left_out"] == {
+        "image entry without id, file_name, width and height": 1,
+        "no picture that can be decoded": 2,
+        "picture of another size than its annotation says": 1,
+        "picture of floating-point numbers": 1,
+        "picture that cannot be decoded": 1,
+        "picture that is not there": 1,
+    }
+    text = capsys.readouterr().out
+    assert all(name in text for name in [*broken, "gone.png", "unsized.png"])
+
+
+def test_no_bytes_make_the_decoder_fail_otherwise_than_by_name(tmp_path):
+    """A few thousand damaged files: each gives a picture or a ValueError."""
+    damaged(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("exif.jpg", "narrow.png"):
+        whole = np.frombuffer((tmp_path / name).read_bytes(), dtype=np.uint8)
+        for trial in range(400):
+            bytes_ = whole.copy()
+            bytes_[rng.integers(0, 200 if trial % 2 else len(whole), 4)] = rng.integers(0, 256, 4)
+            try:
+                assert decode(bytes_[: len(whole) if trial % 5 else rng.integers(1, len(whole))].tobytes()).ndim == 3
+            except ValueError:
+                pass
+
+
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the pictures that were decoded, in order."""
+    calls = []
+
+    def counting(path, claimed=None):
+        calls.append(path.name)
+        return decode(path, claimed)
+
+    monkeypatch.setattr(data, "decode", counting)
+    return calls
+
+
+def test_after_the_first_pass_nothing_is_decoded_again(tmp_path, decoded):
+    train, val, *_ = loaded(make(tmp_path, "coco"))
+    assert sorted(decoded) == ["a.png", "a.png", "b.png", "c.png"]
+    for epoch in (1, 2):
+        [train[(epoch, i)] for i in range(3)], val[(0, 0)]
+    assert len(decoded) == 4
+
+
+def test_without_cache_each_access_decodes_and_gives_the_same(tmp_path, decoded):
+    cached, *_ = loaded(make(tmp_path, "coco"), augment=True)
+    train, *_ = loaded(tmp_path, augment=True, cache="off")
+    decoded.clear()
+    for i in range(3):
+        assert torch.equal(train[(4, i)]["pixels"], cached[(4, i)]["pixels"])
+    assert decoded == ["a.png", "b.png", "c.png"]
+    (tmp_path / "train2017" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="a.png: no picture that can be decoded"):
+        train[(5, 0)]
+
+
+def test_the_cache_respects_its_limit(tmp_path, decoded):
+    splits, *_ = read(make(tmp_path, "coco"))
+    picture = 3 * 32 * 32
+    for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (9 * picture, 3)):
+        _, cache, used = check_samples(splits["train"], Preprocess(processor()), Faults(), limit, "test")
+        assert sum(entry is not None for entry in cache) == kept and used <= limit
+
+
+# ---- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
+    make(tmp_path, "coco")
+    first, *_ = loaded(tmp_path, augment=True)
+    again, *_ = loaded(tmp_path, augment=True)
+    other, *_ = loaded(tmp_path, augment=True, seed=1)
+    torch.manual_seed(5)
+    want = first[(3, 0)]
+    again[(1, 2)], torch.rand(7)  # another history
+    state = torch.get_rng_state()
+    got = again[(3, 0)]
+    assert torch.equal(got["pixels"], want["pixels"]) and torch.equal(got["target"]["boxes"], want["target"]["boxes"])
+    assert torch.equal(torch.get_rng_state(), state)  # it leaves no trace in torch's own generator
+    assert not torch.equal(first[(4, 0)]["pixels"], want["pixels"]) and not torch.equal(other[(3, 0)]["pixels"], want["pixels"])
+
+
+def test_batches_are_the_same_with_and_without_workers(tmp_path):
+    train, *_ = loaded(make(tmp_path, "coco"), augment=True)
+
+    def batches(workers):
+        sampler = EpochBatches(len(train), 2, 0)
+        sampler.set_range(2, 0, 9)
+        return list(build_loader(train, sampler, collate, workers))
+
+    for mine, theirs in zip(batches(0), batches(2), strict=True):
+        assert torch.equal(mine["pixel_values"], theirs["pixel_values"])
+        for a, b in zip(mine["labels"], theirs["labels"], strict=True):
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("size", [{"height": 96, "width": 96}, {"shortest_edge": 80, "longest_edge": 200}])
+def test_boxes_follow_their_pixels_through_augmentation(tmp_path, size):
+    """A black picture with a white rectangle: wherever flips and crops take it, the box fits the bright pixels."""
+    path = draw(tmp_path / "a.png", [("cat", 37, 21, 50, 31)], size=(160, 100))
+    sample = make_sample(path, (160, 100), [(37, 21, 87, 52, 0, False, 0)])
+    preprocess = Preprocess(processor(size=size, do_normalize=False))
+    samples, cache, _ = check_samples([sample], preprocess, Faults(), 10**6, "test")
+    moved = DetectionData(samples, preprocess, cache, augment=True)
+    seen, plain = set(), DetectionData(samples, preprocess, cache)
+    for epoch in range(200):
+        item = moved[(epoch, 0)]
+        h, w = item["pixels"].shape[1:]
+        bright = item["pixels"].amax(dim=0) > 0.5 * item["pixels"].amax()
+        if not item["target"]["boxes"].numel():
+            assert bright.any(dim=0).sum() <= 5 or bright.any(dim=1).sum() <= 5  # a sliver at the rim
+            continue
+        x, y, bw, bh = (item["target"]["boxes"][0] * torch.tensor([w, h, w, h])).tolist()
+        columns, rows = (torch.nonzero(bright.any(dim=d)).flatten() for d in (0, 1))
+        fits = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+        for have, want in zip((x - bw / 2, y - bh / 2, x + bw / 2, y + bh / 2), fits, strict=True):
+            assert abs(have - want) < 1.5, (epoch, have, want)
+        seen.add((round(x), round(bw)))
+    assert len(seen) > 20
+    assert all(torch.equal(plain[(e, 0)]["pixels"], plain[(0, 0)]["pixels"]) for e in range(5))
+
+
+def test_evaluation_and_augment_off_see_the_plain_picture(tmp_path):
+    _, val, *_ = loaded(make(tmp_path, "coco"), augment=True)
+    train, *_ = loaded(tmp_path)
+    for dataset in (val, train):
+        assert torch.equal(dataset[(0, 0)]["pixels"], dataset[(7, 0)]["pixels"])
+    assert torch.equal(val[(0, 0)]["pixels"], train[(0, 0)]["pixels"])
+
+
+# ---- what the model is given -----------------------------------------------------------------------------------------
+
+
+def random_picture(rng, height, width):
+    coarse = rng.integers(0, 255, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [
+        ("DetrImageProcessor", {"height": 64, "width": 80}),
+        ("DetrImageProcessor", {"shortest_edge": 60, "longest_edge": 100}),
+        ("DeformableDetrImageProcessor", {"shortest_edge": 64, "longest_edge": 90}),
+        ("RTDetrImageProcessor", {"height": 64, "width": 64}),
+    ],
+)
+def test_preprocessing_is_that_of_the_bases_own_image_processor(kind, size):
+    import transformers
+
+    own = getattr(transformers, kind)(size=size, do_pad=False)
+    mine, rng = Preprocess(own), np.random.default_rng(0)
+    for height, width in ((50, 90), (90, 50), (64, 64), (200, 40), (121, 77), (60, 60), (60, 70), (33, 301), (75, 124)):
+        pixels = random_picture(rng, height, width)
+        theirs = own(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+        ours = mine.normalize(mine.resize(pixels))
+        assert ours.shape == theirs.shape, (height, width)
+        step = 1 / 255 / min(own.image_std) if own.do_normalize else 1 / 255
+        assert (ours - theirs).abs().max() <= 1.01 * step
+
+
+def test_a_very_long_picture_still_has_a_size():
+    preprocess = Preprocess(processor(size={"shortest_edge": 60, "longest_edge": 100}))
+    height, width = preprocess.target_size(1, 5000)
+    assert height >= 1 and width >= 1 and preprocess.resize(np.zeros((1, 5000, 3), np.uint8)).shape == (3, height, width)
+
+
+def test_labels_are_what_the_bases_own_processor_makes(tmp_path):
+    train, *_ = loaded(make(tmp_path, "coco"))
+    notes = [n for n in coco()["annotations"] if n["image_id"] == 0]
+    picture = Image.open(tmp_path / "train2017" / "a.png")
+    theirs = processor()(picture, annotations={"image_id": 0, "annotations": notes}, return_tensors="pt")["labels"][0]
+    ours = train[(0, 0)]["target"]
+    torch.testing.assert_close(ours["boxes"], theirs["boxes"])
+    assert ours["orig_size"].tolist() == theirs["orig_size"].tolist() == [H, W]
+    assert ours["class_labels"].tolist() == [0, 1]  # theirs keeps the file's category ids, which count from 1
+
+
+def test_collate_pads_at_the_right_and_below_and_says_where():
+    items = [{"pixels": torch.full((3, h, w), 1.0), "target": {"n": i}} for i, (h, w) in enumerate([(4, 6), (5, 3)])]
+    batch = collate(items)
+    assert batch["pixel_values"].shape == (2, 3, 5, 6) and batch["pixel_mask"].dtype == torch.long
+    for i, (h, w) in enumerate([(4, 6), (5, 3)]):
+        expected = torch.zeros(5, 6)
+        expected[:h, :w] = 1
+        assert torch.equal(batch["pixel_mask"][i].float(), expected) and torch.equal(batch["pixel_values"][i, 0], expected)
+    assert [label["n"] for label in batch["labels"]] == [0, 1]
+
+
+def test_boxes_given_to_the_model_lie_in_the_unit_square(tmp_path):
+    scene = {"a": [("cat", -5, -5, 200, 200), ("dog", 63, 47, 1, 1)], "b": [("dog", 0, 0, W, H)], "c": []}
+    make(tmp_path, "coco")
+    write(tmp_path / "annotations" / "instances_train2017.json", coco(scene))
+    for augment in (False, True):
+        train, *_ = loaded(tmp_path, augment=augment)
+        for key in [(e, i) for e in range(10) for i in range(3)]:
+            boxes = train[key]["target"]["boxes"]
+            corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2])
+            assert boxes.dtype == torch.float32 and torch.all((corners > -1e-6) & (corners < 1 + 1e-6))
+            assert torch.all(boxes[:, 2:] > 0)
+
+
+# ---- data for eval ---------------------------------------------------------------------------------------------------
+
+
+def test_eval_matches_classes_by_name_and_refuses_others(tmp_path):
+    make(tmp_path, "coco")
+    origin = {"classes": ["dog", "bird", "cat"], "data_dir": str(tmp_path), "data_format": "auto", "seed": 0, "image_size": 0}
+    config = settings("", split="val")
+    loader, classes, _ = load_for_eval(config, processor(), origin)
+    assert classes == ["dog", "bird", "cat"] and loader.dataset.samples[0].labels.tolist() == [2, 0]
+    with pytest.raises(UserError, match="has no test split; it has train, val"):
+        load_for_eval(settings("", split="test"), processor(), origin)
+    with pytest.raises(UserError, match="classes that the checkpoint does not know: dog; it knows cat"):
+        load_for_eval(settings(tmp_path, split="val"), processor(), {**origin, "classes": ["cat"]})
+
+
+def test_a_split_without_a_usable_picture_is_an_error(tmp_path):
+    make(tmp_path, "coco")
+    (tmp_path / "val2017" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="the val split has no picture that can be used"):
+        loaded(tmp_path)
+    shutil.rmtree(tmp_path / "train2017")
+    with pytest.raises(UserError, match="has no training pictures"):
+        loaded(tmp_path)

@@ -1,0 +1,241 @@
+"""Detection metrics are pycocotools' own, whatever the batch size; the pictures of predictions can be drawn and read."""
+
+import contextlib
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import DETECTION
+from PIL import Image
+from test_detection_model import CLASSES, save_base
+
+sys.path.insert(0, str(DETECTION))
+
+from data import DetectionData, Preprocess, check_samples, eval_loader  # noqa: E402
+from formats import Faults, make_sample, read_dataset  # noqa: E402
+from metrics import (  # noqa: E402
+    coco_eval,
+    coco_metrics,
+    draw_boxes,
+    draw_page,
+    draw_per_class,
+    draw_precision_recall,
+    draw_predictions,
+    evaluate,
+    predict,
+    worst_first,
+)
+from model import load_base  # noqa: E402
+
+
+def random_scene(folder, count=25, size=(300, 200)):
+    """A COCO folder of blank pictures with random boxes, crowds among them, and noisy random detections of them."""
+    rng = np.random.default_rng(0)
+    images, annotations, found = [], [], []
+    (folder / "images").mkdir(parents=True)
+    ids = [3, 7, 20]
+    for i in range(count):
+        Image.new("RGB", size).save(folder / "images" / f"{i:02d}.png")
+        images.append({"id": 100 + i, "file_name": f"{i:02d}.png", "width": size[0], "height": size[1]})
+        corners, labels = [], []
+        for _ in range(rng.integers(0, 7)):
+            w, h = rng.uniform(8, 150, 2)
+            x, y = rng.uniform(0, size[0] - w), rng.uniform(0, size[1] - h)
+            k = int(rng.integers(0, 3))
+            box = [round(float(v), 2) for v in (x, y, w, h)]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 100 + i,
+                    "category_id": ids[k],
+                    "bbox": box,
+                    "area": box[2] * box[3] * float(rng.uniform(0.5, 1)),
+                    "iscrowd": int(rng.random() < 0.1),
+                }
+            )
+            for _ in range(rng.integers(0, 3)):
+                moved = np.array([x, y, x + w, y + h]) + rng.normal(0, 0.08, 4) * [w, h, w, h]
+                corners.append(np.sort(moved.reshape(2, 2), axis=0).ravel())
+                labels.append(k if rng.random() < 0.8 else int(rng.integers(0, 3)))
+        for _ in range(4):
+            corners.append(np.sort(rng.uniform(0, 200, (2, 2)), axis=0).ravel())
+            labels.append(int(rng.integers(0, 3)))
+        scores = rng.random(len(labels)).round(2)  # ties, too
+        found.append({"index": i, "scores": scores, "labels": np.array(labels), "boxes": np.array(corners)})
+    categories = [{"id": number, "name": name} for number, name in zip(ids, CLASSES, strict=True)]
+    table = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(table))
+    return found, ids
+
+
+def test_metrics_equal_pycocotools_on_the_file_itself(tmp_path):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    found, ids = random_scene(tmp_path)
+    splits, classes, _ = read_dataset(tmp_path, "auto", 0, Faults())
+    samples = sorted([*splits["train"], *splits["val"]], key=lambda s: s.path.name)
+    samples, _, _ = check_samples(samples, Preprocess(load_base_processor()), Faults(), 0, "test")
+    assert len(samples) == len(found)
+    metrics = coco_metrics(coco_eval(samples, found, classes), classes)
+    rows = [
+        {"image_id": 100 + f["index"], "category_id": ids[k], "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]], "score": s}
+        for f in found
+        for b, k, s in zip(f["boxes"].tolist(), f["labels"].tolist(), f["scores"].tolist(), strict=True)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(tmp_path / "annotations.json"))
+        theirs = COCOeval(truth, truth.loadRes(rows), "bbox")
+        theirs.evaluate(), theirs.accumulate(), theirs.summarize()
+        for number, name in zip(ids, CLASSES, strict=True):  # one class at a time
+            alone = COCOeval(truth, truth.loadRes(rows), "bbox")
+            alone.params.catIds = [number]
+            alone.evaluate(), alone.accumulate(), alone.summarize()
+            assert metrics["per_class_map"][name] == pytest.approx(alone.stats[0], abs=1e-9)
+            assert metrics["per_class_map_50"][name] == pytest.approx(alone.stats[1], abs=1e-9)
+    names = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
+    assert [metrics[name] for name in names] == pytest.approx(theirs.stats[:6].tolist(), abs=1e-9)
+    assert 0.05 < metrics["map"] < 0.9 and metrics["map_small"] is not None
+
+
+def load_base_processor():
+    from transformers import DetrImageProcessor
+
+    return DetrImageProcessor(size={"height": 32, "width": 32}, do_pad=False)
+
+
+def sample(*rows, size=(300, 200)):
+    boxes = [(*corners, label, False, (corners[2] - corners[0]) * (corners[3] - corners[1])) for label, corners in rows]
+    return make_sample(None, size, boxes)
+
+
+def detection(index, *rows):
+    scores, labels, boxes = ([row[i] for row in rows] for i in range(3))
+    return {
+        "index": index,
+        "scores": np.array(scores, dtype=np.float32),
+        "labels": np.array(labels, dtype=int),
+        "boxes": np.array(boxes, dtype=np.float32).reshape(-1, 4),
+    }
+
+
+def test_nothing_found_is_zero_and_absent_sizes_and_classes_are_none():
+    truth = [sample((0, (10, 10, 60, 60))), sample()]
+    nothing = coco_metrics(coco_eval(truth, [detection(0), detection(1)], CLASSES), CLASSES)
+    assert nothing["map"] == nothing["map_50"] == nothing["map_75"] == 0
+    found = [detection(0, (0.9, 0, (10, 10, 60, 60))), detection(1, (0.1, 1, (0, 0, 9, 9)))]
+    metrics = coco_metrics(coco_eval(truth, found, CLASSES), CLASSES)
+    assert metrics["map"] == pytest.approx(1) and metrics["map_medium"] == pytest.approx(1)
+    assert metrics["map_small"] is None and metrics["map_large"] is None
+    assert metrics["per_class_map"] == {"circle": pytest.approx(1), "square": None, "triangle": None}
+    json.dumps(metrics, allow_nan=False)
+    background = coco_metrics(coco_eval([sample(), sample()], found, CLASSES), CLASSES)  # nothing there to be found
+    assert background["map"] == 0
+
+
+# ---- batch size ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """(model, processor, samples, preprocess, cache): pictures of five shapes, and a base that keeps their ratio."""
+    folder = tmp_path_factory.mktemp("mixed")
+    base = save_base(folder / "base", size={"shortest_edge": 48, "longest_edge": 96})
+    model, processor, _ = load_base(str(base))
+    rng, samples = np.random.default_rng(0), []
+    for i in range(11):
+        width, height = [(90, 60), (60, 90), (70, 70), (140, 50), (91, 60)][i % 5]
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows = [(5, 5, 40, 45, i % 3, False, np.nan), (20, 10, 55, 40, 1, False, np.nan)][: i % 3]
+        samples.append(make_sample(folder / f"{i}.png", (width, height), rows))
+    preprocess = Preprocess(processor)
+    return model, processor, *check_samples(samples, preprocess, Faults(), 10**8, "test")[:2], preprocess
+
+
+def loader_of(mixed, batch_size):
+    _, _, samples, cache, preprocess = mixed
+    return eval_loader(DetectionData(samples, preprocess, cache), batch_size)
+
+
+def test_metrics_do_not_depend_on_the_batch_size(mixed):
+    model, processor, *_ = mixed
+    found = {size: predict(model, processor, loader_of(mixed, size)) for size in (1, 7)}
+    assert len(loader_of(mixed, 7)) < len(loader_of(mixed, 1)) == 11
+    one, many = found[1][0], found[7][0]
+    assert [item["index"] for item in one] == [item["index"] for item in many] == list(range(11))
+    for a, b in zip(one, many, strict=True):
+        assert a["boxes"].shape == (8, 4) and np.abs(a["boxes"] - b["boxes"]).max() < 1e-4
+        assert np.abs(a["scores"] - b["scores"]).max() < 1e-6
+    metrics = [evaluate(model, processor, loader_of(mixed, size), CLASSES) for size in (1, 7)]
+    for key in ("map", "map_50", "map_75"):
+        assert metrics[0][key] == pytest.approx(metrics[1][key], abs=1e-6)
+    assert set(metrics[0]) == set(metrics[1])
+
+
+def test_boxes_come_back_in_pixels_of_the_original(mixed):
+    model, processor, samples, cache, preprocess = mixed
+    dataset = DetectionData(samples, preprocess, cache)
+    found, _ = predict(model, processor, loader_of(mixed, 4))
+    index = 3  # 140 x 50, seen smaller
+    pixels = dataset[(0, index)]["pixels"][None]
+    with torch.no_grad():
+        x, y, w, h = model.eval()(pixel_values=pixels).pred_boxes[0].numpy().T
+    width, height = samples[index].size
+    expected = np.stack([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height], axis=1)
+    np.testing.assert_allclose(found[index]["boxes"], expected, atol=1e-3)
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_worst_first_counts_missed_and_invented_boxes():
+    box, far = (10, 10, 60, 60), (200, 100, 260, 160)
+    truth = [sample((0, box)), sample((0, box), (1, far)), sample(), sample((0, box)), sample((0, box))]
+    found = [
+        detection(0, (0.9, 0, (12, 10, 60, 61))),  # right
+        detection(1, (0.2, 0, box)),  # both missed: too unsure
+        detection(2, (0.9, 0, box), (0.8, 1, far), (0.7, 2, far)),  # three inventions
+        detection(3, (0.9, 1, box)),  # wrong class: one missed, one invented
+        detection(4, (0.9, 0, box), (0.8, 0, box)),  # found twice: one too many
+    ]
+    assert worst_first(truth, found) == [2, 1, 3, 4, 0]
+    hidden = sample((0, box))
+    hidden.crowd[:] = True
+    assert worst_first([hidden, sample((0, box))], [detection(0), detection(1)]) == [1, 0]
+
+
+@pytest.mark.parametrize("size", [(20, 12), (400, 300), (1, 900), (64, 2000)])
+def test_boxes_and_labels_at_the_border_are_drawn_inside_the_picture(tmp_path, size):
+    width, height = size
+    boxes = [(0, 0, width, height), (width - 1, height - 1, width, height), (-50, -50, 5, 5), (width - 3, 0, width + 90, 4)]
+    labels = [0, 1, 2, 14]
+    classes = [f"a rather long name of a class {i}" for i in range(15)]
+    picture = draw_boxes(np.zeros((height, width, 3), np.uint8), np.array(boxes), labels, classes, np.array([0.9, 0.1, 1, 0.5]))
+    picture.save(tmp_path / "a.png")
+    back = Image.open(tmp_path / "a.png")
+    back.load()
+    assert np.asarray(back).max() > 100 and back.width == pytest.approx(width * back.height / height, abs=1)
+    assert min(back.size) >= 320 or max(back.size) == max(1280, *size)  # a strip is not blown up without end
+    plain = draw_boxes(np.zeros((height, width, 3), np.uint8), np.zeros((0, 4)), [], classes)
+    assert np.asarray(plain).max() == 0
+
+
+def test_pages_and_plots_are_readable_pngs(mixed, tmp_path):
+    model, processor, samples, cache, preprocess = mixed
+    dataset = DetectionData(samples, preprocess, cache)
+    found, _ = predict(model, processor, loader_of(mixed, 4))
+    for item in found:
+        item["scores"] = item["scores"] + 0.4  # some above the threshold
+    draw_page(dataset, found, CLASSES, worst_first(samples, found)[:4], tmp_path / "page.png")
+    draw_page(dataset, found, CLASSES, [5], tmp_path / "one.png")
+    draw_predictions(model, processor, dataset, CLASSES, tmp_path / "predictions", count=2)
+    scored = coco_eval(samples, found, CLASSES)
+    draw_precision_recall(scored, CLASSES, tmp_path / "pr.png")
+    draw_per_class(coco_metrics(scored, CLASSES), tmp_path / "bars.png")
+    for name in ("page.png", "one.png", "predictions/validation.png", "pr.png", "bars.png"):
+        with Image.open(tmp_path / name) as picture:
+            picture.load()
+            assert min(picture.size) > 200 and np.ptp(np.asarray(picture)) > 100

@@ -1,0 +1,315 @@
+"""What a run leaves behind: the record follows its schema, faults are named, nothing is overwritten."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script, run_toy, start_toy
+from PIL import Image
+from safetensors.torch import load_file
+
+TYPES = {
+    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v),
+    "text": lambda v: isinstance(v, str),
+    "boolean": lambda v: isinstance(v, bool),
+    "object": lambda v: isinstance(v, dict),
+    "null": lambda v: v is None,
+    "list of integers": lambda v: isinstance(v, list) and all(isinstance(i, int) for i in v),
+}
+
+
+def schema() -> dict[str, list[str]]:
+    """Key with dots -> the types it may have, as the table in the document says."""
+    keys = {}
+    for line in (ROOT / "docs" / "summary_schema.md").read_text().splitlines():
+        if not line.startswith("| `"):
+            continue
+        names, kinds = (cell.strip() for cell in line.strip("|").split("|")[:2])
+        names, kinds = re.findall(r"`([\w.]+)`", names), kinds.split(", ")
+        kinds *= len(names) if len(kinds) == 1 else 1
+        assert len(names) == len(kinds), line
+        keys |= {name: kind.split(" or ") for name, kind in zip(names, kinds, strict=True)}
+    return keys
+
+
+def follow(record: dict, name: str):
+    for part in name.split("."):
+        assert part in record, f"{name} is missing"
+        record = record[part]
+    return record
+
+
+def check_schema(record: dict):
+    keys = schema()
+    assert len(keys) > 30 and {"status", "metrics.best", "peak_memory_bytes.gpu"} <= set(keys)
+    for name, kinds in keys.items():
+        value = follow(record, name)
+        assert any(TYPES[kind](value) for kind in kinds), f"{name} is {value!r}, not {' or '.join(kinds)}"
+    tops = {name.split(".")[0] for name in keys}
+    assert set(record) == tops, "a key that the document does not have"
+    for part in ("base", "data", "parameters", "peak_memory_bytes"):
+        inner = {name.split(".")[1] for name in keys if name.startswith(part + ".")}
+        assert set(record[part]) == inner
+    named = re.search(r"\| `environment` \|.*\|(.*)\|", (ROOT / "docs" / "summary_schema.md").read_text())[1]
+    assert set(re.findall(r"`(\w+)`", named)) <= set(record["environment"])
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run_toy(folder, curves=True)
+    return folder / "toy" / "full"
+
+
+def test_summary_of_a_finished_run(finished):
+    record = summary(finished)
+    check_schema(record)
+    assert (record["status"], record["error"]) == ("finished", None)
+    assert record["started"] <= record["ended"] and record["ended"].endswith("+00:00")
+    assert (record["epochs"], record["steps"], record["resumed_at_steps"]) == (3, 48, [])
+    assert record["parameters"] == {"total": 8 * 32 + 32 + 64 + 32 * 32 + 32 + 33, "trainable": 64 + 32 * 32 + 32 + 33}
+    epochs = [r for r in lines(finished) if "epoch" in r]
+    assert record["metrics"]["before"]["val_loss"] == epochs[0]["val_loss"]
+    assert record["metrics"]["final"]["val_loss"] == epochs[-1]["val_loss"]
+    best = max(epochs[1:], key=lambda r: r["score"])
+    assert record["metrics"]["best"]["epoch"] == best["epoch"] and record["metrics"]["best"]["score"] == best["score"]
+    assert record["checkpoint_bytes"] == sum(p.stat().st_size for p in (finished / "checkpoints/best").iterdir())
+    assert record["seconds"] >= record["train_seconds"] > 0
+    assert record["samples_per_second"] == pytest.approx(3 * 64 / record["train_seconds"], rel=0.1)
+    assert 50e6 < record["peak_memory_bytes"]["cpu"] < 20e9
+    assert record["environment"]["processes"] == 1
+
+
+def test_config_yaml_repeats_the_run(finished, tmp_path):
+    run_toy(tmp_path, "--config", finished / "config.yaml")
+    again = tmp_path / "toy" / "full"
+    assert (again / "fingerprint.txt").read_text() == (finished / "fingerprint.txt").read_text()
+    assert (again / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+
+
+def test_best_model_is_the_one_of_the_best_epoch(tmp_path):
+    """The lowest loss is it here; loaded again, the model that was saved has that loss."""
+    import torch
+
+    run_toy(tmp_path, "--epochs", "4", "--lr", "0.3", "--best", "val_loss", "--run_name", "low")
+    run = tmp_path / "toy" / "low"
+    epochs = [r for r in lines(run) if r.get("epoch")]
+    record = summary(run)["metrics"]
+    assert record["higher_is_better"] is False and record["name"] == "val_loss"
+    assert record["best"]["val_loss"] == min(r["val_loss"] for r in epochs)
+    assert len({r["val_loss"] for r in epochs}) == 4
+    from toy_train import Config, Samples, build_model, evaluate
+
+    model = build_model(Config())
+    model.load_state_dict(load_file(run / "checkpoints" / "best" / "model.safetensors"))
+    loader = [{k: torch.stack([Samples(Config(), "val")[0, i][k] for i in range(24)]) for k in ("x", "y", "index")}]
+    assert evaluate(model, loader, 0, Config())["val_loss"] == pytest.approx(record["best"]["val_loss"], rel=1e-5)
+
+
+def test_curves_are_a_picture(finished):
+    with Image.open(finished / "curves.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width > 1000 and picture.height > 300
+        colors = picture.convert("RGB").getcolors(maxcolors=1 << 24)
+    assert len(colors) > 100, "an empty picture"
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds(finished, tmp_path):
+    assert tensorboard(finished) == expected_scalars(finished)
+    # Also after a kill, which cuts off what TensorBoard had not written yet, and a resume, which takes steps back.
+    child = start_toy(tmp_path, "--save_steps", "7", "--pause", "0.01")
+    child.wait_for(lambda: "epoch 2/3" in child.text)
+    child.kill(9)
+    child.wait()
+    run_toy(tmp_path, "--save_steps", "7", "--pause", "0.01", "--resume")
+    assert tensorboard(tmp_path / "toy" / "full") == expected_scalars(finished)
+
+
+def tensorboard(run: Path) -> dict:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, pytest.approx(e.value)) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def expected_scalars(run: Path) -> dict:
+    expected = {}
+    for record in lines(run):
+        for name, value in record.items():
+            if name not in ("step", "epoch") and isinstance(value, (int, float)):
+                expected.setdefault(name, []).append((record["step"], value))
+    assert {"loss", "lr", "train_loss", "val_loss", "score"} <= set(expected)
+    return expected
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+def test_summary_of_a_failed_run(tmp_path):
+    said = run_toy(tmp_path, "--fault", "crash", expect=99)
+    assert "ZeroDivisionError: a fault in the script" in said
+    record = summary(tmp_path / "toy" / "full")
+    check_schema(record)
+    assert record["status"] == "failed" and "a fault in the script" in record["error"]
+    assert record["epochs"] == 1 and record["steps"] == 16
+
+
+def test_summary_of_a_run_that_fails_before_it_trains(tmp_path):
+    said = run_toy(tmp_path, "--samples", "0", expect=2)
+    assert "no training sample" in said and "Traceback" not in said
+    record = summary(tmp_path / "toy" / "full")
+    assert record["status"] == "failed" and "no training sample" in record["error"]
+    run_toy(tmp_path, "--epochs", "1")  # nothing of worth was left, so the name is free
+    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["full"]
+
+
+def test_summary_of_an_interrupted_run(tmp_path):
+    child = start_toy(tmp_path, "--pause", "0.02")
+    child.wait_for(lambda: "epoch 1/3" in child.text)
+    run = tmp_path / "toy" / "full"
+    running = summary(run)
+    assert running["status"] == "running" and running["ended"] is None
+    child.kill(15)
+    assert child.wait() == 143
+    record = summary(run)
+    check_schema(record)
+    assert record["status"] == "interrupted" and "SIGTERM" in record["error"]
+    assert record["epochs"] == 1 and 16 <= record["steps"] < 48
+
+
+def test_nan_loss_stops_before_the_weights_move(tmp_path):
+    said = run_toy(tmp_path, "--fault", "nan_loss", "--fault_epoch", "2", expect=2)
+    assert "Traceback" not in said
+    run = tmp_path / "toy" / "full"
+    error = re.search(r"error: the loss is nan at step (\d+), epoch 2; the batch held (.*?);", said)
+    assert error and "train/007.txt" in error[2] and len(error[2].split(", ")) == 4
+    step = int(error[1])
+    assert 17 <= step <= 32
+    record = summary(run)
+    check_schema(record)
+    assert record["status"] == "failed" and "nan" in record["error"] and record["steps"] == step - 1
+    # The last checkpoint is intact: resumed, the run stops at the same step, not earlier, and not with other numbers.
+    again = run_toy(tmp_path, "--fault", "nan_loss", "--fault_epoch", "2", "--resume", expect=2)
+    assert "resumed at step 16," in again and f"nan at step {step}," in again
+    from common.checkpoint import load_state
+
+    state, progress = load_state(run / "checkpoints" / "last")
+    assert progress["step"] == 16 and all(bool(t.isfinite().all()) for t in state["models"][0].values())
+
+
+def test_nan_in_memory_leaves_weights_and_gradients_alone(tmp_path):
+    import torch
+    from toy_train import Config
+
+    from common.report import Run
+
+    run = Run(Config(device="cpu"), "toy", "full")
+    run.device, run.world, run.rank = torch.device("cpu"), 1, 0
+    run.signals = type("Signals", (), {"pending": 0})()
+    run.files_in_batch = ["a.png"]
+    weight = torch.ones(3, requires_grad=True)
+    from common.config import UserError
+
+    for value in (math.nan, math.inf):
+        with pytest.raises(UserError, match="a.png"):
+            run.backward((weight * value).sum())
+        assert weight.grad is None and run.losses == []
+
+
+def test_nan_metric_is_null_and_not_the_best(tmp_path):
+    for best in ("score", "val_loss"):
+        for epoch in (1, 2):
+            name = f"{best}{epoch}"
+            flags = ["--fault", "nan_metric", "--fault_epoch", epoch, "--best", best, "--run_name", name]
+            said = run_toy(tmp_path, *flags, curves=epoch == 1)
+            run = tmp_path / "toy" / name
+            epochs = [r for r in lines(run) if "epoch" in r]
+            assert epochs[epoch]["val_loss"] is None and epochs[epoch]["per_class_error"] == {"all": None}
+            assert "recorded as null: val_loss" in said
+            record = summary(run)
+            assert record["status"] == "finished"
+            assert record["metrics"]["best"]["epoch"] != epoch and record["metrics"]["best"][best] is not None
+            check_schema(record)
+
+
+def test_a_tensor_that_cannot_learn_is_named(tmp_path):
+    said = run_toy(tmp_path, "--fault", "dead", expect=2)
+    assert "2 trainable tensors got no gradient" in said and "unused.weight" in said
+    assert summary(tmp_path / "toy" / "full")["steps"] == 0
+
+
+def test_patience_stops(tmp_path):
+    said = run_toy(tmp_path, "--epochs", "30", "--patience", "2", "--lr", "0.5")
+    record, run = summary(tmp_path / "toy" / "full"), tmp_path / "toy" / "full"
+    assert record["status"] == "finished" and "stopped early: 2 epochs" in said
+    assert record["epochs"] == record["metrics"]["best"]["epoch"] + 2 < 30
+    scores = [r["score"] for r in lines(run) if r.get("epoch")]
+    assert max(scores[-2:]) <= max(scores[:-2])
+
+
+# ---- run folders -------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_finished_run_is_kept(tmp_path):
+    run_toy(tmp_path, "--epochs", "1")
+    first = contents(tmp_path / "toy" / "full")
+    said = run_toy(tmp_path, "--epochs", "1", "--seed", "1")
+    assert "using full_2" in said
+    run_toy(tmp_path, "--epochs", "1", "--seed", "2")
+    assert {p.name for p in (tmp_path / "toy").iterdir()} == {"full", "full_2", "full_3"}
+    assert contents(tmp_path / "toy" / "full") == first
+    assert summary(tmp_path / "toy" / "full_2")["run_name"] == "full_2"
+    assert len({(p / "fingerprint.txt").read_text() for p in (tmp_path / "toy").iterdir()}) == 3
+
+    run_toy(tmp_path, "--epochs", "1", "--seed", "3", "--overwrite")
+    assert {p.name for p in (tmp_path / "toy").iterdir()} == {"full", "full_2", "full_3"}
+    assert summary(tmp_path / "toy" / "full")["config"]["seed"] == 3
+    assert len([r for r in lines(tmp_path / "toy" / "full") if "epoch" in r]) == 2
+    assert len(list((tmp_path / "toy" / "full" / "tb").iterdir())) == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
+def test_a_folder_of_other_files_is_not_touched(tmp_path, flags):
+    folder = tmp_path / "toy" / "full"
+    (folder / "thesis").mkdir(parents=True)
+    (folder / "thesis" / "chapter.txt").write_text("years of work")
+    said = run_toy(tmp_path, "--epochs", "1", *flags, expect=2)
+    assert "holds files, but no run" in said
+    assert contents(folder) == {Path("thesis/chapter.txt"): b"years of work"}
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", ".", "/tmp/x"])
+def test_a_run_name_is_no_path(tmp_path, name):
+    assert "--run_name" in run_toy(tmp_path, "--run_name", name, expect=2)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
+def test_an_output_dir_that_cannot_be(tmp_path):
+    (tmp_path / "toy").write_text("a file in the way")
+    said = run_toy(tmp_path, expect=2)
+    assert str(tmp_path / "toy") in said and "Traceback" not in said
+
+
+def test_the_script_as_a_user_runs_it(tmp_path):
+    done = run_script(ROOT / "tests", "toy_train.py", "--output_dir", tmp_path, "--epochs", "1", "--max_steps_per_epoch", "2")
+    run = tmp_path / "toy" / "full"
+    assert f"run folder {run}" in done.stdout and done.stdout.rstrip().endswith("summary.json beside it")
+    record = summary(run)
+    check_schema(record)
+    assert record["steps"] == 2 and record["status"] == "finished"

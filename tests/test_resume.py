@@ -1,0 +1,250 @@
+"""Stopped anywhere and taken up again, a run ends with the bits that it would have had."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_toy, start_toy
+
+TOY = ROOT / "tests" / "toy_train.py"
+# Dropout, augmentation, BatchNorm, accumulation with a short last window: all that could go astray.
+LONG = ["--gradient_accumulation_steps", "3"]
+
+
+def bits(run: Path) -> tuple[str, str, bytes]:
+    """Final weights, metrics and best model of a run."""
+    best = (run / "checkpoints" / "best" / "model.safetensors").read_bytes()
+    return (run / "fingerprint.txt").read_text(), (run / "metrics.jsonl").read_text(), best
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_toy(folder, *LONG)
+    return bits(folder / "toy" / "full")
+
+
+def summary(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def steps_saved(run: Path) -> list[int]:
+    last = run / "checkpoints" / "last"
+    return sorted(int(p.name[5:]) for p in last.glob("step-*") if p.suffix != ".corrupt")
+
+
+def newest_step(run: Path) -> int:
+    return max(steps_saved(run), default=-1)
+
+
+def test_the_settings_that_may_differ_do_not_matter(tmp_path, undisturbed):
+    run_toy(tmp_path, *LONG, "--num_workers", "2", "--save_steps", "1")
+    assert bits(tmp_path / "toy" / "full") == undisturbed
+    run_toy(tmp_path, *LONG, "--run_name", "other", "--seed", "1")
+    assert bits(tmp_path / "toy" / "other")[0] != undisturbed[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "kills"),
+    [
+        (["--num_workers", "0", "--save_steps", "1"], 18),  # most of the time it is saving
+        (["--num_workers", "2", "--save_steps", "2", "--pause", "0.004"], 12),
+    ],
+)
+def test_kill_lottery(tmp_path, undisturbed, flags, kills):
+    """kill -9 at random moments, from before the first file is written on; --resume at once, until the run gets through."""
+    dice, run, hits, places = random.Random(len(flags)), tmp_path / "toy" / "full", 0, set()
+    for attempt in range(100):
+        before = newest_step(run)
+        child = start_toy(tmp_path, *LONG, *flags, "--resume")
+        if hits < kills:
+            # Mostly once it got a little further than the one before, so that kills hit all of the run, in and between saves.
+            further = before + dice.choice([0, 1, 1, 2])
+            while child.running() and newest_step(run) < further:
+                time.sleep(0.002)
+            time.sleep(dice.uniform(0, 0.3) if further == before else dice.uniform(0, 0.03))
+            if child.running():
+                child.kill(signal.SIGKILL)
+        code = child.wait()
+        hits += code == -signal.SIGKILL
+        places.add(newest_step(run))
+        assert code in (0, -signal.SIGKILL), f"attempt {attempt}, at step {before}: {child.text}"
+        assert "damaged" not in child.text
+        if code == 0:
+            if hits >= kills:
+                break
+            # Through before all kills were spent: from the start again.
+            assert bits(run) == undisturbed
+            shutil.rmtree(tmp_path / "toy")
+    assert hits >= kills and len(places) > 6, places
+    assert bits(run) == undisturbed
+    record = summary(run)
+    assert record["status"] == "finished" and record["steps"] == 18 and record["resumed_at_steps"]
+    assert len(steps_saved(run)) == 2
+    assert [p.name for p in (run / "checkpoints").rglob(".*")] == []
+
+
+def real(*flags) -> subprocess.Popen:
+    """toy_train.py as a process of its own, its output in pipes."""
+    command = [sys.executable, "-u", TOY, *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def read_until(process, words: str) -> str:
+    text = ""
+    while words not in text:
+        line = process.stdout.readline()
+        assert line, text
+        text += line
+    return text
+
+
+def test_sigterm_and_ctrl_c_save_and_resume(tmp_path, undisturbed):
+    run = tmp_path / "toy" / "full"
+    flags = ["--output_dir", tmp_path, *LONG, "--pause", "0.05"]
+    process = real(*flags)
+    read_until(process, "before training")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    first = summary(run)
+    assert first["status"] == "interrupted" and "SIGTERM" in first["error"] and 0 < first["steps"] < 18
+    assert "--resume" in said and steps_saved(run)[-1] == first["steps"], "saved where it stopped"
+
+    process = real(*flags, "--resume")
+    said = read_until(process, "epoch 1/3")
+    assert f"resumed at step {first['steps']}," in said
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGINT, said
+    second = summary(run)
+    assert second["status"] == "interrupted" and first["steps"] < second["steps"] < 18
+    assert second["resumed_at_steps"] == [first["steps"]]
+
+    run_toy(tmp_path, *LONG, "--pause", "0.05", "--resume")
+    assert bits(run) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, workers):
+    child = start_toy(tmp_path, "--pause", "20", "--num_workers", workers)
+    child.wait_for(lambda: "before training" in child.text)
+    time.sleep(0.3)
+    child.kill(signal.SIGINT)
+    child.wait_for(lambda: "Ctrl-C again" in child.text)
+    time.sleep(0.1)
+    assert child.running(), "the first one waits for the end of the step"
+    child.kill(signal.SIGINT)
+    began = time.monotonic()
+    assert child.wait() == 130
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_process_group(tmp_path, undisturbed, signum):
+    """As schedulers and terminals send it: the data workers get it, too, and the run must still save and leave cleanly."""
+    flags = [*LONG, "--num_workers", "2", "--pause", "0.02"]
+
+    child = start_toy(tmp_path, *flags, group=True)
+    run = tmp_path / "toy" / "full"
+    child.wait_for(lambda: "epoch 1/3" in child.text)
+    os.killpg(child.pid, signum)
+    assert child.wait() == 128 + signum, child.text
+    assert summary(run)["status"] == "interrupted", child.text
+    assert steps_saved(run)[-1] == summary(run)["steps"] > 0
+    run_toy(tmp_path, *flags, "--resume")
+    assert bits(run) == undisturbed
+
+
+def test_a_second_sigterm_does_not_cut_the_save_short(tmp_path, undisturbed):
+    run = tmp_path / "toy" / "full"
+    child = start_toy(tmp_path, *LONG, "--pause", "0.05")
+    child.wait_for(lambda: "epoch 1/3" in child.text)
+    while child.running():
+        child.kill(signal.SIGTERM)
+        time.sleep(0.001)
+    assert child.wait() == 128 + signal.SIGTERM, child.text
+    assert steps_saved(run)[-1] == summary(run)["steps"]
+    run_toy(tmp_path, *LONG, "--pause", "0.05", "--resume")
+    assert bits(run) == undisturbed
+
+
+def start_and_kill(folder: Path, *flags, after: str = "epoch 2/3") -> Path:
+    child = start_toy(folder, *LONG, *flags)
+    child.wait_for(lambda: after in child.text)
+    child.kill(signal.SIGKILL)
+    child.wait()
+    return folder / "toy" / "full"
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    run = start_and_kill(tmp_path, "--pause", "0.01")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    said = run_toy(tmp_path, *LONG, "--pause", "0.01", "--resume", "--lr", "0.02", expect=2)
+    assert "lr is 0.02 now and was 0.01" in said
+    said = run_toy(tmp_path, "--pause", "0.01", "--resume", expect=2)
+    assert "gradient_accumulation_steps is 1 now and was 3" in said
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_other_data_is_refused_and_the_record_stays(tmp_path):
+    run_toy(tmp_path, "--epochs", "1")
+    run = tmp_path / "toy" / "full"
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("samples: 64", "samples: 65"))  # as if the data had grown
+    before = (run / "summary.json").read_bytes()
+    said = run_toy(tmp_path, "--epochs", "1", "--samples", "65", "--resume", expect=2)
+    assert "the data is not the one" in said
+    assert (run / "summary.json").read_bytes() == before
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path, undisturbed):
+    run_toy(tmp_path, *LONG)
+    run = tmp_path / "toy" / "full"
+    said = run_toy(tmp_path, *LONG, "--resume")
+    assert bits(run) == undisturbed and "epoch 1/3" not in said
+    assert summary(run)["status"] == "finished" and summary(run)["steps"] == 18
+    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("name", ["state.pt", "progress.json", "manifest.json"])
+def test_damaged_newest_checkpoint_falls_back(tmp_path, undisturbed, name):
+    run = start_and_kill(tmp_path, "--save_steps", "1", "--pause", "0.01")
+    step = steps_saved(run)[-1]
+    path = run / "checkpoints" / "last" / f"step-{step:08d}" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    said = run_toy(tmp_path, *LONG, "--save_steps", "1", "--pause", "0.01", "--resume")
+    assert f"step-{step:08d} is damaged" in said and f"resumed at step {step - 1}," in said
+    assert bits(run) == undisturbed
+
+
+def test_all_damaged_stops_and_overwrite_starts_over(tmp_path, undisturbed):
+    run = start_and_kill(tmp_path)
+    for path in run.glob("checkpoints/last/step-*/state.pt"):
+        path.write_bytes(b"")
+    for _ in range(2):
+        assert "every checkpoint" in run_toy(tmp_path, *LONG, "--resume", expect=2)
+    run_toy(tmp_path, *LONG, "--overwrite")
+    assert bits(run) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path, workers):
+    flags = ["--pause", "0.05", "--num_workers", workers]
+    child = start_toy(tmp_path, *flags)
+    child.wait_for(lambda: "epoch 1/3" in child.text)
+    for flag in ("--resume", "--overwrite"):
+        assert "another process" in run_toy(tmp_path, *flags, flag, expect=2)
+    child.kill(signal.SIGKILL)
+    child.wait()
+    # The lock dies with the process, though its data workers live on for some seconds.
+    assert "resumed at" in run_toy(tmp_path, *flags, "--resume")
