@@ -1,6 +1,7 @@
 """Adapters on any model through PEFT: find the layers, count what trains, save and load strictly."""
 
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +76,13 @@ def train_whole(model, parts) -> None:
             parameter.requires_grad_(True)
 
 
+def freeze_adapters(model) -> None:
+    """Leaves the LoRA matrices of a PEFT model at their start, where they add zero."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(False)
+
+
 def is_within(name: str, parts) -> bool:
     """Whether a module or parameter name lies in a part of the model: "a.head.0.weight" does in "head"."""
     return any(f".{part}." in f".{name}." for part in parts)
@@ -95,7 +103,9 @@ def load_adapter_files(model, folder: Path, whole=()):
         raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
     expected = {f"base_model.model.{name}": tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
     try:
-        model = PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of missing tensors; here they are an error, below
+            model = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}

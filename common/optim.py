@@ -23,7 +23,7 @@ def build_optimizer(model, config, steps: int, groups: list[dict] | None = None)
                 split.append({**group, "params": params, "weight_decay": decay})
     if not split:
         raise UserError("nothing in the model trains: no parameter has requires_grad")
-    optimizer = torch.optim.AdamW(split, lr=config.lr)
+    optimizer = torch.optim.AdamW(split, lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.warmup_steps, steps))
     return optimizer, scheduler
 

@@ -42,7 +42,8 @@ class Run:
     def __init__(self, config, task: str, method: str):
         self.config, self.task, self.method = config, task, method
         self.epoch, self.step, self.batches_done = 1, 0, 0  # epoch under way (from 1), optimizer steps, batches of the epoch
-        self.losses, self.loss_sums = [], [0.0, 0]  # of the step under way; [sum, count] over the epoch
+        # Means over all processes: of the batches of the step under way; [sum, count] over the epoch.
+        self.losses, self.loss_sums = [], [0.0, 0]
         self.history: list[dict] = []  # one record an epoch, epoch 0 = before training
         self.best_record, self.best_name, self.higher_is_better, self.bad_epochs = None, None, True, 0
         self.clock = {"seconds": 0.0, "train_seconds": 0.0, "samples": 0}
@@ -269,7 +270,7 @@ class Run:
                 f"the loss is {', '.join(str(v) for v in values if not math.isfinite(v))} at step {self.step + 1}, epoch "
                 f"{self.epoch}; the batch held {', '.join(files)}; nothing was changed by it, the last checkpoint is intact"
             )
-        self.losses.append(values[self.rank])
+        self.losses.append(sum(values) / len(values))
         self.accelerator.backward(loss / self.window)
         if self.step == 0 and len(self.losses) == 1:
             for model in self.models:
@@ -288,8 +289,7 @@ class Run:
 
     def end_epoch(self, metrics: dict, best: str, higher_is_better: bool = True) -> bool:
         """Records an epoch's validation metrics. True on the process that should now save the model as the best so far."""
-        sums = gather_lists([self.loss_sums])
-        loss = sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums))
+        loss = self.loss_sums[0] / max(1, self.loss_sums[1])
         metrics = without_nan(metrics)
         record = {"epoch": self.epoch, "step": self.step, "train_loss": loss, **metrics}
         self.signals.busy = True  # until the checkpoint that knows of this record is written

@@ -260,7 +260,7 @@ class StopSignals:
         if self.pending and signum == signal.SIGINT:
             os._exit(130)
         first, self.pending = not self.pending, self.pending or signum
-        if self.busy or self.wait_always:
+        if first and (self.busy or self.wait_always):
             # Not print, which may itself be what the signal interrupted.
             os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again leaves at once\n")
         elif first:

@@ -117,6 +117,7 @@ def start_toy(folder: Path, *flags, env: dict | None = None, group: bool = False
     group: in a process group of its own. curves: with curves.png, which takes longer than the training.
     """
     import_all()
+    from accelerate.state import AcceleratorState
     from toy_train import main
 
     from common import plots
@@ -126,6 +127,7 @@ def start_toy(folder: Path, *flags, env: dict | None = None, group: bool = False
         os.environ.update(env or {})
         if group:
             os.setpgid(0, 0)
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have made one
         if not curves:
             plots.draw_curves = lambda *_: None
         cli(main, ["--output_dir", str(folder), *map(str, flags)])

@@ -14,12 +14,11 @@ from PIL import Image
 sys.path.insert(0, str(DETECTION))
 
 import data  # noqa: E402
+from common.config import UserError  # noqa: E402
+from common.runtime import EpochBatches, build_loader  # noqa: E402
 from data import DetectionData, Preprocess, build_loaders, check_samples, collate, decode, load_for_eval  # noqa: E402
 from formats import Faults, make_sample, read_dataset  # noqa: E402
 from metrics import coco_eval  # noqa: E402
-
-from common.config import UserError  # noqa: E402
-from common.runtime import EpochBatches, build_loader  # noqa: E402
 
 CLASSES = ["cat", "dog"]
 # Three pictures of 64 x 48, each with its boxes (label, x, y, w, h); the last has none.
@@ -243,8 +242,9 @@ def test_pictures_without_boxes_stay_also_with_augmentation(tmp_path):
 
 
 def test_boxes_outside_are_clipped_and_those_without_area_are_dropped_and_counted(tmp_path):
-    boxes = [("cat", -10, -10, 30, 30), ("cat", 60, 40, 30, 30), ("dog", 5, 5, 0, 9), ("dog", 100, 100, 9, 9), ("dog", 1, 1, 9, 9)]
-    scene = {"a": [*boxes, ("dog", 3, 3, -9, 5)], "b": SCENE["b"]}
+    boxes = [("cat", -10, -10, 30, 30), ("cat", 60, 40, 30, 30), ("dog", 1, 1, 9, 9)]
+    empty = [("dog", 5, 5, 0, 9), ("dog", 100, 100, 9, 9), ("dog", 3, 3, -9, 5)]
+    scene = {"a": [*boxes, *empty], "b": SCENE["b"]}
     table = coco(scene)
     table["annotations"] += [
         {"id": 90, "image_id": 0, "category_id": 1, "bbox": [1, 2, float("nan"), 4]},
@@ -341,7 +341,7 @@ def test_a_data_yaml_outside_the_working_folder_is_read_with_its_absolute_paths(
         ("yolo", "data.yaml", "names: cat", "data.yaml must hold `names:`"),
         ("yolo", "data.yaml", "", "data.yaml must hold `names:`"),
         ("voc", "Annotations/a.xml", "<annotation><object>", {"annotation that cannot be read": 1}),
-        ("voc", "Annotations/a.xml", xml("a", [("cat", 1, 1, 5, 5), ("cat", "x", "y", "z", "z")]), {"box that cannot be read": 1}),
+        ("voc", "Annotations/a.xml", xml("a", [("cat", 1, 1, 5, 5), ("", "x", "y", "", "")]), {"box that cannot be read": 1}),
         ("voc", "Annotations/a.xml", "", {"annotation that cannot be read": 1}),
     ],
 )

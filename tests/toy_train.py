@@ -154,7 +154,9 @@ def main(argv=None):
         for epoch in run.epochs(before=lambda: evaluate(model, val_loader, 0, config)):
             model.train()
             for batch in run.batches(train_loader, epoch):
-                time.sleep(config.pause)
+                if config.pause:
+                    print(f"at work on a batch of epoch {epoch}", flush=True)
+                    time.sleep(config.pause)
                 if config.fault == "crash" and epoch >= config.fault_epoch:
                     raise ZeroDivisionError("a fault in the script")
                 loss = model(**batch)

@@ -31,7 +31,7 @@ class Config(TrainConfig):
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(2e-4, demo=2e-3)  # few weights move, so several times the step of train.py
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
-    lora_r: int = 8  # rank: the width of the bottleneck
+    lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data
     lora_targets: str = "all"  # qv, all-linear, all (backbone convolutions, too), or a regular expression of layer names
@@ -42,7 +42,7 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
-    from common.lora import train_whole
+    from common.lora import freeze_adapters, train_whole
     from common.optim import build_optimizer
     from common.report import Run
     from data import build_loaders
@@ -57,13 +57,15 @@ def main(argv=None):
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The heads train whole.
         model = with_classes(base, classes, data_facts["most_boxes"])
         lora = LoraConfig(
-            r=config.lora_r,
+            r=max(1, config.lora_r),
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=lora_targets(model, config.lora_targets),
         )
         model = get_peft_model(model, lora)
         train_whole(model, HEADS)
+        if config.lora_r == 0:
+            freeze_adapters(model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

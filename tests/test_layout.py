@@ -1,0 +1,220 @@
+"""The rules that keep the project easy to read and to copy from: who imports whom, how long scripts are, what an import does."""
+
+import ast
+import difflib
+import re
+import sys
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+COMMON = sorted((ROOT / "common").glob("*.py"))
+TASKS = sorted({p.parent for p in [*ROOT.glob("*/train.py"), *ROOT.glob("*/*/train.py")] if "tests" not in p.parts})
+TASK_FILES = [p for task in TASKS for p in sorted(task.glob("*.py"))]
+TOOLS = sorted((ROOT / "scripts").glob("*.py"))
+SOURCES = [*COMMON, *TASK_FILES, *TOOLS]
+SCRIPTS = [p for p in [*TASK_FILES, *TOOLS] if 'if __name__ == "__main__":' in p.read_text(encoding="utf-8")]
+PAIRS = [(task / "train.py", task / "train_lora.py") for task in TASKS]
+# What a script may do at top level besides imports, definitions and constants: find common/ without being installed.
+FINDER = "ROOT = next((p for p in Path(__file__).resolve().parents if (p / 'common').is_dir()), Path.cwd())"
+# Calls that only make a value: fine in a constant.
+PLAIN_CALLS = {
+    "Path",
+    "Path().resolve",
+    "re.compile",
+    "frozenset",
+    "set",
+    "dict",
+    "tuple",
+    "range",
+    "math.radians",
+    "setting",
+    "field",
+}
+
+
+def short(path) -> str:
+    return path.relative_to(ROOT).as_posix() if isinstance(path, Path) else str(path)
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=short)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def imports(path: Path) -> list[tuple[str, ast.stmt]]:
+    """(module, statement) of every import, also inside functions."""
+    found = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(("." * node.level + (node.module or ""), node))
+    return found
+
+
+def neighbours(path: Path) -> set[str]:
+    return {p.stem for p in path.parent.glob("*.py")}
+
+
+def test_there_is_something_to_check():
+    assert COMMON and TASKS and SCRIPTS and (ROOT / "image_tasks" / "detection") in TASKS
+    assert all(pair.exists() for pairs in PAIRS for pair in pairs)
+
+
+# ---- who imports whom ------------------------------------------------------------------------------------------------
+
+
+@each(COMMON)
+def test_common_imports_no_task(path):
+    names = {p.stem for p in TASK_FILES} | {p.relative_to(ROOT).parts[0] for p in TASK_FILES} | {"scripts", "tests"}
+    third_party = packages_distributions().keys() | set(sys.stdlib_module_names)
+    for module, node in imports(path):
+        root = module.split(".")[0]
+        assert root == "common" or root in third_party, f"{short(path)}:{node.lineno} imports {module}"
+        assert root not in names or root in third_party, f"{short(path)}:{node.lineno} imports {module} of a task"
+
+
+@each(TASK_FILES)
+def test_a_task_imports_common_and_its_own_modules_only(path):
+    third_party = packages_distributions().keys() | set(sys.stdlib_module_names)
+    for module, node in imports(path):
+        root = module.split(".")[0]
+        assert root == "common" or root in neighbours(path) or root in third_party, f"{short(path)}:{node.lineno}: {module}"
+        if root == "common":
+            assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file(), f"{short(path)}:{node.lineno}: {module}"
+
+
+@each(SOURCES)
+def test_local_imports_have_the_form_that_export_can_follow(path):
+    for module, node in imports(path):
+        local = module.split(".")[0] == "common" or (module in neighbours(path) and path not in COMMON)
+        assert not module.startswith("."), f"{short(path)}:{node.lineno}: a relative import"
+        if local:
+            assert isinstance(node, ast.ImportFrom), f"{short(path)}:{node.lineno}: write from {module} import ..."
+            assert node.names[0].name != "*", f"{short(path)}:{node.lineno}: a star import"
+            assert all(alias.asname is None for alias in node.names), f"{short(path)}:{node.lineno}: an import under another name"
+
+
+@each([p for p in TASK_FILES if p in SCRIPTS])
+def test_scripts_import_no_scripts_but_lora_its_sibling(path):
+    for module, node in imports(path):
+        if (path.parent / f"{module}.py") in SCRIPTS:
+            assert path.stem == f"{module}_lora", f"{short(path)}:{node.lineno} imports the script {module}"
+
+
+# Names that the design gives to a task's modules; no distribution that is at all common installs a module of such a name.
+OWN = {"data", "model", "metrics", "losses", "preprocess", "synthetic", "train", "infer", "eval"}
+
+
+@each([*TASK_FILES, *TOOLS])
+def test_no_file_hides_a_package(path):
+    """The script's folder comes first on the path: a file named like a package would be imported in its place."""
+    known = {"datasets", "evaluate", "types", "peft", "timm", "clip", "sam2", "monai", "skimage", "trimesh", "librosa", "utils"}
+    assert path.stem not in known | set(sys.stdlib_module_names), f"{short(path)} hides a module of that name"
+    installed = packages_distributions()
+    assert path.stem in OWN or path.stem not in installed, f"{short(path)} hides {installed.get(path.stem)}"
+
+
+# ---- how scripts read ------------------------------------------------------------------------------------------------
+
+
+@each([path for pair in PAIRS for path in pair])
+def test_train_scripts_fit_in_150_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("full, lora", PAIRS, ids=short)
+def test_the_pair_differs_little(full, lora):
+    texts = [path.read_text(encoding="utf-8").splitlines() for path in (full, lora)]
+    changes = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
+    assert 0 < len(changes) <= 60
+    names = [{n.name for n in tree(path).body if hasattr(n, "name")} for path in (full, lora)]
+    assert names[0] == names[1], "the same parts in both"
+    for path in (full, lora):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, (ast.If, ast.IfExp)):
+                assert not re.search(r"\b(use_)?lora\b(?!_)", ast.unparse(node.test)), f"{short(path)}:{node.lineno}"
+
+
+@each(SCRIPTS)
+def test_a_script_opens_with_what_it_does_and_its_run_line(path):
+    text = ast.get_docstring(tree(path)) or ""
+    first, *rest = text.splitlines()
+    assert first.endswith(".") or first.endswith(":") or rest, f"{short(path)} has no docstring"
+    assert re.search(rf"^\s*python (\S*/)?{path.name}\b", text, re.MULTILINE), f"{short(path)}: no line `python {path.name} ...`"
+
+
+# ---- what happens at import ------------------------------------------------------------------------------------------
+
+
+def call_names(node: ast.AST) -> set[str]:
+    return {re.sub(r"\([^()]*\)", "()", ast.unparse(n.func)) for n in ast.walk(node) if isinstance(n, ast.Call)}
+
+
+def allowed_at_top(node: ast.stmt) -> bool:
+    text = ast.unparse(node)
+    if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)):
+        return True
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+        return True
+    if isinstance(node, ast.If):
+        return text.startswith("if __name__ == '__main__':")
+    if text in (FINDER, "sys.path.insert(0, str(ROOT))"):
+        return True
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        constants = all(isinstance(t, ast.Name) and t.id == t.id.upper() for t in targets)
+        return constants and call_names(node) <= PLAIN_CALLS
+    return False
+
+
+@each(SOURCES)
+def test_no_module_does_work_when_it_is_imported(path):
+    for node in tree(path).body:
+        assert allowed_at_top(node), f"{short(path)}:{node.lineno}: {ast.unparse(node)[:100]}"
+
+
+@each(SOURCES)
+def test_nothing_is_loaded_that_could_run_code(path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name.endswith("torch.load"):
+                flags = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                assert flags.get("weights_only") is True, f"{short(path)}:{node.lineno}: torch.load without weights_only=True"
+            assert name not in ("eval", "exec", "yaml.unsafe_load", "os.system"), f"{short(path)}:{node.lineno}: {name}"
+            assert not name.startswith(("pickle.", "joblib.", "dill.")), f"{short(path)}:{node.lineno}: {name}"
+
+
+# ---- requirements ----------------------------------------------------------------------------------------------------
+
+
+def test_each_import_is_in_the_requirements_and_each_requirement_is_imported():
+    file = ROOT / "requirements.txt"
+    if not file.exists():
+        pytest.skip("requirements.txt is not there yet")
+    lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    required = {re.split(r"[<>=!~;\[ ]", line)[0].lower().replace("_", "-") for line in lines if line}
+    installed, used = packages_distributions(), set()
+    for path in [*SOURCES, *sorted((ROOT / "tests").glob("*.py"))]:
+        local = {"common", *(p.stem for p in SOURCES), *neighbours(path)}
+        for module, node in imports(path):
+            root = module.split(".")[0]
+            if root in sys.stdlib_module_names or root in local:
+                continue
+            names = {name.lower().replace("_", "-") for name in installed.get(root, [root])}
+            assert names & required, f"{short(path)}:{node.lineno} imports {root}, which requirements.txt does not name"
+            used |= names
+        for needs in re.findall(r"^# needs: ([\w, .-]+)", path.read_text(encoding="utf-8"), re.MULTILINE):
+            named = {name.strip().lower().replace("_", "-") for name in needs.split(",")}
+            assert named <= required, f"{short(path)} needs {sorted(named - required)}, which requirements.txt does not name"
+            used |= named
+    assert required <= used, f"requirements.txt names {sorted(required - used)}, which nothing imports"
