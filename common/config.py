@@ -3,7 +3,9 @@
 import ast
 import dataclasses
 import difflib
+import errno
 import inspect
+import math
 import os
 import sys
 import types
@@ -53,6 +55,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"--lr is {self.lr}, but must be a positive number")
 
 
 @dataclass
@@ -86,6 +90,8 @@ def field_comments(cls) -> dict[str, str]:
 def convert(kind, value):
     """`value` (text from a flag, or a YAML value) as `kind`; ValueError says what was expected."""
     if typing.get_origin(kind) is Literal:
+        if isinstance(value, bool):  # YAML reads off and on as false and true
+            value = "on" if value else "off"
         if value not in typing.get_args(kind):
             raise ValueError("one of " + ", ".join(map(str, typing.get_args(kind))))
         return value
@@ -225,3 +231,8 @@ def cli(main, *args, **kwargs):
     except BrokenPipeError:  # the reader of our output went away, as in `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        raise SystemExit(2) from None

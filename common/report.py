@@ -33,6 +33,7 @@ from common.runtime import (
 
 # needs: tensorboard
 SCHEMA_VERSION = 1
+FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
 
 
@@ -49,6 +50,7 @@ class Run:
         self.clock = {"seconds": 0.0, "train_seconds": 0.0, "samples": 0}
         self.resumed_at: list[int] = []
         self.stop_wanted = 0  # the signal that some process got
+        self.idle: set[str] | None = None  # parameters that train, but have had no gradient yet
         self.facts = {}
         self.models, self.optimizers, self.schedulers = [], [], []
         self.finished, self.ready, self.window, self.stepped, self.files_in_batch = False, False, 1, False, []
@@ -252,7 +254,8 @@ class Run:
     def backward(self, loss) -> None:
         """Backward pass of one batch's loss. UserError, before anything moved, when the loss is not finite.
 
-        After the first backward pass every parameter that trains must hold a gradient, else it would silently stay as it is.
+        Every parameter that trains must have had a gradient within the first steps, else it would silently stay as it is.
+        (Not in the very first: a batch without boxes, say, rightly gives none to what boxes teach.)
         """
         import torch
 
@@ -272,11 +275,17 @@ class Run:
             )
         self.losses.append(sum(values) / len(values))
         self.accelerator.backward(loss / self.window)
-        if self.step == 0 and len(self.losses) == 1:
-            for model in self.models:
-                dead = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-                if dead:
-                    raise UserError(f"{len(dead)} trainable tensors got no gradient, so they would never learn: {dead[0]} ...")
+        if self.idle is None or self.idle:
+            parameters = [item for model in self.models for item in model.named_parameters()]
+            idle = {name for name, p in parameters if p.requires_grad and p.grad is None}
+            self.idle = idle if self.idle is None else self.idle & idle
+            if self.step + 1 >= FIRST_STEPS:
+                self.stop_if_idle()
+
+    def stop_if_idle(self) -> None:
+        if self.idle:
+            names = ", ".join(sorted(self.idle)[:3])
+            raise UserError(f"{len(self.idle)} trainable tensors got no gradient, so they would never learn: {names}")
 
     def step_optimizer(self, optimizer, scheduler) -> None:
         """Clip, step, schedule, zero; at the end of an accumulation window, else nothing."""
@@ -292,6 +301,7 @@ class Run:
         loss = self.loss_sums[0] / max(1, self.loss_sums[1])
         metrics = without_nan(metrics)
         record = {"epoch": self.epoch, "step": self.step, "train_loss": loss, **metrics}
+        self.stop_if_idle()
         self.signals.busy = True  # until the checkpoint that knows of this record is written
         self.history.append(record)
         self.log(record)
@@ -385,6 +395,7 @@ class Run:
         self.best_name, self.higher_is_better = saved["best_name"], saved["higher_is_better"]
         self.bad_epochs = saved["bad_epochs"]
         self.clock, self.resumed_at = saved["clock"], [*saved["resumed_at"], self.step]
+        self.idle = set() if self.step >= FIRST_STEPS else None
         self.last_tick = time.monotonic()
         if self.is_main and log.exists():
             os.truncate(log, min(saved["log_bytes"], log.stat().st_size))

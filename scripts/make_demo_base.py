@@ -29,7 +29,7 @@ from common.config import UserError, cli, parse  # noqa: E402
 class DetectionConfig:
     output_dir: str = str(ROOT / "image_tasks" / "detection" / "demo_base")  # folder to write
     seed: int = 0  # of weights, pictures and augmentation
-    steps: int = 2600  # optimizer steps
+    steps: int = 1600  # optimizer steps
     batch_size: int = 16  # pictures a step
     lr: float = 1e-3  # constant for four tenths of the steps, then down by a cosine
     pictures: int = 8000  # source pictures drawn for training, fewer where fewer are seen

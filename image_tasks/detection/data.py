@@ -306,7 +306,8 @@ def load_for_eval(config, processor, origin: dict):
         sample.labels = index[sample.labels]
     dataset = DetectionData(*usable(config.split, splits[config.split], Preprocess(processor, origin["image_size"]), faults, 0))
     faults.report()
-    return eval_loader(dataset, config.batch_size, config.num_workers), origin["classes"], data_dir or "demo"
+    batch_size = config.batch_size or origin["batch_size"]
+    return eval_loader(dataset, batch_size, config.num_workers), origin["classes"], data_dir or "demo"
 
 
 def pictures_only(paths: list[Path], preprocess: Preprocess, faults: Faults):

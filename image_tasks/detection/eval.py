@@ -24,7 +24,7 @@ class EvalConfig(LoadConfig):
     data_dir: str = ""  # COCO, VOC or YOLO folder; empty: the data that the checkpoint was trained on
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
     split: Literal["train", "val", "test"] = "val"  # which part of the data
-    batch_size: int = 16  # pictures at a time; no metric depends on it
+    batch_size: int = 0  # pictures at a time; 0: as in training. AP does not depend on it; the loss, a mean over batches, does
     num_workers: int = 0  # processes that prepare batches; 0: the main one does
     output_dir: str = ""  # where the results go; empty: the run folder
 

@@ -138,12 +138,15 @@ def with_classes(base, classes: list[str], most_boxes: int = 0):
             f"new class head ({', '.join(parts)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
             + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
         )
-    model.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
+    for name, parameter in model.named_parameters():
+        if is_within(name, ("backbone",)):
+            parameter.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
     try:
         model.get_input_embeddings()
     except NotImplementedError:  # PEFT looks what shares weights with the word embeddings; a detector has none
         model.get_input_embeddings = nn.Identity
-    model.loss_function = weighed_over_processes(model.loss_function)
+    if not hasattr(model.loss_function, "weighed"):
+        model.loss_function = weighed_over_processes(model.loss_function)
     return model
 
 
@@ -172,6 +175,7 @@ def weighed_over_processes(family_loss):
             loss = share[0] * (loss - classes) + share[1] * classes
         return loss, parts, auxiliary
 
+    loss_function.weighed = True
     return loss_function
 
 
@@ -204,7 +208,8 @@ def origin(method: str, classes: list[str], base: dict, config) -> dict:
         "base": base,
         "classes": classes,
         "image_size": config.image_size,
-        "data_dir": config.data_dir,
+        "data_dir": str(Path(config.data_dir).expanduser().resolve()) if config.data_dir else "",
+        "batch_size": config.batch_size,
         "data_format": config.data_format,
         "seed": config.seed,
     }

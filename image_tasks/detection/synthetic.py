@@ -25,7 +25,7 @@ SPLITS = ("train", "val", "test")
 SCENE_SIZE = 96  # pixels, both sides
 SUPERSAMPLING = 4  # shapes are drawn this much larger and shrunk: smooth edges
 SHAPE_SIZES = (15, 39)  # diameter of a shape's surrounding circle, in pixels
-MAX_TILT = math.radians(12)   # shapes stand upright, more or less: a net of this size learns shapes in any turn very slowly
+MAX_TILT = math.radians(12)  # shapes stand upright, more or less: a net of this size learns shapes in any turn very slowly
 MAX_OVERLAP = 0.05  # highest IoU of two boxes in a picture
 
 
@@ -148,7 +148,7 @@ def place(rng, name):
     elif name == "square":
         angles, radii = np.arange(4) / 4 + 1 / 8, 1.15
     elif name == "triangle":
-        angles, radii = np.arange(3) / 3 - 1 / 4, 1.1       # minus a quarter: y points down, so the first corner is on top
+        angles, radii = np.arange(3) / 3 - 1 / 4, 1.1  # minus a quarter: y points down, so the first corner is on top
     else:  # star: five tips, and between them five notches nearer to the centre
         angles, radii = np.arange(10) / 10 - 1 / 4, np.where(np.arange(10) % 2 == 0, 1.08, 0.47)
     angles = 2 * math.pi * angles + tilt
