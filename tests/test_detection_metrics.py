@@ -66,7 +66,7 @@ def random_scene(folder, count=25, size=(300, 200)):
         scores = rng.random(len(labels)).round(2)  # ties, too
         found.append({"index": i, "scores": scores, "labels": np.array(labels), "boxes": np.array(corners)})
     categories = [{"id": number, "name": name} for number, name in zip(ids, CLASSES, strict=True)]
-    table = {"images": images, "annotations": annotations, "categories": categories}
+    table = {"info": {}, "images": images, "annotations": annotations, "categories": categories}
     (folder / "annotations.json").write_text(json.dumps(table))
     return found, ids
 

@@ -250,7 +250,8 @@ def test_nan_metric_is_null_and_not_the_best(tmp_path):
 def test_a_tensor_that_cannot_learn_is_named(tmp_path):
     said = run_toy(tmp_path, "--fault", "dead", expect=2)
     assert "2 trainable tensors got no gradient" in said and "unused.weight" in said
-    assert summary(tmp_path / "toy" / "full")["steps"] == 0
+    assert summary(tmp_path / "toy" / "full")["steps"] < 10  # within the first steps, before an epoch counts
+    assert summary(tmp_path / "toy" / "full")["epochs"] == 0
 
 
 def test_patience_stops(tmp_path):
