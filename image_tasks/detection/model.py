@@ -3,7 +3,6 @@
 import copy
 from pathlib import Path
 
-import accelerate
 import torch
 from torch import nn
 
@@ -165,12 +164,16 @@ def weighed_over_processes(family_loss):
 
     def loss_function(logits, labels, device, pred_boxes, config, *args, **kwargs):
         loss, parts, auxiliary = family_loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
-        if process_index()[1] > 1 and torch.is_grad_enabled():
+        world = process_index()[1]
+        if world > 1 and torch.is_grad_enabled():
             boxes = float(sum(len(label["class_labels"]) for label in labels))
             queries = logits.shape[0] * logits.shape[1]
             matched = sum(min(len(label["class_labels"]), logits.shape[1]) for label in labels)
-            mine = torch.tensor([boxes, matched + config.eos_coefficient * (queries - matched)], device=logits.device)
-            share = mine.clamp(min=1) / accelerate.utils.reduce(mine, "mean").clamp(min=1)
+            unmatched = config.eos_coefficient * (queries - matched) if softmax else 0.0
+            mine = torch.tensor([boxes, matched + unmatched], device=logits.device)
+            every = mine.clone()
+            torch.distributed.all_reduce(every)
+            share = mine.clamp(min=1) / (every / world).clamp(min=1)
             classes = sum(value for name, value in parts.items() if name.startswith("loss_ce")) if softmax else 0.0
             loss = share[0] * (loss - classes) + share[1] * classes
         return loss, parts, auxiliary

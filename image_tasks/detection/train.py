@@ -27,7 +27,7 @@ class Config(TrainConfig):
     image_size: int = 0  # resize pictures to N x N pixels; 0: as the base was trained
     augment: bool = True  # random flip, crop and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
-    epochs: int = setting(30, demo=16)  # passes over the training data
+    epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(5e-5, demo=8e-4)  # every weight moves, so a fraction of the step of train_lora.py
     lr_backbone: float = setting(5e-6, demo=8e-4)  # DETR trains its backbone at a tenth; the small base needs no care

@@ -27,7 +27,7 @@ class Config(TrainConfig):
     image_size: int = 0  # resize pictures to N x N pixels; 0: as the base was trained
     augment: bool = True  # random flip, crop and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
-    epochs: int = setting(30, demo=16)  # passes over the training data
+    epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(2e-4, demo=2e-3)  # few weights move, so several times the step of train.py
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1

@@ -1,0 +1,20 @@
+"""The script that made the small bases makes, in a few steps, a base of the very kind that is committed."""
+
+import json
+
+from conftest import DETECTION, ROOT, run_script
+
+
+def test_detection_base_has_the_committed_architecture_and_loads(tmp_path):
+    done = run_script(ROOT / "scripts", "make_demo_base.py", "detection", "--steps", 2, "--output_dir", tmp_path / "base")
+    assert "mAP50" in done.stdout
+    made, committed = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "base", DETECTION / "demo_base"))
+    made.pop("transformers_version"), committed.pop("transformers_version")
+    assert made == committed
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "base", DETECTION / "demo_base")]
+    assert sizes[0] == sizes[1] < 2_000_000
+
+
+def test_an_unknown_task_is_named(tmp_path):
+    done = run_script(ROOT / "scripts", "make_demo_base.py", "weather", expect=2)
+    assert done.stderr.startswith("error: ") and "detection" in done.stderr
