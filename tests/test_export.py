@@ -107,14 +107,14 @@ def draw(x):
 if __name__ == "__main__":
     print("I am not to be run")
 ''',
-    "common/runtime.py": '''import os.path
+    "common/runtime.py": """import os.path
 
 
 def twice(x):
     from common.plots import draw  # imports each other, inside a function only
 
     return 2 * x if draw else os.path
-''',
+""",
     "common/unused.py": "unused = 1\n",
     "tasks/shapes/data.py": '''"""Data."""
 
@@ -132,12 +132,12 @@ def load(text):
     assert os and yaml and Image
     return text + str((HERE / "demo_base" / "weights.bin").exists())
 ''',
-    "tasks/shapes/model.py": '''class Model:
+    "tasks/shapes/model.py": """class Model:
     def __init__(self, name):
         from common.runtime import twice
 
         self.name = twice(name)
-''',
+""",
     "tasks/shapes/train.py": TRAIN,
     "tasks/shapes/demo_base/weights.bin": "weights",
     "requirements.txt": "# what all tasks use\ntorch>=2.4\npillow>=10.1  # pictures\npyyaml>=6\nscipy\nTIMM>=1,<2\n",

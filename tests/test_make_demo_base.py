@@ -8,10 +8,12 @@ from conftest import DETECTION, ROOT, run_script
 def test_detection_base_has_the_committed_architecture_and_loads(tmp_path):
     done = run_script(ROOT / "scripts", "make_demo_base.py", "detection", "--steps", 2, "--output_dir", tmp_path / "base")
     assert "mAP50" in done.stdout
-    made, committed = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "base", DETECTION / "demo_base"))
-    made.pop("transformers_version"), committed.pop("transformers_version")
-    assert made == committed
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "base", DETECTION / "demo_base")]
+    folders = (tmp_path / "base", DETECTION / "demo_base")
+    made, committed = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    # Another version of transformers may write more or fewer settings; what both write must agree.
+    shared = (made.keys() & committed.keys()) - {"transformers_version"}
+    assert len(shared) > 30 and {key: made[key] for key in shared} == {key: committed[key] for key in shared}
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
     assert sizes[0] == sizes[1] < 2_000_000
 
 

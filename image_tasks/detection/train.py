@@ -29,8 +29,8 @@ class Config(TrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
-    lr: float = setting(5e-5, demo=8e-4)  # every weight moves, so a fraction of the step of train_lora.py
-    lr_backbone: float = setting(5e-6, demo=8e-4)  # DETR trains its backbone at a tenth; the small base needs no care
+    lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    lr_backbone: float = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
 
 

@@ -29,7 +29,7 @@ class Config(TrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
-    lr: float = setting(2e-4, demo=2e-3)  # few weights move, so several times the step of train.py
+    lr: float = setting(2e-4, demo=8e-3)  # few weights move, so several times the step of train.py
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
     lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
