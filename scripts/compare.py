@@ -124,7 +124,12 @@ def number(x, unit: str = "") -> str:
     """A number as one reads it: 8,123,456 or 0.861 or 12.4."""
     if x is None:
         return "unknown"
-    text = f"{x:,}" if isinstance(x, int) else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" if 0 < abs(x) < 0.01 else f"{x:.3f}"
+    if isinstance(x, int):
+        text = f"{x:,}"
+    elif 0 < abs(x) < 0.01:
+        text = f"{x:.3g}"
+    else:
+        text = f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}"
     return text + (f" {unit}" if unit else "")
 
 
