@@ -51,7 +51,7 @@ def adapter_state(model) -> dict:
     from peft import get_peft_model_state_dict
 
     whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
-    return {**get_peft_model_state_dict(model), **whole}
+    return {**get_peft_model_state_dict(model, save_embedding_layers=False), **whole}
 
 
 def save_adapter_files(model, folder: Path) -> None:
@@ -65,7 +65,7 @@ def save_adapter_files(model, folder: Path) -> None:
 
     config = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)  # a set, which PEFT would write in another order in every process
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in adapter_state(model).items()}, folder / ADAPTER_FILE)
 
 
@@ -108,7 +108,7 @@ def load_adapter_files(model, folder: Path, whole=()):
             model = PeftModel.from_pretrained(model, folder)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
-    expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {name: tuple(t.shape) for name, t in saved.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
