@@ -329,8 +329,6 @@ def test_real_data_trains(place, tmp_path):
 
 
 def test_the_demo_runs_without_arguments_in_a_fresh_process(tmp_path):
-    if not (DETECTION / "demo_base" / "model.safetensors").exists():
-        pytest.skip("the small base model is not there yet")
     done = run_script(DETECTION, "train_lora.py", "--output_dir", tmp_path, "--epochs", 1, "--max_steps_per_epoch", 2)
     summary = read(tmp_path / "detection" / "lora" / "summary.json")
     assert summary["status"] == "finished" and summary["base"]["name"] == "demo" and summary["data"]["name"] == "demo"
