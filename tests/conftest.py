@@ -8,9 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 DETECTION = ROOT / "image_tasks" / "detection"
@@ -61,6 +64,8 @@ class Child:
             code = 99
             try:
                 signal.alarm(limit)  # a child that hangs dies of it
+                # tqdm's lock is a semaphore that all forks share: a child killed while it holds it would stop every later one.
+                tqdm.set_lock(threading.RLock())
                 sys.stdout = sys.stderr = open(self.log, "w", buffering=1)
                 os.dup2(sys.stdout.fileno(), 1)
                 os.dup2(sys.stdout.fileno(), 2)
