@@ -94,8 +94,12 @@ class Run:
             if hasattr(self, "board"):
                 self.board.close()
             self.signals.__exit__()
-        if self.world > 1 and kind is None:
-            self.accelerator.end_training()
+        if self.world > 1:
+            # A thread of gloo frees the last tensors that were sent, and needs Python's lock for it. With torch 2.11 the process
+            # hangs if DDP, which waits for that thread, is freed first: one in ten of short runs did.
+            time.sleep(0.2)
+            if kind is None:
+                self.accelerator.end_training()
         if status == "interrupted":
             say(f"stopped at step {self.step}; run the same command with --resume to go on")
             raise SystemExit(128 + getattr(error, "signum", 2)) from None

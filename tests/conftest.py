@@ -3,9 +3,9 @@
 from conftest import ROOT, run_script
 """
 
+import faulthandler
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +49,13 @@ def run_script(folder, script, *args, expect: int | None = 0, env: dict | None =
     return done
 
 
+def settle_fork(limit: int) -> None:
+    """What a forked process needs first: a lock of its own, and an end."""
+    # tqdm's lock is a semaphore that all forks share: a child killed while it holds it would stop every later one.
+    tqdm.set_lock(threading.RLock())
+    faulthandler.dump_traceback_later(limit, exit=True)  # one that hangs says where, and dies of it
+
+
 class Child:
     """A forked copy of this process that calls function(*args), with its output in a file.
 
@@ -63,12 +70,10 @@ class Child:
         if self.pid == 0:
             code = 99
             try:
-                signal.alarm(limit)  # a child that hangs dies of it
-                # tqdm's lock is a semaphore that all forks share: a child killed while it holds it would stop every later one.
-                tqdm.set_lock(threading.RLock())
                 sys.stdout = sys.stderr = open(self.log, "w", buffering=1)
                 os.dup2(sys.stdout.fileno(), 1)
                 os.dup2(sys.stdout.fileno(), 2)
+                settle_fork(limit)
                 function(*args)
                 code = 0
             except SystemExit as leaving:

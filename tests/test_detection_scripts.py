@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DETECTION, ROOT, run_script
+from conftest import DETECTION, ROOT, run_script, settle_fork
 from PIL import Image
 from test_detection_model import save_base
 
@@ -52,10 +52,10 @@ class Script:
         if self.pid == 0:
             code = 99
             try:
-                signal.alarm(200)
                 for number, path in ((1, self.out), (2, self.err)):
                     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
                 sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+                settle_fork(limit=200)
                 for name in [*of_project(), "common"]:  # the last is a folder without a file of its own
                     sys.modules.pop(name, None)
                 os.chdir(folder)
