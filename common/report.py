@@ -96,7 +96,7 @@ class Run:
             self.signals.__exit__()
         if self.world > 1:
             # A thread of gloo frees the last tensors that were sent, and needs Python's lock for it. With torch 2.11 the process
-            # hangs if DDP, which waits for that thread, is freed first: one in ten of short runs did.
+            # hangs if DDP, which waits for that thread, is freed first: 6 of 100 short runs did.
             time.sleep(0.2)
             if kind is None:
                 self.accelerator.end_training()
