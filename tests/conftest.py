@@ -49,21 +49,14 @@ def run_script(folder, script, *args, expect: int | None = 0, env: dict | None =
     return done
 
 
-def settle_fork(limit: int) -> None:
-    """What a forked process needs first: a lock of its own, and an end."""
-    # tqdm's lock is a semaphore that all forks share: a child killed while it holds it would stop every later one.
-    tqdm.set_lock(threading.RLock())
-    faulthandler.dump_traceback_later(limit, exit=True)  # one that hangs says where, and dies of it
-
-
 class Child:
-    """A forked copy of this process that calls function(*args), with its output in a file.
+    """A forked copy of this process that calls function(*args), with its output in a file (errors in err, if given).
 
     A fork has all imports of this process, so it starts in milliseconds; it may patch, exhaust and crash what it likes.
     """
 
-    def __init__(self, function, *args, log: Path, limit: int = 120):
-        self.log = Path(log)
+    def __init__(self, function, *args, log: Path, err: Path | None = None, limit: int = 120):
+        self.log, self.err = Path(log), Path(err or log)
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
@@ -71,9 +64,13 @@ class Child:
             code = 99
             try:
                 sys.stdout = sys.stderr = open(self.log, "w", buffering=1)
+                if err:
+                    sys.stderr = open(self.err, "w", buffering=1)
                 os.dup2(sys.stdout.fileno(), 1)
-                os.dup2(sys.stdout.fileno(), 2)
-                settle_fork(limit)
+                os.dup2(sys.stderr.fileno(), 2)
+                # tqdm's lock is a semaphore that all forks share: one killed while it holds it would stop every later one.
+                tqdm.set_lock(threading.RLock())
+                faulthandler.dump_traceback_later(limit, exit=True)  # one that hangs says where, and dies of it
                 function(*args)
                 code = 0
             except SystemExit as leaving:
@@ -82,6 +79,7 @@ class Child:
                 traceback.print_exc()
             finally:
                 sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(code)
 
     def kill(self, signum: int) -> None:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DETECTION, ROOT, run_script, settle_fork
+from conftest import DETECTION, ROOT, Child, run_script
 from PIL import Image
 from test_detection_model import save_base
 
@@ -40,46 +40,28 @@ def of_project() -> list[str]:
     return [name for name, file in files.items() if file.startswith(f"{ROOT}{os.sep}")]
 
 
-class Script:
+class Script(Child):
     """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports."""
 
     def __init__(self, script, args, log, folder=DETECTION):
         import_all()
-        self.out, self.err = log.with_suffix(".out"), log.with_suffix(".err")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 99
-            try:
-                for number, path in ((1, self.out), (2, self.err)):
-                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-                sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-                settle_fork(limit=200)
-                for name in [*of_project(), "common"]:  # the last is a folder without a file of its own
-                    sys.modules.pop(name, None)
-                os.chdir(folder)
-                sys.path[:] = [str(folder), *(p for p in sys.path if not p.startswith(str(ROOT)))]
-                sys.argv = [script, *map(str, args)]
-                runpy.run_path(str(folder / script), run_name="__main__")
-                if not folder.is_relative_to(ROOT):
-                    assert not of_project(), of_project()
-                code = 0
-            except SystemExit as leaving:
-                code = leaving.code if isinstance(leaving.code, int) else 1 if leaving.code else 0
-            except BaseException:
-                import traceback
 
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+        def run():
+            for name in [*of_project(), "common"]:  # the last is a folder without a file of its own
+                sys.modules.pop(name, None)
+            os.chdir(folder)
+            sys.path[:] = [str(folder), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+            sys.argv = [script, *map(str, args)]
+            runpy.run_path(str(folder / script), run_name="__main__")
+            if not folder.is_relative_to(ROOT):
+                assert not of_project(), of_project()
+
+        super().__init__(run, log=log.with_suffix(".out"), err=log.with_suffix(".err"), limit=200)
 
     def wait(self, expect=0):
-        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        assert code == expect, f"ended with {code}, not {expect}\n{self.out.read_text()[-3000:]}\n{self.err.read_text()[-3000:]}"
-        return SimpleNamespace(stdout=self.out.read_text(), stderr=self.err.read_text(), code=code)
+        code, out, err = super().wait(), self.log.read_text(), self.err.read_text()
+        assert code == expect, f"ended with {code}, not {expect}\n{out[-3000:]}\n{err[-3000:]}"
+        return SimpleNamespace(stdout=out, stderr=err, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +217,9 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(runs, place):
     args = ["--config", place / "config.yaml", "--lora_r", "4", "--run_name", "killed", "--save_steps", "1"]
     folder = place / "runs" / "detection" / "killed"
     script = Script("train_lora.py", args, place / "killed")
-    until = time.monotonic() + 120
-    while not (folder / "checkpoints" / "last" / "step-00000004").exists():  # in the second epoch: there are 3 steps in each
-        assert time.monotonic() < until, script.err.read_text()
-        time.sleep(0.005)
-    os.kill(script.pid, signal.SIGKILL)
+    in_second_epoch = folder / "checkpoints" / "last" / "step-00000004"  # there are 3 steps in each
+    script.wait_for(in_second_epoch.exists, seconds=120)
+    script.kill(signal.SIGKILL)
     script.wait(expect=-signal.SIGKILL)
     assert read(folder / "summary.json")["status"] == "running" and not (folder / "curves.png").exists()
     done = call(place, "train_lora.py", "--lora_r", "4", "--run_name", "killed", "--save_steps", "1", "--resume")
