@@ -206,7 +206,8 @@ def draw_per_class(metrics: dict, path: Path) -> None:
         axis.bar_label(bars, fmt="%.2f", fontsize=7)
     axis.set_xticks(np.arange(len(names)) + 0.2, names, rotation=30 if len(names) > 6 else 0)
     axis.set(title="Average precision of each class", ylabel="average precision", ylim=(0, 1.05))
-    axis.legend(fontsize=8, loc="lower right")
+    axis.set_axisbelow(True)
+    page.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)  # no corner of the bars is free
     save_figure(page, path)
 
 
