@@ -198,15 +198,19 @@ def load_state(folder: Path) -> tuple[dict, dict] | None:
 
 
 def fingerprint(tensors: dict) -> str:
-    """sha256 of named tensors: the same for the same weights, whatever file they came from."""
+    """sha256 of a model's tensors: the same for the same weights, whatever file they came from.
+
+    Names do not count: libraries rename layers from version to version, and the weights stay the same.
+    """
     import torch
 
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digests = []
+    for tensor in tensors.values():
+        tensor = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -57,3 +57,57 @@ def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: lis
             axis.axvline(step, color="0.4", ls=":", lw=1, label="resumed" if i == 0 else None)
         axis.legend(fontsize=8)
     save_figure(drawing, path)
+
+
+def draw_history(history: list[dict], panels: dict[str, tuple[str, ...]], folder: Path) -> None:
+    """A picture for each panel, <folder>/<panel>.png: the named values of the epochs, over epochs (0: before training).
+
+    history: one dict an epoch, with "epoch" and numbers; values that are missing or None leave a gap.
+    """
+    for title, names in panels.items():
+        drawing, ((axis,),) = figure(1, 1, 7, 4.5)
+        for i, name in enumerate(names):
+            points = [(r["epoch"], r[name]) for r in history if r.get(name) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker=".", color=f"C{i}", label=name.replace("_", " "))
+        axis.set(title=title.capitalize(), xlabel="epoch", ylabel=title if len(names) > 1 else names[0].replace("_", " "))
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
+        save_figure(drawing, folder / f"{title}.png")
+
+
+def draw_confusion(counts, names: list[str], path: Path) -> None:
+    """Confusion matrix: a row for each true class, a column for each predicted one; shares of the row, counts written in.
+
+    counts: (K, K) array of numbers of samples.
+    """
+    import numpy as np
+
+    counts = np.asarray(counts)
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    side = max(4.5, 0.55 * len(names) + 2)
+    drawing, ((axis,),) = figure(1, 1, side + 1, side)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axis.grid(False)
+    if len(names) <= 30:  # more would not be readable
+        for (row, column), count in np.ndenumerate(counts):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, count or "", ha="center", va="center", color=color, fontsize=8)
+    if len(names) <= 60:
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set(title="Confusion matrix (counts; colour: share of the true class)", xlabel="predicted class", ylabel="true class")
+    drawing.colorbar(image, ax=axis, shrink=0.8, label="share of the true class")
+    save_figure(drawing, path)
+
+
+def draw_bars(values: dict[str, float | None], title: str, unit: str, path: Path, top: float | None = None) -> None:
+    """A bar for each name; None is drawn as no bar. top: the axis' upper end."""
+    drawing, ((axis,),) = figure(1, 1, max(5, 0.5 * len(values) + 2), 4)
+    bars = axis.bar(range(len(values)), [value or 0 for value in values.values()], color="C0")
+    if len(values) <= 40:
+        axis.bar_label(bars, ["" if v is None else f"{v:.2f}" for v in values.values()], fontsize=7)
+    axis.set_xticks(range(len(values)), values, rotation=90 if len(values) > 8 else 0, fontsize=8 if len(values) <= 40 else 6)
+    axis.set(title=title, ylabel=unit, ylim=(0, top))
+    axis.set_axisbelow(True)
+    save_figure(drawing, path)

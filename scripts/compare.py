@@ -1,6 +1,7 @@
 """Says what LoRA saved and what it cost: compares finished runs by their summary.json.
 
-    python scripts/compare.py                                  # the newest full and lora run, where one task has both
+    python scripts/compare.py                                  # the newest full and lora run, where one task has both (and
+                                                               # the newest with the head alone, where there is one)
     python scripts/compare.py --task detection                 # the same for this task
     python scripts/compare.py outputs/detection/full outputs/detection/lora outputs/detection/lora_r32
 
@@ -51,7 +52,10 @@ def value(summary: dict, key: str):
 
 
 def find_pair(runs_dir: Path, task: str) -> list[Path]:
-    """The newest finished full and lora run folder of a task; without a task, of the one task that has both."""
+    """The newest finished full and lora run folder of a task, and of the head alone where there is one.
+
+    Without a task: of the one task that has both.
+    """
     newest = {}  # task -> method -> (end, folder)
     for path in sorted(runs_dir.glob("*/*/summary.json")):
         try:
@@ -72,7 +76,14 @@ def find_pair(runs_dir: Path, task: str) -> list[Path]:
         found = f"{', '.join(sorted(pairs))} have both: say which with --task" if pairs else "no task has both"
         raise UserError(f"looked below {runs_dir} for a finished full and a finished lora run of one task: {found}")
     runs = pairs[task or next(iter(pairs))]
-    return [runs["full"][1], runs["lora"][1]]
+    folders = [runs["full"][1], runs["lora"][1]]
+    if "head" in runs:  # a linear probe, if it is of the same data and budget: how far one gets without touching the base
+        three = [*folders, runs["head"][1]]
+        unlike = differences([read_summary(folder) for folder in three], [folder.name for folder in three])
+        if not unlike:
+            return three
+        print(f"left out {three[2]}, the newest run of the head alone: {'; '.join(unlike)}", file=sys.stderr)
+    return folders
 
 
 def global_batch(summary: dict) -> int | None:
@@ -156,8 +167,9 @@ def smaller(a, b, less: str, more: str) -> str:
 
 
 def verdict(run: dict, other: dict, metric: str, higher_is_better: bool, by_method: bool) -> str:
-    """One sentence about a run against another: what it reaches, and what that took. by_method: call them LoRA and full."""
-    a, b = ({"lora": "LoRA"}.get(r["method"], r["method"]) if by_method else r["label"] for r in (run, other))
+    """One sentence about a run against another: what it reaches, and what that took. by_method: call them LoRA, full, the head alone."""
+    words = {"lora": "LoRA", "head": "the head alone"}
+    a, b = (words.get(r["method"], r["method"]) if by_method else r["label"] for r in (run, other))
     x, y = run["metric_best"], other["metric_best"]
     if x is None or y is None:
         text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b}"
@@ -304,7 +316,8 @@ def compare(folders: list[Path], force: bool, output_dir: Path | None, runs_dir:
     runs = [facts(s, label, folder, memory) for s, label, folder in zip(summaries, labels, folders, strict=True)]
     metric, up = value(summaries[0], "metrics.name"), bool(value(summaries[0], "metrics.higher_is_better"))
     base = next((run for run in runs if run["method"] == "full"), runs[0])
-    by_method = sorted(str(run["method"]) for run in runs) == ["full", "lora"]
+    methods = [run["method"] for run in runs]
+    by_method = len(set(methods)) == len(methods) and set(methods) <= {"full", "lora", "head"}
     sentences = [verdict(run, base, metric, up, by_method) for run in runs if run is not base]
     forced = [f"Not a fair comparison (--force); {'; '.join(unlike)}."] if unlike else []
     notes = forced + remarks(summaries, runs)

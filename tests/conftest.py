@@ -6,21 +6,50 @@ from conftest import ROOT, run_script
 import faulthandler
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
+CLASSIFICATION = ROOT / "image_tasks" / "classification"
 DETECTION = ROOT / "image_tasks" / "detection"
+POSE = ROOT / "image_tasks" / "pose"
+TASKS = (CLASSIFICATION, DETECTION, POSE)
 
 sys.path.insert(0, str(ROOT))
 # For this process and the ones it starts, before torch is imported: one thread, no network.
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+
+def use_task(folder: Path) -> None:
+    """Makes `from data import ...` mean this task's data.py, for the imports of a test file and for those that its code makes.
+
+    Tasks name their modules alike, and pytest runs all test files in one process. A test file says `TASK = CLASSIFICATION`
+    and calls this before it imports from the task; the fixture below calls it again before the file's tests run.
+    """
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if Path(file).parent in TASKS:
+            SHELVED[Path(file).parent, name] = sys.modules.pop(name)
+    sys.modules.update({name: module for (place, name), module in SHELVED.items() if place == folder})
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) not in TASKS)]
+
+
+SHELVED = {}  # (task folder, module name) -> module
+
+
+@pytest.fixture(autouse=True, scope="module")
+def task_of_this_file(request):
+    if hasattr(request.module, "TASK"):
+        use_task(request.module.TASK)
 
 
 def show(text) -> str:
@@ -109,6 +138,53 @@ def in_child(function, *args, log: Path) -> tuple[int, str]:
     """(exit code, output) of function(*args) in a forked copy of this process."""
     child = Child(function, *args, log=log)
     return child.wait(), child.text
+
+
+def of_project() -> list[str]:
+    """Names of the imported modules whose files are the project's."""
+    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+    return [name for name, file in files.items() if file.startswith(f"{ROOT}{os.sep}")]
+
+
+class Script(Child):
+    """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports."""
+
+    def __init__(self, folder: Path, script: str, args, log: Path):
+        import_for_scripts()
+
+        def run():
+            for name in [*of_project(), "common"]:  # the last is a folder without a file of its own
+                sys.modules.pop(name, None)
+            os.chdir(folder)
+            sys.path[:] = [str(folder), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+            sys.argv = [script, *map(str, args)]
+            runpy.run_path(str(folder / script), run_name="__main__")
+            if not folder.is_relative_to(ROOT):
+                assert not of_project(), of_project()
+
+        super().__init__(run, log=log.with_suffix(".out"), err=log.with_suffix(".err"), limit=200)
+
+    def wait(self, expect=0):
+        code, out, err = super().wait(), self.log.read_text(), self.err.read_text()
+        assert code == expect, f"ended with {code}, not {expect}\n{out[-3000:]}\n{err[-3000:]}"
+        return SimpleNamespace(stdout=out, stderr=err, code=code)
+
+
+def import_for_scripts() -> None:
+    """What the tasks' scripts import on their way, so that forks need not (that takes many seconds in a fresh process)."""
+    import_all()
+    names = ["peft", "pycocotools.cocoeval", "scipy.optimize", "sklearn.metrics", "torchvision.transforms.v2"]
+    for name in [*names, "transformers.loss.loss_for_object_detection"]:
+        importlib.import_module(name)
+    from transformers import (  # noqa: F401
+        AutoModelForImageClassification,
+        AutoModelForObjectDetection,
+        DetrForObjectDetection,
+        DetrImageProcessor,
+        ViTForImageClassification,
+        ViTImageProcessor,
+        ViTModel,
+    )
 
 
 def import_all() -> None:

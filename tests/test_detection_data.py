@@ -2,22 +2,23 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import DETECTION
+from conftest import DETECTION, use_task
 from PIL import Image
 
-sys.path.insert(0, str(DETECTION))
+TASK = DETECTION
+use_task(TASK)
 
 import data  # noqa: E402
 from common.config import UserError  # noqa: E402
+from common.pictures import Faults, decode  # noqa: E402
 from common.runtime import EpochBatches, build_loader  # noqa: E402
-from data import DetectionData, Preprocess, build_loaders, check_samples, collate, decode, load_for_eval  # noqa: E402
-from formats import Faults, make_sample, read_dataset  # noqa: E402
+from data import DetectionData, Preprocess, build_loaders, check_samples, collate, load_for_eval  # noqa: E402
+from formats import make_sample, read_dataset  # noqa: E402
 from metrics import coco_eval  # noqa: E402
 
 CLASSES = ["cat", "dog"]

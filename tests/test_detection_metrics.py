@@ -3,19 +3,20 @@
 import contextlib
 import io
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import DETECTION
+from conftest import DETECTION, use_task
 from PIL import Image
 from test_detection_model import CLASSES, save_base
 
-sys.path.insert(0, str(DETECTION))
+TASK = DETECTION
+use_task(TASK)
 
+from common.pictures import Faults  # noqa: E402
 from data import DetectionData, Preprocess, check_samples, eval_loader  # noqa: E402
-from formats import Faults, make_sample, read_dataset  # noqa: E402
+from formats import make_sample, read_dataset  # noqa: E402
 from metrics import (  # noqa: E402
     coco_eval,
     coco_metrics,

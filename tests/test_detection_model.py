@@ -3,17 +3,18 @@
 import json
 import os
 import shutil
-import sys
 import time
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DETECTION, in_child
+from conftest import DETECTION, in_child, use_task
 
-sys.path.insert(0, str(DETECTION))
+TASK = DETECTION
+use_task(TASK)
 
+from common.bases import save_adapter, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within, train_whole  # noqa: E402
@@ -24,9 +25,6 @@ from model import (  # noqa: E402
     load_model,
     lora_targets,
     origin,
-    save_adapter,
-    save_model,
-    train_mode,
     with_classes,
 )
 

@@ -2,14 +2,14 @@
 
 import os
 import socket
-import sys
 
 import pytest
 import torch
-from conftest import DETECTION, Child
+from conftest import DETECTION, Child, use_task
 from test_detection_model import CLASSES, save_base
 
-sys.path.insert(0, str(DETECTION))
+TASK = DETECTION
+use_task(TASK)
 
 from model import load_base, with_classes  # noqa: E402
 

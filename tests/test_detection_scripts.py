@@ -3,65 +3,22 @@
 import hashlib
 import json
 import os
-import runpy
 import signal
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import DETECTION, ROOT, Child, run_script
+from conftest import DETECTION, ROOT, Script, run_script, use_task
 from PIL import Image
 from test_detection_model import save_base
+
+TASK = DETECTION
+use_task(TASK)
 
 SYNTHETIC = ["circle", "square", "triangle", "star"]
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
 CONFIG = {"epochs": 2, "batch_size": 4, "warmup_steps": 2, "num_workers": 0, "device": "cpu", "threads": 1}
-
-
-def import_all():
-    """What a script imports on its way, so that the forks below need not (that takes many seconds in a fresh process)."""
-    import accelerate  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import peft  # noqa: F401
-    import pycocotools.cocoeval  # noqa: F401
-    import scipy.optimize  # noqa: F401
-    import torch._dynamo  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-    import torchvision.transforms.v2  # noqa: F401
-    import transformers.loss.loss_for_object_detection  # noqa: F401
-    from transformers import AutoModelForObjectDetection, DetrForObjectDetection, DetrImageProcessor  # noqa: F401
-
-
-def of_project() -> list[str]:
-    """Names of the imported modules whose files are the project's."""
-    files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
-    return [name for name, file in files.items() if file.startswith(f"{ROOT}{os.sep}")]
-
-
-class Script(Child):
-    """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports."""
-
-    def __init__(self, script, args, log, folder=DETECTION):
-        import_all()
-
-        def run():
-            for name in [*of_project(), "common"]:  # the last is a folder without a file of its own
-                sys.modules.pop(name, None)
-            os.chdir(folder)
-            sys.path[:] = [str(folder), *(p for p in sys.path if not p.startswith(str(ROOT)))]
-            sys.argv = [script, *map(str, args)]
-            runpy.run_path(str(folder / script), run_name="__main__")
-            if not folder.is_relative_to(ROOT):
-                assert not of_project(), of_project()
-
-        super().__init__(run, log=log.with_suffix(".out"), err=log.with_suffix(".err"), limit=200)
-
-    def wait(self, expect=0):
-        code, out, err = super().wait(), self.log.read_text(), self.err.read_text()
-        assert code == expect, f"ended with {code}, not {expect}\n{out[-3000:]}\n{err[-3000:]}"
-        return SimpleNamespace(stdout=out, stderr=err, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +36,7 @@ def place(tmp_path_factory):
 
 def call(place, script, *args, expect=0, config=True):
     settings = ["--config", place / "config.yaml"] if config else []
-    return Script(script, [*settings, *args], place / f"log-{time.monotonic_ns()}").wait(expect)
+    return Script(DETECTION, script, [*settings, *args], place / f"log-{time.monotonic_ns()}").wait(expect)
 
 
 def read(path):
@@ -216,7 +173,7 @@ def digests(folder):
 def test_a_run_that_was_killed_ends_with_the_same_bytes(runs, place):
     args = ["--config", place / "config.yaml", "--lora_r", "4", "--run_name", "killed", "--save_steps", "1"]
     folder = place / "runs" / "detection" / "killed"
-    script = Script("train_lora.py", args, place / "killed")
+    script = Script(DETECTION, "train_lora.py", args, place / "killed")
     in_second_epoch = folder / "checkpoints" / "last" / "step-00000004"  # there are 3 steps in each
     script.wait_for(in_second_epoch.exists, seconds=120)
     script.kill(signal.SIGKILL)
@@ -282,7 +239,7 @@ def test_a_failed_run_leaves_its_record(place, tmp_path):
 
 def test_compare_reads_both_runs(runs, place, tmp_path):
     args = [runs.full, runs.lora, "--output_dir", tmp_path]
-    done = Script("compare.py", args, place / "compare", folder=ROOT / "scripts").wait()
+    done = Script(ROOT / "scripts", "compare.py", args, place / "compare").wait()
     assert "lora" in done.stdout and "full" in done.stdout and "map" in done.stdout
 
 
@@ -290,9 +247,9 @@ def test_compare_reads_both_runs(runs, place, tmp_path):
 def test_an_exported_copy_trains_outside_the_project(place, tmp_path, flags):
     """In a folder from where neither common/ nor the task's modules can be seen; Script fails if one was imported after all."""
     args = [DETECTION / "train_lora.py", tmp_path / "copy", "--no_demo", *flags]
-    Script("export.py", args, place / "export", folder=ROOT / "scripts").wait()
+    Script(ROOT / "scripts", "export.py", args, place / "export").wait()
     args = ["--config", place / "config.yaml", "--epochs", 1, "--max_steps_per_epoch", 1, "--output_dir", tmp_path / "runs"]
-    Script("train_lora.py", args, place / "copy", folder=tmp_path / "copy").wait()
+    Script(tmp_path / "copy", "train_lora.py", args, place / "copy").wait()
     assert read(tmp_path / "runs" / "detection" / "lora" / "summary.json")["steps"] == 1
     assert ((tmp_path / "copy" / "common").is_dir()) == (flags == [])
 

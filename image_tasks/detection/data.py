@@ -1,18 +1,16 @@
 """Pictures and boxes for a detector: decoding, checking, a cache in memory, augmentation, batches."""
 
 import hashlib
-import io
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-# needs: torchvision, pillow
+# needs: torchvision
 from common.config import UserError
-from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, progress, say, seeded
-from formats import IMAGE_ENDINGS, Faults, Sample, make_sample, read_dataset
+from common.pictures import Faults, cache_limit, decode, load_all
+from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, say, seeded
+from formats import Sample, make_sample, read_dataset
 
 HERE = Path(__file__).resolve().parent
 
@@ -26,38 +24,6 @@ def demo_data() -> Path:
         say(f"drawing the demo data into {folder}")
         make_demo_data(folder)
     return folder
-
-
-def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.ndarray:
-    """A picture file as uint8 RGB, (height, width, 3), turned upright as its EXIF orientation says.
-
-    claimed: the annotation's (width, height). If it is the size of the stored, unturned picture, whoever drew the boxes
-    ignored the orientation, so it is ignored here, too. ValueError says what is wrong with the file.
-    """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image.load()
-            stored = image.size
-            upright = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise ValueError("no picture that can be decoded") from None
-    except Exception as error:  # on a damaged file a decoder may raise anything: struct.error, TypeError, SyntaxError ...
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"picture that cannot be decoded, {reason[0]}") from None
-    image = image if claimed and claimed == stored and claimed != upright.size else upright
-    if claimed and claimed != image.size:
-        raise ValueError(f"picture of another size than its annotation says, {image.size} instead of {claimed}")
-    if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip everything above 255
-        values = np.asarray(image).astype(np.float64)
-        eight_bits = image.mode == "I" and values.max() <= 255
-        image = Image.fromarray((values / (1 if eight_bits else 257)).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("picture of floating-point numbers, whose range is not known")
-    return np.array(image.convert("RGB"))
 
 
 class Preprocess:
@@ -188,27 +154,14 @@ def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults,
     they fit into cache_bytes (cache entries are None for the rest).
     """
 
-    def look(sample: Sample):
-        try:
-            pixels = decode(sample.path, sample.size)
-            return pixels.shape[:2], preprocess.resize(pixels)
-        except (OSError, ValueError) as error:
-            return None, str(error)
+    def load(sample: Sample):
+        pixels = decode(sample.path, sample.size)
+        return pixels.shape[:2], preprocess.resize(pixels)
 
-    good, cache, used = [], [], 0
-    with ThreadPoolExecutor(4) as pool:  # decoding leaves Python's lock; `map` with many pictures would hold them all
-        for first in progress(range(0, len(samples), 64), f"checking {text} pictures"):
-            part = samples[first : first + 64]
-            for sample, (shape, pixels) in zip(part, pool.map(look, part), strict=True):
-                if shape is None:
-                    fault, _, detail = pixels.partition(", ")
-                    faults.add(fault, f"{sample.path.name} ({detail})" if detail else sample.path.name)
-                    continue
-                clean_boxes(sample, shape[1], shape[0], faults)
-                good.append(sample)
-                used += pixels.nbytes
-                cache.append(pixels if used <= cache_bytes else None)
-    return good, cache, min(used, cache_bytes)
+    good, shapes, cache, used = load_all(samples, load, faults, cache_bytes, text)
+    for sample, (height, width) in zip(good, shapes, strict=True):
+        clean_boxes(sample, width, height, faults)
+    return good, cache, used
 
 
 def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None:
@@ -226,17 +179,6 @@ def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None
         faults.add("part of a box that lay outside its picture", sample.path.name)
     sample.area = np.where(np.isnan(sample.area) | moved, sides.prod(axis=1), sample.area)[~bad]
     sample.boxes, sample.labels, sample.crowd = clipped[~bad], sample.labels[~bad], sample.crowd[~bad]
-
-
-def cache_limit(cache: str) -> int:
-    """A quarter of the memory that is free now, shared by the processes of this machine; 0 with --cache off."""
-    import os
-
-    import psutil
-
-    if cache == "off":
-        return 0
-    return psutil.virtual_memory().available // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def read_tables(data_dir: str, data_format: str, seed: int, faults: Faults):
@@ -331,17 +273,3 @@ def data_sha256(train: list[Sample], val: list[Sample], classes: list[str]) -> s
             digest.update(np.ascontiguousarray(s.labels))
         digest.update(b"|")
     return digest.hexdigest()
-
-
-def find_pictures(pattern: str) -> list[Path]:
-    """The picture files that a path names: a file, a folder (its pictures), or a glob in quotes."""
-    import glob
-
-    path = Path(pattern).expanduser()
-    if path.is_file():
-        return [path]
-    found = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    found = [p for p in found if p.is_file() and p.suffix.lower() in IMAGE_ENDINGS]
-    if not found:
-        raise UserError(f"--input {pattern}: no picture there ({', '.join(IMAGE_ENDINGS)})")
-    return found

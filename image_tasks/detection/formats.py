@@ -4,21 +4,18 @@ Files from outside are checked here: what is malformed is named, counted and lef
 unusable is a UserError. Boxes leave as (x1, y1, x2, y2) in pixels of the picture as a person sees it.
 """
 
-import hashlib
 import json
 import math
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.config import UserError
+from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, inside, split_off
 from common.runtime import say
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
 @dataclass
@@ -32,24 +29,6 @@ class Sample:
     crowd: np.ndarray
     area: np.ndarray
     relative: bool = False  # YOLO: boxes are fractions of width and height until the picture is opened
-
-
-@dataclass
-class Faults:
-    """What was wrong with a data set: fault -> where, in the order found."""
-
-    found: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, fault: str, where) -> None:
-        self.found[fault].append(str(where))
-
-    def counts(self) -> dict[str, int]:
-        return {fault: len(places) for fault, places in sorted(self.found.items())}
-
-    def report(self) -> None:
-        for fault, places in sorted(self.found.items()):
-            more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-            say(f"left out, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
 
 
 def make_sample(path, size, rows, relative=False) -> Sample:
@@ -88,21 +67,12 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
         every = splits["train"]
         if len(every) < 2:
             raise UserError(f"{data_dir} has one training picture and no validation split: too few")
-        hashes = [hashlib.sha256(f"{seed} {s.path.name}".encode()).digest() for s in every]
-        bound = min(max(bytes([51]), min(hashes) + b"0"), max(hashes))  # 51 / 256 is a fifth; neither side stays empty
-        splits["val"] = [s for s, place in zip(every, hashes, strict=True) if place < bound]
-        splits["train"] = [s for s, place in zip(every, hashes, strict=True) if place >= bound]
+        chosen = split_off([s.path.name for s in every], seed)
+        splits["val"] = [s for s, mine in zip(every, chosen, strict=True) if mine]
+        splits["train"] = [s for s, mine in zip(every, chosen, strict=True) if not mine]
         count = len(splits["val"])
         say(f"no validation split in {data_dir}: {count} of {len(every)} training pictures, chosen by seed {seed}, become it")
     return splits, classes, data_format
-
-
-def inside(folder: Path, name: str) -> Path | None:
-    """folder/name; None where nothing is there, or outside the folder (an annotation is not trusted to point anywhere)."""
-    path = folder / name
-    if not os.path.exists(path):  # no exception, either, for a name that no file could have
-        return None
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
 
 
 # ---- COCO: one JSON per split ----------------------------------------------------------------------------------------

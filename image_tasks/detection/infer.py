@@ -43,8 +43,9 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
 
     from common.checkpoint import write_json
     from common.folders import newest_best
+    from common.pictures import Faults, decode, find_pictures
     from common.runtime import EvalBatches, progress, start_accelerator
-    from data import Faults, Preprocess, collate, decode, find_pictures, pictures_only
+    from data import Preprocess, collate, pictures_only
     from metrics import detect, draw_boxes, xywh
 
     pictures = find_pictures(config.input)

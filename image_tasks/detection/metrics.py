@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from common.pictures import decode
 from common.plots import figure, save_figure
 from common.runtime import gather_lists, progress, to_device
 
@@ -143,8 +144,6 @@ def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=Non
 
 def draw_page(dataset, found: list[dict], classes: list[str], indices, path: Path, threshold: float = 0.5) -> None:
     """A page of pictures in pairs: ground truth on the left, predictions above the threshold on the right."""
-    from data import decode
-
     by_index = {item["index"]: item for item in found}
     columns = min(3, len(indices))
     rows = -(-len(indices) // columns)

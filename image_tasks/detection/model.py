@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 # needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
-from common.checkpoint import atomic_folder, fingerprint, open_model_folder, read_json, write_json
-from common.config import UserError
-from common.lora import ADAPTER_FILE, find_targets, is_within, load_adapter_files, save_adapter_files
+from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
+from common.lora import find_targets, is_within, load_adapter_files
 from common.runtime import process_index, say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
-ORIGIN = "origin.json"  # beside every checkpoint: task, base and its hash, classes, image size, data
 
 # Parts that predict classes and boxes, over the family's architectures. They train whole beside an adapter.
 HEADS = (
@@ -45,62 +43,11 @@ def load_base(name: str):
 
     float32 and safetensors only; UserError where a weight is missing or left over.
     """
-    from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    source = DEMO_BASE if name == "demo" else Path(name).expanduser()
-    if not source.is_dir():
-        if name == "demo" or source.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-            raise UserError(f"--model: there is no folder {source}; give a folder, a hub name (facebook/detr-resnet-50) or demo")
-        fetch(name)
-        source = name
-    try:
-        processor = AutoImageProcessor.from_pretrained(source, local_files_only=True)
-        model, info = AutoModelForObjectDetection.from_pretrained(
-            source,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--model {name} is no detector that can be loaded safely: {reason}") from None
-    strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
-    strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
-    if strays:
-        raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
-    say(f"base: {name}, {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    return model, processor, {"name": name, "sha256": fingerprint(model.state_dict())}
-
-
-def fetch(name: str) -> None:
-    """Downloads a hub model into the local cache, unless it is there. UserError in a few seconds where there is no network."""
-    import os
-
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    files = ["*.json", "*.safetensors"]
-    try:
-        snapshot_download(name, allow_patterns=files, local_files_only=True)
-        return
-    except (LocalEntryNotFoundError, OSError):
-        pass
-    remedy = "give --model a local folder, or --model demo for the small base that comes along"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
-    try:
-        HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
-        say(f"fetching {name} from the hub")
-        snapshot_download(name, allow_patterns=files)
-    except Exception as error:  # every network library has errors of its own, and all mean the same here
-        kind = type(error).__name__
-        raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
+    source = base_source(name, DEMO_BASE, "facebook/detr-resnet-50")
+    model, processor = load_pretrained(name, source, AutoModelForObjectDetection, AutoImageProcessor)
+    return model, processor, describe_base(name, model)
 
 
 def with_classes(base, classes: list[str], most_boxes: int = 0):
@@ -188,14 +135,6 @@ def pick_rows(tensor: torch.Tensor, rows: list[int | None], known: int) -> torch
     return torch.stack([mean if row is None else tensor[row] for row in rows] + list(tensor[known:]))
 
 
-def train_mode(model) -> None:
-    """Training mode, but BatchNorm keeps the base's statistics: small batches would spoil them, and no adapter holds them."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
 def backbone_groups(model, lr: float, lr_backbone: float) -> list[dict]:
     """Optimizer groups: the convolutional backbone learns at a lower rate, as in DETR."""
     groups = {lr: [], lr_backbone: []}
@@ -205,40 +144,14 @@ def backbone_groups(model, lr: float, lr_backbone: float) -> list[dict]:
 
 
 def origin(method: str, classes: list[str], base: dict, config) -> dict:
-    return {
-        "task": "detection",
-        "method": method,
-        "base": base,
-        "classes": classes,
-        "image_size": config.image_size,
-        "data_dir": str(Path(config.data_dir).expanduser().resolve()) if config.data_dir else "",
-        "batch_size": config.batch_size,
-        "data_format": config.data_format,
-        "seed": config.seed,
-    }
-
-
-def save_model(folder: Path, model, processor, facts: dict) -> None:
-    """A folder for from_pretrained: weights, config with the class names, image processor, origin.json."""
-    with atomic_folder(folder) as aside:
-        model.save_pretrained(aside)
-        processor.save_pretrained(aside)
-        write_json(aside / ORIGIN, facts)
-
-
-def save_adapter(folder: Path, model, processor, facts: dict) -> None:
-    """A PEFT adapter folder with the heads in it, image processor, origin.json."""
-    with atomic_folder(folder) as aside:
-        model.peft_config["default"].base_model_name_or_path = facts["base"]["name"]
-        save_adapter_files(model, aside)
-        processor.save_pretrained(aside)
-        write_json(aside / ORIGIN, facts)
+    """What origin.json says of a checkpoint."""
+    facts = {"classes": classes, "image_size": config.image_size, "data_format": config.data_format}
+    return make_origin("detection", method, base, config, **facts)
 
 
 def load_model(folder: Path):
     """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
-    folder = open_model_folder(folder, "model.safetensors")
-    facts = read_origin(folder, "full")
+    folder, facts = open_checkpoint(folder, "detection", "full")
     model, processor, _ = load_base(str(folder.resolve()))
     return model.eval(), processor, facts
 
@@ -248,20 +161,8 @@ def load_adapter(folder: Path, base: str = "", merge: bool = True):
 
     merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
     """
-    folder = open_model_folder(folder, ADAPTER_FILE)
-    facts = read_origin(folder, "lora")
+    folder, facts = open_checkpoint(folder, "detection", "lora")
     model, processor, found = load_base(base or facts["base"]["name"])
-    if found["sha256"] != facts["base"]["sha256"]:
-        raise UserError(
-            f"{folder} was trained on the base {facts['base']['name']} (sha256 {facts['base']['sha256'][:12]}), but "
-            f"{found['name']} has sha256 {found['sha256'][:12]}: an adapter fits no other base"
-        )
+    check_same_base(folder, facts, found)
     model = load_adapter_files(with_classes(model, facts["classes"]), folder, HEADS)
     return (model.merge_and_unload() if merge else model).eval(), processor, facts
-
-
-def read_origin(folder: Path, method: str) -> dict:
-    facts = read_json(folder / ORIGIN)
-    if facts.get("task") != "detection" or facts.get("method") != method:
-        raise UserError(f"{folder} is a checkpoint of {facts.get('task')} ({facts.get('method')}), not of detection ({method})")
-    return facts

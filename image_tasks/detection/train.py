@@ -37,11 +37,12 @@ class Config(TrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import save_model, train_mode
     from common.optim import build_optimizer
     from common.report import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
-    from model import backbone_groups, load_base, load_model, origin, save_model, train_mode, with_classes
+    from model import backbone_groups, load_base, load_model, origin, with_classes
 
     with Run(config, task="detection", method="full") as run:
         base, processor, base_facts = load_base(config.model)

@@ -42,14 +42,15 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
+    from common.bases import save_adapter, train_mode
     from common.lora import freeze_adapters, train_whole
     from common.optim import build_optimizer
     from common.report import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
-    from model import HEADS, load_adapter, load_base, lora_targets, origin, save_adapter, train_mode, with_classes
+    from model import HEADS, load_adapter, load_base, lora_targets, origin, with_classes
 
-    with Run(config, task="detection", method="lora") as run:
+    with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
         base, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
         run.describe(base=base_facts, data=data_facts)

@@ -1,0 +1,135 @@
+"""Base models and what is saved of them: fetching a base, checkpoint folders with their origin.json, strict loading."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import atomic_folder, fingerprint, open_model_folder, read_json, write_json
+from common.config import UserError
+from common.lora import ADAPTER_FILE, save_adapter_files
+from common.runtime import say
+
+ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
+
+
+def fetch(name: str) -> None:
+    """Downloads a hub model into the local cache, unless it is there. UserError in a few seconds where there is no network."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    files = ["*.json", "*.safetensors"]
+    try:
+        snapshot_download(name, allow_patterns=files, local_files_only=True)
+        return
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    remedy = "give --model a local folder, or --model demo for the small base that comes along"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
+    try:
+        HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
+        say(f"fetching {name} from the hub")
+        snapshot_download(name, allow_patterns=files)
+    except Exception as error:  # every network library has errors of its own, and all mean the same here
+        kind = type(error).__name__
+        raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
+
+
+def base_source(name: str, demo_base: Path, example: str) -> Path | str:
+    """Where a base is loaded from: the demo's folder for "demo", a local folder, or a hub name (fetched if it must be)."""
+    source = demo_base if name == "demo" else Path(name).expanduser()
+    if not source.is_dir():
+        if name == "demo" or source.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+            raise UserError(f"--model: there is no folder {source}; give a folder, a hub name ({example}) or demo")
+        fetch(name)
+        source = name
+    return source
+
+
+def load_pretrained(name: str, source: Path | str, kind, processor_kind):
+    """(model, image processor) by the library's own classes: float32, safetensors only, offline, every weight in its place.
+
+    kind, processor_kind: classes with from_pretrained. UserError where a weight is missing, left over or of another shape.
+    """
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        processor = processor_kind.from_pretrained(source, local_files_only=True)
+        model, info = kind.from_pretrained(
+            source,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--model {name} is no model for this task that can be loaded safely: {reason}") from None
+    strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
+    if strays:
+        raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
+    return model, processor
+
+
+def describe_base(name: str, model) -> dict:
+    """{"name", "sha256"} of a base, for the summary and for the adapters that belong to it; one printed line."""
+    say(f"base: {name}, {type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    return {"name": name, "sha256": fingerprint(model.state_dict())}
+
+
+def make_origin(task: str, method: str, base: dict, config, **facts) -> dict:
+    """The content of origin.json. facts: what else the task needs to load and score the checkpoint, such as classes."""
+    data_dir = str(Path(config.data_dir).expanduser().resolve()) if config.data_dir else ""
+    shared = {"data_dir": data_dir, "batch_size": config.batch_size, "seed": config.seed}
+    return {"task": task, "method": method, "base": base, **facts, **shared}
+
+
+def save_model(folder: Path, model, processor, facts: dict) -> None:
+    """A folder for from_pretrained: weights, config, image processor, origin.json."""
+    with atomic_folder(folder) as aside:
+        model.save_pretrained(aside)
+        processor.save_pretrained(aside)
+        write_json(aside / ORIGIN, facts)
+
+
+def save_adapter(folder: Path, model, processor, facts: dict) -> None:
+    """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json."""
+    with atomic_folder(folder) as aside:
+        model.peft_config["default"].base_model_name_or_path = facts["base"]["name"]
+        save_adapter_files(model, aside)
+        processor.save_pretrained(aside)
+        write_json(aside / ORIGIN, facts)
+
+
+def open_checkpoint(folder: Path, task: str, method: str) -> tuple[Path, dict]:
+    """(folder, origin) of a checkpoint, checked: whole, and of this task and method ("full" or "lora"). Else UserError."""
+    folder = open_model_folder(folder, ADAPTER_FILE if method == "lora" else "model.safetensors")
+    if not (folder / ORIGIN).is_file():
+        raise UserError(f"{folder} holds no {ORIGIN}: only checkpoints that these scripts saved say what they were trained for")
+    facts = read_json(folder / ORIGIN)
+    if facts.get("task") != task or facts.get("method") != method:
+        raise UserError(f"{folder} is a checkpoint of {facts.get('task')} ({facts.get('method')}), not of {task} ({method})")
+    return folder, facts
+
+
+def check_same_base(folder: Path, facts: dict, found: dict) -> None:
+    """UserError unless the base that was found is the one that the adapter in `folder` was trained on."""
+    if found["sha256"] != facts["base"]["sha256"]:
+        raise UserError(
+            f"{folder} was trained on the base {facts['base']['name']} (sha256 {facts['base']['sha256'][:12]}), but "
+            f"{found['name']} has sha256 {found['sha256'][:12]}: an adapter fits no other base"
+        )
+
+
+def train_mode(model) -> None:
+    """Training mode, but BatchNorm keeps the base's statistics: small batches would spoil them, and no adapter holds them."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,76 @@
+"""Scores a fully fine-tuned classifier: accuracy, F1, top-5, calibration, and its most confident mistakes.
+
+    python eval.py                                           # the newest outputs/classification/full, on its validation data
+    python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/pictures --split test
+
+Leaves eval.json (for another split than val: eval_<split>.json) in the run folder, and beside it in eval_<split>/ the
+report as text and JSON, the confusion matrix, F1 of each class, the calibration and a page of mistakes.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, cli, parse  # noqa: E402
+
+
+@dataclass
+class EvalConfig(LoadConfig):
+    data_dir: str = ""  # folder or CSV file as for training; empty: the data that the checkpoint was trained on
+    split: Literal["train", "val", "test"] = "val"  # which part of the data
+    subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
+    batch_size: int = 0  # pictures at a time; 0: as in training
+    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    output_dir: str = ""  # where the results go; empty: the run folder
+
+
+def load_full(config):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=EvalConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.checkpoint import write_json, write_text
+    from common.folders import newest_best
+    from common.runtime import start_accelerator
+    from data import load_for_eval
+    from metrics import classification_metrics, draw_calibration, draw_evaluation, draw_page, predict, report, worst_first
+
+    accelerator = start_accelerator(config)
+    config.checkpoint = config.checkpoint or str(newest_best("classification", method))
+    model, processor, origin = load(config)
+    loader, classes, name = load_for_eval(config, processor, origin)
+    labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
+    metrics = classification_metrics(labels, logits, classes)
+
+    checkpoint = Path(config.checkpoint).expanduser()
+    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
+    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
+    write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
+    text, table = report(labels, logits, classes)
+    write_text(folder / "report.txt", text)
+    write_json(folder / "report.json", table)
+    draw_evaluation(labels, logits, classes, folder)
+    draw_calibration(labels, logits, folder / "calibration.png")
+    draw_page(loader.dataset, labels, logits, classes, worst_first(labels, logits)[:12], folder / "mistakes.png")
+
+    print(f"{name}, {config.split} split, {len(labels)} pictures")
+    for key, value in metrics.items():
+        if not isinstance(value, dict):
+            print(f"  {key:18} {'absent' if value is None else f'{value:.4f}'}")
+    print(f"\n{text}\nsaved {file}, and report and pictures in {folder}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,95 @@
+"""Says what your pictures show, with a fully fine-tuned classifier.
+
+    python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
+    python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
+
+Leaves predictions.csv and predictions.json in outputs/classification/predictions/<method>/, and the pictures on request.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+
+
+@dataclass
+class InferConfig(LoadConfig):
+    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    top_k: int = 5  # so many classes for each picture, the most probable first
+    pictures: bool = False  # save each picture with its classes written below it
+    batch_size: int = 1  # pictures at a time; more is faster on a GPU
+    output_dir: str = ""  # where the results go; empty: outputs/classification/predictions/<method>
+
+
+def load_full(config):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=InferConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    if not config.input:
+        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
+    if config.top_k < 1 or config.batch_size < 1:
+        raise UserError("--top_k and --batch_size must be at least 1")
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    import csv
+
+    import torch
+
+    from common.checkpoint import write_json
+    from common.folders import newest_best
+    from common.pictures import Faults, find_pictures
+    from common.runtime import EvalBatches, progress, start_accelerator
+    from data import Preprocess, collate, pictures_only
+    from metrics import draw_answer, softmax
+
+    paths = find_pictures(config.input)
+    accelerator = start_accelerator(config)
+    config.checkpoint = config.checkpoint or str(newest_best("classification", method))
+    model, processor, origin = load(config)
+    model, classes = accelerator.prepare_model(model, evaluation_mode=True), origin["classes"]
+    faults = Faults()
+    dataset = pictures_only(paths, classes, Preprocess(processor), faults)
+    faults.report()
+    root = Path(config.output_dir or project_root() / "outputs/classification/predictions" / method).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+
+    results, seconds = [], 0.0
+    print(f"{'picture':40} {'class':24} {'probability':>11} {'ms':>8}")
+    for keys in progress(EvalBatches([0] * len(dataset), config.batch_size), "classifying"):
+        batch = collate([dataset[key] for key in keys])
+        began = time.perf_counter()
+        with torch.inference_mode():
+            logits = model(pixel_values=batch["pixel_values"].to(accelerator.device)).logits.float().cpu().numpy()
+        took = time.perf_counter() - began
+        seconds += took
+        for index, probabilities in zip(batch["index"].tolist(), softmax(logits.astype(float)), strict=True):
+            best = probabilities.argsort()[::-1][: config.top_k]
+            answers = [{"class": classes[k], "probability": float(probabilities[k])} for k in best]
+            path, ms = dataset.samples[index].path, round(1000 * took / len(keys), 2)
+            results.append({"file_name": str(path), "milliseconds": ms, "predictions": answers})
+            print(f"{path.name[:40]:40} {answers[0]['class'][:24]:24} {answers[0]['probability']:11.4f} {ms:8.1f}")
+            if config.pictures:
+                draw_answer(path, answers, root / f"{index + 1:04d}_{path.stem}.png")
+    write_json(root / "predictions.json", results)
+    with open(root / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["file_name", "rank", "class", "probability", "milliseconds"])
+        for row in results:
+            for rank, answer in enumerate(row["predictions"], 1):
+                answer = [answer["class"], f"{answer['probability']:.6f}"]
+                table.writerow([row["file_name"], rank, *answer, row["milliseconds"]])
+    print(f"{len(results)} pictures, {1000 * seconds / len(results):.1f} ms a picture (model only)")
+    print(f"saved predictions.csv and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,96 @@
+"""LoRA fine-tuning of an image classifier on your own classes.
+
+    python train_lora.py                                  # demo: small base, synthetic pictures, a minute on a CPU
+    python train_lora.py --data_dir ~/pictures            # google/vit-base-patch16-224 on your train/<class>/*.jpg
+    torchrun --nproc_per_node 4 train_lora.py --data_dir ~/pictures
+
+Trains low-rank adapters in the layers that --lora_targets names, and a new head; all else stays frozen.
+Leaves outputs/classification/lora/: the adapter (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+
+
+@dataclass
+class Config(TrainConfig):
+    model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name (timm/<name>, too), local folder, or demo
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
+    flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
+    crop: float = 0.5  # random crops of training pictures hold at least this share of the area; 1: no random crops
+    randaugment: int = setting(5, demo=0)  # strength of RandAugment, 1 to 30; 0: none
+    mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
+    cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
+    epochs: int = setting(10, demo=15)  # passes over the training data
+    batch_size: int = 32  # pictures per process and backward pass
+    lr: float = setting(2e-4, demo=3e-3)  # few weights move, so several times the step of train.py
+    lora_r: int = setting(16, demo=8)  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
+    lora_alpha: int = setting(32, demo=16)  # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data
+    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from peft import LoraConfig, get_peft_model
+    from torch.nn.functional import cross_entropy
+
+    from common.bases import save_adapter, train_mode
+    from common.lora import freeze_adapters, train_whole
+    from common.optim import build_optimizer
+    from common.report import Run
+    from data import build_loaders, class_weights
+    from metrics import draw_results, evaluate
+    from model import class_layers, load_adapter, load_base, lora_targets, origin, with_classes
+
+    with Run(config, task="classification", method="lora" if config.lora_r else "head") as run:
+        base, processor, base_facts = load_base(config.model)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        run.describe(base=base_facts, data=data_facts)
+        weights = class_weights(config.class_weights, train_loader.dataset, run.device)
+
+        # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
+        model = with_classes(base, classes)
+        head = class_layers(model)
+        lora = LoraConfig(
+            r=max(1, config.lora_r),
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=lora_targets(model, config.lora_targets),
+        )
+        model = get_peft_model(model, lora)
+        train_whole(model, head)
+        if config.lora_r == 0:
+            freeze_adapters(model)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+
+        # 2. Train; keep the adapter with the best validation accuracy, every class counting the same.
+        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, classes)):
+            train_mode(model)
+            for batch in run.batches(train_loader, epoch):
+                logits = model(pixel_values=batch["pixel_values"]).logits
+                loss = cross_entropy(logits, batch["target"], weight=weights)
+                run.backward(loss)
+                run.step_optimizer(optimizer, scheduler)
+            if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
+                save_adapter(run.best, run.unwrap(model), processor, origin("lora", classes, base_facts, config))
+
+        # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
+        if run.is_main:
+            best, _, _ = load_adapter(run.best, base=config.model)
+            draw_results(best.to(run.device), val_loader, classes, run.history, run.folder)
+        run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)
