@@ -167,7 +167,7 @@ def smaller(a, b, less: str, more: str) -> str:
 
 
 def verdict(run: dict, other: dict, metric: str, higher_is_better: bool, by_method: bool) -> str:
-    """One sentence about a run against another: what it reaches, and what that took. by_method: call them LoRA, full, the head alone."""
+    """One sentence about a run against another: what it reaches, and what it took. by_method: call runs by their method."""
     words = {"lora": "LoRA", "head": "the head alone"}
     a, b = (words.get(r["method"], r["method"]) if by_method else r["label"] for r in (run, other))
     x, y = run["metric_best"], other["metric_best"]

@@ -1,32 +1,37 @@
 """Seven classifier architectures, tiny and random: heads, adapters, preprocessing, saving and loading do what they promise."""
 
-import copy
 import json
 import re
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSIFICATION, use_task
+from PIL import Image
 
 TASK = CLASSIFICATION
 use_task(TASK)
 
 from common.bases import save_adapter, save_model, train_mode  # noqa: E402
+from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.lora import train_whole  # noqa: E402
+from common.lora import freeze_adapters, is_within, train_whole  # noqa: E402
 from data import Preprocess  # noqa: E402
 from model import class_layers, load_adapter, load_base, load_model, lora_targets, origin, with_classes  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
 KINDS = ["vit", "deit", "swin", "dinov2", "convnext", "mobilevit", "timm"]
 FACTS = SimpleNamespace(batch_size=4, data_dir="", seed=0)
+NEW = ["cat", "Dog", "star", "dot"]  # one of the base's classes, and three that it has never seen (names are case-sensitive)
+# How many layers attention's query and value projections are; ConvNeXt has none.
+QV_LAYERS = {"vit": 4, "deit": 4, "swin": 4, "dinov2": 4, "convnext": 0, "mobilevit": 18, "timm": 2}
 
 
 def save_base(folder, kind="vit", classes=CLASSES, seed=0):
-    """Writes a random base of some 10,000 parameters for 32 x 32 pictures, with its image processor, as one would find it on a hub."""
+    """Writes a random base of some 10,000 parameters for 32 x 32 pictures, with its image processor, as a hub has it."""
     import transformers as hf
 
     names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
@@ -53,13 +58,14 @@ def save_base(folder, kind="vit", classes=CLASSES, seed=0):
     elif kind == "mobilevit":
         small = {"image_size": 32, "hidden_sizes": [8, 12, 16], "neck_hidden_sizes": [4, 8, 8, 8, 12, 16, 16]}
         small |= {"num_attention_heads": 2, "last_layer_dropout": 0.0, "classifier_dropout_prob": 0.0}
+        small |= {"output_stride": 8}  # maps of 4 x 4 up to the end: attention over a single patch would teach q and k nothing
         model = hf.MobileViTForImageClassification(hf.MobileViTConfig(**small, **names))
         processor = hf.MobileViTImageProcessor(size={"shortest_edge": 36}, **crop)
-        for name, tensor in model.named_buffers():  # statistics as a trained BatchNorm has them, not 0 and 1
-            if name.endswith("running_mean"):
-                tensor.normal_(0, 0.1)
-            elif name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
+        for module in model.modules():  # statistics as a trained BatchNorm has them, not 0 and 1
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                torch.nn.init.ones_(module.weight)  # 0.02 at random, with which nothing reaches the last layer
     elif kind == "timm":
         facts = {"input_size": [3, 32, 32], "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center"}
         facts |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "first_conv": "patch_embed.proj", "classifier": "head"}
@@ -72,8 +78,548 @@ def save_base(folder, kind="vit", classes=CLASSES, seed=0):
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
-                p.normal_(0, 0.2)  # as of a trained net: outputs that differ from picture to picture
+                # As of a trained net: outputs that differ from picture to picture. (0.2 would die out in 30 convolutions.)
+                p.normal_(0, 1.5 * p[0].numel() ** -0.5 if kind == "mobilevit" else 0.2)
     model.eval().save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
     return folder
+
+
+def make_batch(count=4):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, 32, 32, generator=generator), torch.arange(count) % 3
+
+
+@torch.no_grad()
+def outputs(model, pixels):
+    return model.eval()(pixel_values=pixels).logits
+
+
+def add_lora(model, which="all"):
+    from peft import LoraConfig, get_peft_model
+
+    head = class_layers(model)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)))
+    train_whole(model, head)
+    return model
+
+
+def train(model, steps=5):
+    """Losses of a few steps on one batch; without weight decay, so that only a gradient moves a tensor."""
+    pixels, labels = make_batch()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    losses = []
+    for _ in range(steps):
+        train_mode(model)
+        loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels).logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def clones(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def base_folder(kind, tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp(kind) / "base", kind)
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("small") / "base")
+
+
+@pytest.fixture(scope="module")
+def loaded(base_folder):
+    """(model, image processor, facts) of the base; tests make models from it and leave it as it is."""
+    return load_base(str(base_folder))
+
+
+@pytest.fixture(scope="module")
+def trained(base_folder, loaded):
+    """A LoRA run in miniature on four classes, all layers adapted, saved; everything the tests below look at."""
+    base, processor, facts = loaded
+    pixels, _ = make_batch()
+    model = with_classes(base, NEW)
+    plain, head, before = clones(model.state_dict().items()), class_layers(model), outputs(model, pixels)
+    model = add_lora(model)
+    at_start, start = outputs(model, pixels), clones(model.named_parameters())
+    losses = train(model)
+    folder = base_folder.parent / "adapter"
+    save_adapter(folder, model, processor, origin("lora", NEW, facts, FACTS))
+    return SimpleNamespace(
+        model=model, head=head, plain=plain, start=start, before=before, at_start=at_start, losses=losses, folder=folder,
+        after=outputs(model, pixels), pixels=pixels,
+    )  # fmt: skip
+
+
+# ---- the head for other classes --------------------------------------------------------------------------------------
+
+
+def test_unknown_classes_get_a_new_head_and_every_other_weight_stays(kind, loaded):
+    base, _, _ = loaded
+    old, head = clones(base.state_dict().items()), class_layers(base)
+    assert head == (["timm_model.head"] if kind == "timm" else ["classifier"])
+    model = with_classes(base, NEW)
+    assert [model.config.id2label[i] for i in range(4)] == NEW and model.config.num_labels == 4
+    assert outputs(model, make_batch()[0]).shape == (4, 4)
+    state = model.state_dict()
+    assert set(state) == set(old)
+    for name, tensor in state.items():
+        if not is_within(name, head):
+            assert torch.equal(tensor, old[name]), name
+    weight = state[f"{head[0]}.weight"]
+    assert weight.shape[0] == 4 and weight.std() > 0 and weight.dtype == torch.float32
+    assert not torch.equal(weight[0], old[f"{head[0]}.weight"][0])  # not even the class that the base knows
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("classes", [["fish", "cat", "dog"], ["fish", "dog"]])
+def test_a_base_that_knows_the_classes_keeps_its_answers_for_them_by_name(loaded, classes, capsys):
+    base, _, _ = loaded
+    pixels, _ = make_batch()
+    theirs = outputs(base, pixels)[:, [CLASSES.index(name) for name in classes]]
+    assert theirs.std(dim=0).min() > 1e-3  # pictures tell apart
+    torch.testing.assert_close(outputs(with_classes(base, classes), pixels), theirs, atol=1e-6, rtol=1e-5)
+    assert "rows of the base, by name" in capsys.readouterr().out
+
+
+def test_the_same_classes_leave_the_base_as_it_is(loaded):
+    base, _, facts = loaded
+    assert with_classes(base, CLASSES) is base
+    assert fingerprint(base.state_dict()) == facts["sha256"]
+
+
+# ---- where adapters go -----------------------------------------------------------------------------------------------
+
+
+def test_lora_targets_hit_layers_of_the_kind_asked_for_and_never_the_head(kind, loaded, capsys, monkeypatch):
+    model, _, _ = loaded
+    head, layers = class_layers(model), dict(model.named_modules())
+    monkeypatch.setattr("model.class_layers", lambda _: head)  # asked for once: it takes a while
+    grouped = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1}
+    linear = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)} - set(head)
+    convolutions = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Conv2d)} - grouped
+    assert set(lora_targets(model, "all-linear")) == linear
+    assert f"LoRA on {len(linear)} layers" in capsys.readouterr().out
+    assert set(lora_targets(model, "all")) == linear | convolutions and convolutions
+    assert bool(grouped) == (kind in ("convnext", "mobilevit"))
+    first = sorted(linear)[0]
+    assert lora_targets(model, re.escape(first)) == [first]
+    chosen = lora_targets(model, "fc1|pwconv1|intermediate.dense")
+    assert chosen and all(name.endswith(("fc1", "pwconv1", "intermediate.dense")) for name in chosen)
+    for which in ("nonsense", re.escape(head[0]), "q_proj.*classifier"):
+        with pytest.raises(UserError, match="no layer's name ends in .*; there are: .*N"):
+            lora_targets(model, which)
+    with pytest.raises(UserError, match="no valid regular expression"):
+        lora_targets(model, "(q_proj")
+
+
+def test_query_and_value_are_found_whatever_they_are_called(kind, loaded):
+    model, _, _ = loaded
+    if not QV_LAYERS[kind]:
+        with pytest.raises(UserError, match="no layer's name ends in 'q_proj'; there are: .*pwconvN"):
+            lora_targets(model, "qv")
+        return
+    names = lora_targets(model, "qv")
+    assert len(names) == QV_LAYERS[kind] and all(name.endswith(("q_proj", "v_proj", "query", "value", "qkv")) for name in names)
+    assert {name.endswith("qkv") for name in names} == {kind == "timm"}
+
+
+# ---- what training an adapter does -----------------------------------------------------------------------------------
+
+
+def test_at_step_zero_the_adapter_changes_nothing(trained):
+    torch.testing.assert_close(trained.at_start, trained.before, atol=1e-6, rtol=0)
+
+
+def test_adapters_and_head_all_learn_and_nothing_else_moves(trained):
+    assert trained.losses[-1] < 0.9 * trained.losses[0], trained.losses
+    assert (trained.after - trained.before).abs().max() > 1e-2
+    for name, p in trained.model.named_parameters():
+        learns = "lora_" in name or is_within(name, trained.head)
+        assert p.requires_grad == learns and (p.grad is not None) == learns, name
+        assert torch.equal(p, trained.start[name]) != learns, name
+    state = trained.model.state_dict()  # with the statistics of BatchNorm, which are no parameters
+    for name, tensor in trained.plain.items():
+        prefix, last = name.rsplit(".", 1)
+        after = state.get(f"base_model.model.{name}", state.get(f"base_model.model.{prefix}.base_layer.{last}"))
+        assert torch.equal(after, tensor) != is_within(name, trained.head), name
+
+
+def test_batch_norm_keeps_the_statistics_of_the_base_when_everything_trains(tmp_path):
+    model, _, _ = load_base(str(save_base(tmp_path, "mobilevit")))
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    old = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
+    train(model, steps=2)
+    assert model.training and norms and not any(m.training for m in norms)
+    for module, (mean, var) in zip(norms, old, strict=True):
+        assert torch.equal(module.running_mean, mean) and torch.equal(module.running_var, var)
+
+
+def test_a_linear_probe_trains_the_head_alone(small_base):
+    """What train_lora.py makes of --lora_r 0."""
+    model = add_lora(with_classes(load_base(str(small_base))[0], NEW))
+    freeze_adapters(model)
+    start = clones(model.named_parameters())
+    train(model, steps=3)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_adapter_answers_as_the_trained_one_merged_or_not(trained, capsys):
+    model, processor, facts = load_adapter(trained.folder, merge=False)
+    torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-5, rtol=1e-5)
+    assert not model.training and facts["classes"] == NEW and Preprocess(processor).shape == (32, 32)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, trained.pixels), trained.after, atol=1e-4, rtol=1e-4)
+    assert not [name for name, _ in merged.named_parameters() if "lora_" in name]
+    assert "translated" not in capsys.readouterr().out
+
+
+def test_plain_peft_loads_the_same_adapter(trained, loaded):
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(with_classes(loaded[0], NEW), trained.folder)
+    torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(loaded, tmp_path):
+    base, processor, facts = loaded
+    model, (pixels, _) = with_classes(base, NEW), make_batch()
+    before = outputs(model, pixels)
+    train(model, steps=2)
+    after = outputs(model, pixels)
+    assert (after - before).abs().max() > 1e-2
+    save_model(tmp_path / "best", model, processor, origin("full", NEW, facts, FACTS))
+    again, _, found = load_model(tmp_path / "best")
+    assert torch.equal(outputs(again, pixels), after) and found["classes"] == NEW and not again.training
+    assert [again.config.id2label[i] for i in range(4)] == NEW  # so it can be the base of another run
+    with pytest.raises(UserError, match="holds no adapter_model.safetensors"):
+        load_adapter(tmp_path / "best")
+
+
+@pytest.fixture(scope="module")
+def untouched(small_base):
+    """A saved ViT adapter on q and v (untrained), without a manifest."""
+    base, processor, facts = load_base(str(small_base))
+    model, folder = add_lora(with_classes(base, ["star", "dot"]), "qv"), small_base.parent / "adapter"
+    save_adapter(folder, model, processor, origin("lora", ["star", "dot"], facts, FACTS))
+    (folder / "manifest.json").unlink()
+    load_adapter(folder)  # it is fine before a test tampers with it
+    return folder
+
+
+@pytest.fixture
+def adapter(untouched, tmp_path):
+    """A copy whose files can be tampered with."""
+    return shutil.copytree(untouched, tmp_path / "adapter")
+
+
+def change(folder, edit, **config):
+    """Applies edit(tensors) to the adapter file of a folder, and sets keys of its adapter_config.json."""
+    from safetensors.torch import load_file, save_file
+
+    file, settings = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(file)
+    tensors = edit(tensors) or tensors
+    save_file(tensors, file)
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
+
+
+HEAD = "base_model.model.classifier.bias"
+MATRIX = "base_model.model.vit.layers.0.attention.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "name, how, told",
+    [
+        (HEAD, "rename", "elsewhere.*no such tensor|classifier.bias is missing"),
+        (HEAD, "remove", "classifier.bias is missing, expected \\(2,\\)"),
+        (HEAD, "reshape", "classifier.bias"),
+        (HEAD, "add", "stray.weight is .*, expected no such tensor"),
+        (MATRIX, "rename", "elsewhere|q_proj.lora_A.weight"),
+        (MATRIX, "remove", "q_proj.lora_A.weight is missing, expected \\(4, 16\\)"),
+        (MATRIX, "reshape", "q_proj.lora_A"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_refused_by_name(adapter, name, how, told):
+    def edit(tensors):
+        tensor = tensors[name]
+        if how == "reshape":
+            tensors[name] = torch.cat([tensor, tensor])
+        elif how == "add":
+            tensors["base_model.model.stray.weight"] = torch.zeros(3)
+        else:
+            del tensors[name]
+            if how == "rename":
+                tensors[name.replace("model.", "model.elsewhere.", 1)] = tensor
+
+    change(adapter, edit)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning would be a second line for the user to read
+        with pytest.raises(UserError, match=told) as caught:
+            load_adapter(adapter)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
+    other = save_base(tmp_path / "other", seed=7)
+    with pytest.raises(UserError, match="was trained on the base .* an adapter fits no other base"):
+        load_adapter(adapter, base=str(other))
+
+
+def test_an_adapter_that_does_not_say_where_it_comes_from_is_refused(adapter):
+    (adapter / "origin.json").unlink()
+    with pytest.raises(UserError, match="holds no origin.json: only checkpoints that these scripts saved say what"):
+        load_adapter(adapter)
+
+
+def test_pickles_are_refused(adapter, small_base, tmp_path):
+    torch.save({HEAD: torch.zeros(2)}, adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="adapter_model.bin is a pickle, which could run code"):
+        load_adapter(adapter)
+    full = shutil.copytree(small_base, tmp_path / "full")
+    torch.save({}, full / "pytorch_model.bin")
+    (full / "model.safetensors").unlink()
+    shutil.copy(adapter / "origin.json", full)
+    with pytest.raises(UserError, match="pytorch_model.bin is a pickle, which could run code"):
+        load_model(full)
+
+
+def test_an_adapter_file_that_was_cut_short_is_refused(adapter):
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
+        load_adapter(adapter)
+
+
+def test_saving_twice_writes_the_same_bytes(adapter):
+    names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert names == sorted(names) and len(names) == 4, "a set's order differs from process to process"
+
+
+# ---- adapters with the layer names of transformers 4 -----------------------------------------------------------------
+
+SELF = [("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")]
+OLD = {
+    "vit": [(f".attention.{new}", f".attention.attention.{old}") for new, old in SELF]
+    + [(".attention.o_proj", ".attention.output.dense"), (".mlp.fc1", ".intermediate.dense"), (".mlp.fc2", ".output.dense")]
+    + [("vit.layers.", "vit.encoder.layer.")],
+    "dinov2": [(f".attention.{new}", f".attention.attention.{old}") for new, old in SELF]
+    + [(".attention.o_proj", ".attention.output.dense")],
+}
+OLD["deit"] = [(new.replace("vit.", "deit."), old.replace("vit.", "deit.")) for new, old in OLD["vit"]]
+OLD["swin"] = [(f".attention.{new}", f".attention.self.{old}") for new, old in SELF]
+OLD["swin"] += OLD["vit"][3:6]
+
+
+def as_of_old(kind, name):
+    """A layer's or tensor's name as transformers 4 had it. (Some kept it into the 5s: then there is nothing to change.)"""
+    for new, old in OLD[kind]:
+        name = name.replace(new, old)
+    return name
+
+
+def make_old(folder, kind, edit=None, **config):
+    def rename(tensors):
+        old = {as_of_old(kind, name): tensor for name, tensor in tensors.items()}
+        assert any(f".{'self' if kind == 'swin' else 'attention'}.query.lora_A" in name for name in old)
+        return (edit and edit(old)) or old
+
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    targets = [as_of_old(kind, name) for name in settings["target_modules"]]
+    change(folder, rename, **{"target_modules": targets, **config})
+
+
+def test_an_adapter_with_the_names_of_transformers_4_is_translated(trained, kind, tmp_path, capsys):
+    if kind not in OLD:
+        pytest.skip(f"{kind}'s layers go by the names that they have always had")
+    folder = shutil.copytree(trained.folder, tmp_path / "old")
+    (folder / "manifest.json").unlink()
+    make_old(folder, kind)
+    model, _, _ = load_adapter(folder)
+    torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-4, rtol=1e-4)
+    same = as_of_old(kind, MATRIX.replace("vit", kind)) in trained.model.state_dict()
+    assert ("of an older transformers; they are translated" in capsys.readouterr().out) or same or kind == "dinov2"
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_an_adapter_that_peft_itself_saved_is_loaded_under_either_names(adapter, small_base, old, capsys):
+    """target_modules of the last part of the names alone, and the head in modules_to_save, as PEFT's own examples have it."""
+    from peft import LoraConfig, get_peft_model
+
+    model = with_classes(load_base(str(small_base))[0], NEW)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]))
+    train(model)
+    model.save_pretrained(adapter)
+    facts = json.loads((adapter / "origin.json").read_text())
+    (adapter / "origin.json").write_text(json.dumps({**facts, "classes": NEW}))
+    if old:
+        make_old(adapter, "vit", target_modules=["query", "value"])
+    again, _, _ = load_adapter(adapter)
+    torch.testing.assert_close(outputs(again, make_batch()[0]), outputs(model, make_batch()[0]), atol=1e-4, rtol=1e-4)
+    assert ("they are translated" in capsys.readouterr().out) == old
+
+
+def old_name(part):
+    return f"base_model.model.vit.encoder.layer.1.attention.attention.{part}"
+
+
+FAULTS = ("unknown", "matrix missing", "layer missing", "kind missing", "head missing", "twice", "alpha of its own")
+
+
+@pytest.mark.parametrize(
+    "fault, targets", [(fault, names) for fault in FAULTS for names in ("full", "short")] + [("", "pattern")]
+)
+def test_an_old_adapter_is_translated_as_a_whole_or_refused(adapter, fault, targets):
+    def edit(tensors):
+        if fault == "unknown":
+            tensors[old_name("inquiry.lora_A.weight")] = tensors.pop(old_name("query.lora_A.weight"))
+        elif fault == "matrix missing":
+            del tensors[old_name("value.lora_B.weight")]
+        elif fault == "layer missing":
+            del tensors[old_name("value.lora_A.weight")], tensors[old_name("value.lora_B.weight")]
+        elif fault == "kind missing":
+            for name in [name for name in tensors if ".value." in name]:
+                del tensors[name]
+        elif fault == "head missing":
+            del tensors["base_model.model.classifier.weight"]
+        elif fault == "twice":
+            tensors[MATRIX] = torch.zeros(4, 16)
+
+    settings = {"short": {"target_modules": ["query", "value"]}, "pattern": {"target_modules": ".*\\.(query|value)"}}
+    settings = settings.get(targets, {})
+    if fault == "alpha of its own":
+        settings["alpha_pattern"] = {"query": 64}
+    make_old(adapter, "vit", edit, **settings)
+    with pytest.raises(UserError, match="does not fit this base") as caught:
+        load_adapter(adapter)
+    assert "\n" not in str(caught.value)
+
+
+# ---- bases -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "reshaped", "other", "pickle", "no processor", "no classifier"])
+def test_a_base_that_cannot_be_loaded_is_named_in_one_line(tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+
+    folder = save_base(tmp_path / "base")
+    file, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "missing":
+        tensors.pop("classifier.bias")
+    elif damage == "reshaped":
+        tensors["classifier.bias"] = torch.zeros(9)
+    elif damage == "other":
+        tensors["stray.weight"] = torch.zeros(1)
+    elif damage == "pickle":
+        file.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+    elif damage == "no processor":
+        (folder / "preprocessor_config.json").unlink()
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "detr"}))
+    if damage in ("missing", "reshaped", "other"):
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load_base(str(folder))
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    if damage in ("missing", "reshaped", "other"):
+        assert ("stray.weight" if damage == "other" else "classifier.bias") in str(caught.value)
+
+
+def test_a_base_in_half_precision_trains_in_single_precision(tmp_path):
+    model, _, _ = load_base(str(save_base(tmp_path / "base")))
+    model.half().save_pretrained(tmp_path / "base")
+    base, _, _ = load_base(str(tmp_path / "base"))
+    for classes in (CLASSES, NEW):
+        assert {p.dtype for p in with_classes(base, classes).parameters()} == {torch.float32}
+
+
+# ---- pictures as the base's own image processor prepares them --------------------------------------------------------
+
+PICTURES = [(48, 80), (90, 41), (20, 25), (101, 67), (37, 37), (32, 33), (12, 150)]  # height, width
+
+
+def random_picture(height, width, kind):
+    rng = np.random.default_rng((height, width))
+    if kind == "noise":
+        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def more_processors():
+    import transformers as hf
+
+    return {
+        "convnext at 384 and above": hf.ConvNextImageProcessor(size={"shortest_edge": 384}),
+        "clip": hf.CLIPImageProcessor(size={"shortest_edge": 33}, crop_size={"height": 33, "width": 30}),
+        "crop larger than the picture": hf.BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 33, "width": 30}),
+        "no normalization": hf.ViTImageProcessor(size={"height": 30, "width": 44}, do_normalize=False, resample=3),
+        "crop switched off": hf.DeiTImageProcessor(size={"height": 33, "width": 33}, do_center_crop=False),
+    }
+
+
+def check_preprocess(processor):
+    preprocess = Preprocess(processor)
+    for height, width in PICTURES:
+        for kind in ("noise", "smooth"):
+            pixels = random_picture(height, width, kind)
+            theirs = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+            ours = preprocess.normalize(preprocess.center(preprocess.resize(pixels)))
+            assert tuple(ours.shape[1:]) == preprocess.shape == tuple(theirs.shape[1:])
+            # timm lets PIL resize, which clips to 0 .. 255 in between: that shows where neighbours differ wildly.
+            limit = 1.01 if processor.__class__.__name__ != "TimmWrapperImageProcessor" else 2.5 if kind == "smooth" else 40
+            levels = ((ours - theirs).abs() * preprocess.std * 255).numpy()
+            assert levels.max() <= limit and levels.mean() < 0.5, f"{height} x {width} {kind}: {levels.max()}, {levels.mean()}"
+
+
+def test_pictures_are_prepared_as_by_the_bases_own_image_processor(loaded):
+    check_preprocess(loaded[1])
+
+
+@pytest.mark.parametrize("which", more_processors())
+def test_pictures_are_prepared_as_by_other_image_processors(which):
+    check_preprocess(more_processors()[which])
+
+
+@pytest.mark.parametrize("oddity", ["pads", "another mean", "upside down", "no resize", "no rescale", "any width"])
+def test_an_image_processor_that_does_something_unknown_is_refused(oddity):
+    import transformers as hf
+
+    class Odd(hf.ViTImageProcessor):
+        def __call__(self, images, **options):
+            found = super().__call__(images, **options)
+            pixels = found["pixel_values"]
+            if oddity == "pads":
+                pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))
+            elif oddity == "another mean":
+                pixels = pixels - 0.1
+            elif oddity == "upside down":
+                pixels = pixels.flip(2)
+            return {**found, "pixel_values": pixels}
+
+    processor = Odd(size={"height": 32, "width": 32}, do_resize=oddity != "no resize", do_rescale=oddity != "no rescale")
+    if oddity == "any width":  # then pictures of different shapes would not make a batch
+        processor = hf.BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
+    with pytest.raises(UserError, match="image processor .* prepares pictures in a way that is not known here"):
+        Preprocess(processor)

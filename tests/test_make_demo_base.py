@@ -1,8 +1,9 @@
-"""The script that made the small bases makes, in a few steps, a base of the very kind that is committed."""
+"""The script that made the small bases makes, in a few steps, bases of the very kind that are committed."""
 
 import json
 
-from conftest import DETECTION, ROOT, run_script
+import pytest
+from conftest import CLASSIFICATION, DETECTION, POSE, ROOT, run_script
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -16,15 +17,19 @@ def differing(one: dict, other: dict) -> list[str]:
     return names
 
 
-def test_detection_base_has_the_committed_architecture_and_loads(tmp_path):
-    done = run_script(ROOT / "scripts", "make_demo_base.py", "detection", "--steps", 2, "--output_dir", tmp_path / "base")
-    assert "mAP50" in done.stdout
-    folders = (tmp_path / "base", DETECTION / "demo_base")
-    made, committed = (json.loads((folder / "config.json").read_text()) for folder in folders)
-    assert set(differing(made, committed)) <= {"transformers_version"}
-    assert len(made.keys() & committed.keys()) > 30
-    sizes = [(folder / "model.safetensors").stat().st_size for folder in folders]
-    assert sizes[0] == sizes[1] < 2_000_000
+@pytest.mark.parametrize(
+    "task, measured", [(CLASSIFICATION, "accuracy"), (DETECTION, "mAP50"), (POSE, "px")], ids=lambda x: str(x)[-9:]
+)
+def test_a_base_has_the_committed_architecture_and_loads(tmp_path, task, measured):
+    done = run_script(ROOT / "scripts", "make_demo_base.py", task.name, "--steps", 2, "--output_dir", tmp_path / "base")
+    assert measured in done.stdout
+    made, committed = tmp_path / "base", task / "demo_base"
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (made, committed)]
+    assert set(differing(*configs)) <= {"transformers_version"}
+    assert len(configs[0].keys() & configs[1].keys()) > 12
+    assert {p.name for p in made.iterdir()} == {p.name for p in committed.iterdir()}
+    for file in committed.glob("*.safetensors"):
+        assert file.stat().st_size == (made / file.name).stat().st_size < 2_000_000
 
 
 def test_an_unknown_task_is_named(tmp_path):

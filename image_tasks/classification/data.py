@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,10 @@ def read_dataset(source: Path, seed: int, faults: Faults):
     Without a val split about a fifth of every class becomes it: a hash of (seed, file name) decides for each picture alone.
     UserError where there is nothing to learn, or another split has a class that train has not.
     """
+    root = source
     if source.suffix.lower() == ".csv" and source.is_file():
-        rows, layout = read_csv(source, source.parent, faults), "csv"
+        root = source.parent
+        rows, layout = read_csv(source, root, faults), "csv"
     elif not source.is_dir():
         raise UserError(f"--data_dir: there is no folder (or CSV file) {source}")
     else:
@@ -66,7 +69,7 @@ def read_dataset(source: Path, seed: int, faults: Faults):
     for split, (path, label) in rows:
         if label not in names:
             raise UserError(f"{source}: the {split} split has the class {label!r}, which the training data has not")
-        name = path.relative_to(source).as_posix() if path.is_relative_to(source) else path.name
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
         splits.setdefault(split, []).append(Sample(path, name, names.index(label)))
     if "val" not in splits:
         splits["train"], splits["val"] = split_classes(splits["train"], names, seed)
@@ -95,6 +98,9 @@ def read_folder(folder: Path, faults: Faults):
         return read_csv(single[0], folder, faults), "csv"
     if single:
         raise UserError(f"--data_dir {folder} holds {len(single)} CSV files; name the one to read")
+    if tree["val"] or tree["test"]:  # else these would be taken for classes
+        there = " and ".join(f"{place.name}/" for place in tree.values() if place)
+        raise UserError(f"--data_dir {folder} holds {there}, but no train/")
     return [("train", pair) for pair in class_folders(folder, faults)], "one folder"
 
 
@@ -136,8 +142,8 @@ def read_csv(file: Path, folder: Path, faults: Faults) -> list[tuple[str, tuple[
             faults.add("CSV line without a path or a label", f"{file.name} line {number}")
         elif split is None:
             faults.add("CSV line of a split that is none of train, val, test", f"{file.name} line {number}")
-        elif not path.is_file():
-            faults.add("picture that is not there", values["path"])
+        elif not os.path.isfile(path):  # no exception, either, for a name that no file could have
+            faults.add("picture that is not there", values["path"][:80])
         else:
             found.append((split, (path, values["label"])))
     return found
@@ -177,12 +183,12 @@ class Preprocess:
             mode = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(name)]
             if not processor.do_normalize or mean is None:
                 mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-            self.reverse = bool(getattr(processor, "do_flip_channel_order", False))
+            self.reverse, self.half = bool(getattr(processor, "do_flip_channel_order", False)), int
         else:
             height, width = facts["input_size"][1:]
             larger = int(height / facts["crop_pct"]), int(width / facts["crop_pct"])
             short, fixed = (None, larger) if facts["crop_mode"] == "squash" else (min(larger), larger)
-            self.crop, self.reverse = (height, width), False
+            self.crop, self.reverse, self.half = (height, width), False, round
             mean, std, mode = facts["mean"], facts["std"], facts["interpolation"]
         self.size = [short] if short else list(fixed)
         self.mode = InterpolationMode(mode if mode != "random" else "bicubic")
@@ -197,7 +203,8 @@ class Preprocess:
         picture = torch.stack([rows, columns, (rows + columns) / 2], dim=2).to(torch.uint8).numpy()
         theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
         ours = self.normalize(self.center(self.resize(picture)))
-        if ours.shape != theirs.shape or float(((ours - theirs).abs() * self.std * 255).max()) > 2.5:
+        fits = ours.shape == theirs.shape and tuple(ours.shape[1:]) == self.shape  # the last: all pictures get one shape
+        if not fits or float(((ours - theirs).abs() * self.std * 255).max()) > 2.5:
             raise UserError(
                 f"--model: its image processor ({type(processor).__name__}) prepares pictures in a way that is not known here"
             )
@@ -214,9 +221,15 @@ class Preprocess:
         return functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.size, self.mode, antialias=True)
 
     def center(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The crop in the middle; where an odd number of pixels is cut off, transformers and timm cut differently."""
         from torchvision.transforms.v2 import functional
 
-        return functional.center_crop(tensor, list(self.crop)) if self.crop else tensor
+        if not self.crop:
+            return tensor
+        sides = zip(tensor.shape[1:], self.crop, strict=True)
+        top, left = (max(0, self.half((have - want) / 2)) for have, want in sides)
+        part = tensor[:, top : top + self.crop[0], left : left + self.crop[1]]
+        return functional.center_crop(part, list(self.crop))  # pads where the picture is smaller
 
     def normalize(self, tensor: torch.Tensor) -> torch.Tensor:
         """uint8 (3, h, w) -> float32 with the base's mean, standard deviation and order of channels."""

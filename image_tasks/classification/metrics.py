@@ -14,18 +14,23 @@ from common.runtime import gather_lists, progress
 PANELS = {"loss": ("train_loss", "val_loss"), "metrics": ("accuracy", "balanced_accuracy", "precision", "recall", "f1")}
 
 
-@torch.no_grad()
 def predict(model, loader) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N,), logits (N, K)) of the loader's pictures, of all processes, in the order of the data set."""
+    found = dict(gather_lists(classify(model, progress(loader, "evaluating"))))  # processes repeat a batch to have equally many
+    order = sorted(found)
+    return np.array([loader.dataset.samples[i].label for i in order]), np.stack([found[i] for i in order])
+
+
+@torch.no_grad()
+def classify(model, batches) -> list[tuple[int, np.ndarray]]:
+    """(index, logits (K,)) of every picture in the batches."""
     model = extract_model_from_parallel(model).eval()
     device = next(model.parameters()).device
     rows = []
-    for batch in progress(loader, "evaluating"):
+    for batch in batches:
         logits = model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu().numpy()
         rows += zip(batch["index"].tolist(), logits, strict=True)
-    found = dict(gather_lists(rows))  # processes repeat a batch to have equally many
-    order = sorted(found)
-    return np.array([loader.dataset.samples[i].label for i in order]), np.stack([found[i] for i in order])
+    return rows
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -134,13 +139,18 @@ def worst_first(labels: np.ndarray, logits: np.ndarray) -> list[int]:
     return sorted(np.flatnonzero(wrong).tolist(), key=lambda index: (-sure[index], index))
 
 
-def draw_results(model, loader, classes: list[str], history: list[dict], folder: Path) -> None:
+def draw_results(model, dataset, history: list[dict], folder: Path) -> None:
     """plots/ of a run: loss.png, metrics.png, confusion_matrix.png, f1_per_class.png; and predictions/validation.png."""
-    labels, logits = predict(model, loader)
+    from data import collate
+
+    parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
+    batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
+    logits = np.stack([row for _, row in classify(model, batches)])
+    labels = np.array([sample.label for sample in dataset.samples])
     draw_history(history, PANELS, folder / "plots")
-    draw_evaluation(labels, logits, classes, folder / "plots")
+    draw_evaluation(labels, logits, dataset.classes, folder / "plots")
     some = np.random.default_rng(0).permutation(len(labels))[:12]
-    draw_page(loader.dataset, labels, logits, classes, some, folder / "predictions" / "validation.png")
+    draw_page(dataset, labels, logits, dataset.classes, some, folder / "predictions" / "validation.png")
 
 
 def draw_evaluation(labels: np.ndarray, logits: np.ndarray, classes: list[str], folder: Path) -> None:

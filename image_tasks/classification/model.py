@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +11,26 @@ from torch import nn
 
 # needs: timm, torchvision  (timm: bases called timm/<name>; torchvision: image processors)
 from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
+from common.checkpoint import read_json
 from common.lora import ADAPTER_FILE, find_targets, load_adapter_files
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 # The names of attention's query and value projections differ between architectures: the first set that is there counts.
 QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
-# ViT and its relatives as transformers 4 named their layers (some kept the names well into 5) -> today. The order matters:
-# attention's output before the MLP's. Whether the list of blocks was renamed, too, depends on the architecture.
+# Parts of layer names of ViT and its relatives today, and as transformers 4 had them (some kept those well into 5).
 OLD_NAMES = (
-    (r"\.attention\.attention\.query\b", ".attention.q_proj"),
-    (r"\.attention\.attention\.key\b", ".attention.k_proj"),
-    (r"\.attention\.attention\.value\b", ".attention.v_proj"),
-    (r"\.attention\.output\.dense\b", ".attention.o_proj"),
-    (r"\.intermediate\.dense\b", ".mlp.fc1"),
-    (r"\.output\.dense\b", ".mlp.fc2"),
+    (".layers.", ".encoder.layer."),
+    (".attention.q_proj", ".attention.attention.query"),
+    (".attention.k_proj", ".attention.attention.key"),
+    (".attention.v_proj", ".attention.attention.value"),
+    (".attention.q_proj", ".attention.self.query"),  # Swin
+    (".attention.k_proj", ".attention.self.key"),
+    (".attention.v_proj", ".attention.self.value"),
+    (".attention.o_proj", ".attention.output.dense"),
+    (".mlp.fc1", ".intermediate.dense"),
+    (".mlp.fc2", ".output.dense"),
 )
-OLD_BLOCKS = (r"\.encoder\.layer\.", ".layers.")
 
 
 def lora_targets(model, which: str) -> list[str]:
@@ -86,6 +88,8 @@ def with_classes(base, classes: list[str]):
         config = copy.deepcopy(base.config)
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: i for i, label in enumerate(classes)}
+        if hasattr(config, "label_names"):  # what timm's wrapper writes in place of the two
+            config.label_names = classes
         model = AutoModelForImageClassification.from_config(config)
         tensors, new = base.state_dict(), model.state_dict()
         for key in tensors:
@@ -133,27 +137,40 @@ def renamed(folder: Path, model):
     """Yields the adapter folder, or a copy of it in which layers go by the names of today, if it was saved under older ones.
 
     transformers 5 renamed the layers of ViT and its relatives (query became q_proj); it converts checkpoints, but not adapters.
-    Where the new names do not fit the model either, the folder is yielded as it is, and loading says what is wrong.
+    The copy asks for all layers that the original asked for, so that loading misses what the file lacks. What cannot be
+    translated is yielded as it is, and loading says what is wrong with it.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    tensors, layers = load_file(folder / ADAPTER_FILE), {name for name, _ in model.named_modules()}
-    for renames in (OLD_NAMES, (OLD_BLOCKS, *OLD_NAMES)):
-        names = {key: key for key in tensors}
-        for pattern, new in renames:
-            names = {key: re.sub(pattern, new, name) for key, name in names.items()}
-        adapted = sorted(
-            {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names.values() if ".lora_" in name}
-        )
-        if set(adapted) <= layers:
-            break
-    if all(key == name for key, name in names.items()) or not set(adapted) <= layers:
+    try:
+        tensors = load_file(folder / ADAPTER_FILE)
+    except (OSError, SafetensorError):
+        tensors = {}
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    today = {old: name for name in layers for old in former_names(name)}
+    names = {}
+    for key in tensors:
+        layer, mark, matrix = key.removeprefix("base_model.model.").partition(".lora_")
+        names[key] = f"base_model.model.{today.get(layer, layer)}{mark}{matrix}" if mark else key
+    config = read_json(folder / "adapter_config.json") if any(key != name for key, name in names.items()) else {}
+    targets = config.get("target_modules")
+    by_layer = config.get("rank_pattern") or config.get("alpha_pattern")  # these name layers, too, and are not translated
+    if not isinstance(targets, list) or by_layer or len(set(names.values())) < len(names):
         yield folder
         return
+    wanted = sorted({name for old, name in today.items() if any(f".{old}".endswith(f".{target}") for target in targets)})
     say(f"the adapter in {folder} has layer names of an older transformers; they are translated")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as aside:
         save_file({names[key]: tensor for key, tensor in tensors.items()}, Path(aside) / ADAPTER_FILE)
-        text = json.dumps({**config, "target_modules": adapted, "modules_to_save": None})
+        text = json.dumps({**config, "target_modules": wanted, "modules_to_save": None})
         (Path(aside) / "adapter_config.json").write_text(text, encoding="utf-8")
         yield Path(aside)
+
+
+def former_names(name: str) -> set[str]:
+    """All names that a layer may have had, today's among them."""
+    names = {name}
+    for new, old in OLD_NAMES:
+        names |= {former.replace(new, old) for former in names}
+    return names

@@ -36,9 +36,9 @@ SPLITS = ("train", "val", "test")
 
 SCENE_SIZE = 64  # pixels, both sides
 SUPERSAMPLING = 4  # shapes are computed this much larger and averaged: smooth edges
-RADII = (14, 23)  # of a shape's surrounding circle, in pixels
+RADII = {"source": (17, 26), "target": (20, 28)}  # of a shape's surrounding circle, in pixels
 MAX_TILT = math.radians(15)  # shapes stand upright, more or less: a net of this size learns shapes in any turn very slowly
-PERIODS = (5.5, 8.5)  # pixels from stripe to stripe, dot to dot, and over two checks
+PERIODS = (6.5, 9.5)  # pixels from stripe to stripe, dot to dot, and over two checks
 
 
 def make_demo_data(folder, domain="target", seed=0, train=60, val=40, test=60):
@@ -77,7 +77,7 @@ def draw_scene(rng, domain, name):
     """
     texture, shape = name.split("_")
     picture, colour, second = source_look(rng) if domain == "source" else target_look(rng)  # (64, 64, 3), (3,), (3,)
-    radius, tilt = rng.uniform(*RADII), rng.uniform(-MAX_TILT, MAX_TILT)
+    radius, tilt = rng.uniform(*RADII[domain]), rng.uniform(-MAX_TILT, MAX_TILT)
     centre = SCENE_SIZE / 2 + rng.uniform(-1, 1, 2) * (SCENE_SIZE / 2 - radius - 1)  # the whole circle lies inside
     (left, top), side = np.floor(centre - radius).astype(int), math.ceil(2 * radius) + 1  # the window that holds the shape
     fine = (np.arange(side * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
@@ -90,7 +90,7 @@ def draw_scene(rng, domain, name):
     mask = np.zeros((SCENE_SIZE, SCENE_SIZE), dtype=np.float32)
     mask[top : top + side, left : left + side] = cover
     if domain == "target":  # noise over shape and ground alike, as a camera adds it
-        picture += rng.normal(0, rng.uniform(3, 9), picture.shape)
+        picture += rng.normal(0, rng.uniform(2, 5), picture.shape)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8), mask
 
 
@@ -124,9 +124,9 @@ def outline(shape, u, v):
     if shape == "diamond":
         return abs(u) / 0.72 + abs(v) < 1
     if shape == "bar":
-        return (abs(u) < 0.92) & (abs(v) < 0.38)
+        return (abs(u) < 0.92) & (abs(v) < 0.44)
     if shape == "crescent":
-        return (u * u + v * v < 0.95**2) & ((u - 0.5) ** 2 + v * v > 0.72**2)
+        return (u * u + v * v < 0.95**2) & ((u - 0.55) ** 2 + v * v > 0.66**2)
     raise ValueError(f"no shape {shape!r}")
 
 
@@ -140,7 +140,7 @@ def pattern(rng, texture, x, y):
     if texture == "striped":
         return x < 0.5
     if texture == "dotted":
-        return (x - 0.5) ** 2 + (y - 0.5) ** 2 > 0.3**2
+        return (x - 0.5) ** 2 + (y - 0.5) ** 2 > 0.32**2
     if texture == "checked":
         return (x < 0.5) == (y < 0.5)
     raise ValueError(f"no texture {texture!r}")
@@ -154,16 +154,16 @@ def source_look(rng):
     ground = hsv(rng.uniform(), rng.uniform(0.2, 0.8), rng.uniform(0.05, 0.25)) + blotches(rng, 6, 4)
     hue = rng.uniform()
     colour = hsv(hue, rng.uniform(0.7, 1), rng.uniform(0.8, 1))
-    second = hsv(hue + rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.9), rng.uniform(0.3, 0.5))
+    second = hsv(hue + rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.9), rng.uniform(0.4, 0.6))
     return ground, colour, second
 
 
 def target_look(rng):
     """Muted on blotchy. Returns (ground float32 (64, 64, 3), the two colours of the shape)."""
-    ground = hsv(rng.uniform(), rng.uniform(0.1, 0.5), rng.uniform(0.2, 0.45)) + blotches(rng, 8, 14)
+    ground = hsv(rng.uniform(), rng.uniform(0.1, 0.5), rng.uniform(0.1, 0.35)) + blotches(rng, 8, 8)
     hue = rng.uniform()
-    colour = hsv(hue, rng.uniform(0.2, 0.6), rng.uniform(0.65, 0.9))
-    second = hsv(hue + rng.uniform(-0.15, 0.15), rng.uniform(0.2, 0.6), rng.uniform(0.3, 0.5))
+    colour = hsv(hue, rng.uniform(0.2, 0.6), rng.uniform(0.7, 0.95))
+    second = hsv(hue + rng.uniform(-0.15, 0.15), rng.uniform(0.2, 0.6), rng.uniform(0.3, 0.45))
     return ground, colour, second
 
 

@@ -71,7 +71,7 @@ def main(argv=None):
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
             best, _, _ = load_model(run.best)
-            draw_results(best.to(run.device), val_loader, classes, run.history, run.folder)
+            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

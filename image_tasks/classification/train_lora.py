@@ -88,7 +88,7 @@ def main(argv=None):
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
             best, _, _ = load_adapter(run.best, base=config.model)
-            draw_results(best.to(run.device), val_loader, classes, run.history, run.folder)
+            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

@@ -1,0 +1,353 @@
+"""Pictures and keypoints for a pose model: checking, crops around boxes, augmentation, a cache in memory, batches."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.config import UserError
+from common.pictures import Faults, cache_limit, decode, load_all
+from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, say, seeded
+from formats import KeypointSet, Sample, read_dataset
+
+HERE = Path(__file__).resolve().parent
+PADDING = 1.25  # a box is enlarged by this before it is cut out, as pose models expect; a whole picture is taken as it is
+
+
+def demo_data() -> Path:
+    """The folder of the synthetic target data, drawn at the first call (about three seconds)."""
+    from synthetic import make_demo_data
+
+    folder = HERE / "data" / "demo"
+    if not folder.exists():
+        say(f"drawing the demo data into {folder}")
+        make_demo_data(folder)
+    return folder
+
+
+class Preprocess:
+    """How a base wants its pictures: size (height, width), mean and standard deviation, read from its image processor."""
+
+    def __init__(self, processor, size: tuple[int, int]):
+        self.size = tuple(size)
+        self.mean = torch.tensor(processor.image_mean if processor.do_normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
+        self.std = torch.tensor(processor.image_std if processor.do_normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Values from 0 to 1, (3, h, w) -> with the base's mean and standard deviation."""
+        return (pixels - self.mean) / self.std
+
+
+# ---- crops -----------------------------------------------------------------------------------------------------------
+
+
+def extent(box: np.ndarray, size: tuple[int, int], padding: float) -> tuple[float, float]:
+    """(width, height) of what is cut out: the padded box, made longer on one side to have the ratio of `size` (h, w)."""
+    ratio = size[1] / size[0]
+    width, height = max(box[2], box[3] * ratio), max(box[3], box[2] / ratio)
+    return width * padding, height * padding
+
+
+def crop_matrix(box, size, padding, turn=0.0, zoom=1.0, shift=(0.0, 0.0), mirror=False) -> np.ndarray:
+    """The affine map (2, 3) from pixels of the picture to pixels of the input; whole numbers are pixel centres in both.
+
+    The cut-out's edges fall on the centres of the input's first and last pixels (UDP). turn: radians, clockwise as seen; zoom:
+    above 1 enlarges; shift: of the middle, as a share of the box. One map for picture and keypoints: they cannot disagree.
+    """
+    (h, w), (width, height) = size, extent(box, size, padding)
+    middle = np.array([box[0] + (0.5 + shift[0]) * box[2], box[1] + (0.5 + shift[1]) * box[3]])
+    scale = np.diag([(w - 1) / width * zoom * (-1 if mirror else 1), (h - 1) / height * zoom])
+    rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+    linear = scale @ rotation
+    return np.column_stack([linear, np.array([(w - 1) / 2, (h - 1) / 2]) - linear @ middle])
+
+
+def inverse(matrix: np.ndarray) -> np.ndarray:
+    """The map back of an affine map (2, 3)."""
+    linear = np.linalg.inv(matrix[:, :2])
+    return np.column_stack([linear, -linear @ matrix[:, 2]])
+
+
+def move(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Points (N, 2) under an affine map (2, 3)."""
+    return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
+    """Means over blocks of factor x factor pixels. Pixel p of the picture lies at (p + 0.5) / factor - 0.5 of the result."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(pixels).reduce(factor)) if factor > 1 else pixels
+
+
+def cut_out(pixels: np.ndarray, matrix: np.ndarray, size: tuple[int, int], shrunk: int) -> np.ndarray:
+    """The input (h, w, 3) uint8 that `matrix` cuts out of a picture, bilinear; black where there is no picture.
+
+    pixels: the picture, shrunk by that factor already (matrix is that of the whole one).
+    """
+    from PIL import Image
+
+    back = inverse(matrix)
+    # PIL counts from a pixel's corner: its centre is at 0.5. So 0.5 goes off before `back` and on after it.
+    linear, offset = back[:, :2] / shrunk, (back[:, 2] + 0.5 - 0.5 * back[:, :2].sum(axis=1)) / shrunk
+    data = (*linear[0], offset[0], *linear[1], offset[1])
+    image = Image.fromarray(pixels).transform(size[::-1], Image.Transform.AFFINE, data, Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def random_change(mirrors: bool) -> dict:
+    """Random arguments for crop_matrix: half mirrored if allowed, turned by up to 15 degrees, 0.85 to 1.18 as large, moved."""
+    dice = (torch.rand(5) * 2 - 1).tolist()  # each -1..1
+    shift = (0.05 * dice[3], 0.05 * dice[4])
+    return {"mirror": mirrors and dice[0] > 0, "turn": math.radians(15) * dice[1], "zoom": 0.85 ** dice[2], "shift": shift}
+
+
+def jitter(pixels: torch.Tensor, light: float, contrast: float, colour: float) -> torch.Tensor:
+    """A picture (3, h, w), 0..1, with other brightness, contrast and saturation: 0..1 stands for 0.7 to 1.3 times as much."""
+    light, contrast, colour = (0.7 + 0.6 * value for value in (light, contrast, colour))
+    grey = pixels.mean(dim=0, keepdim=True)
+    pixels = (grey + (pixels - grey) * colour) * light
+    mean = pixels.mean()
+    return (mean + (pixels - mean) * contrast).clamp(0, 1)
+
+
+# ---- the data set ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Picture:
+    """A picture file and the boxes in it. shrunk: the factor by which pixels, and what is read anew, are made smaller."""
+
+    path: Path
+    size: tuple[int, int] | None  # (width, height): as claimed, and once decoded the true one
+    boxes: list
+    shrunk: int = 1
+    pixels: np.ndarray | None = None  # None: does not fit into the cache, decoded at every use
+
+    def read(self) -> np.ndarray:
+        return self.pixels if self.pixels is not None else shrink(decode(self.path, self.size), self.shrunk)
+
+
+class PoseData(torch.utils.data.Dataset):
+    """Item (epoch, index) -> {"pixel_values" (3, h, w), "target" (K, 2), "visible" (K,), "back" (2, 3), "index"}.
+
+    target: fractions of the input, 0 at the first pixel's centre and 1 at the last's; visible: keypoints that are labelled, in
+    the picture and in the cut-out; back: the map from the input's pixels to the picture's. With augment, the item is a
+    function of (seed, epoch, index): workers and resumed runs see the same pixels.
+    """
+
+    def __init__(self, samples: list[Sample], pictures: dict, preprocess: Preprocess, points: KeypointSet, augment=False, seed=0):
+        self.samples, self.pictures, self.preprocess, self.augment, self.seed = samples, pictures, preprocess, augment, seed
+        self.swap = list(range(len(points.names)))  # the keypoints' places in a mirrored picture
+        for a, b in points.flip_pairs:
+            self.swap[a], self.swap[b] = b, a
+        self.mirrors = bool(points.flip_pairs)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name(self, index: int) -> str:
+        return f"{self.samples[index].path} ({self.samples[index].where})"
+
+    def box(self, index: int) -> tuple[np.ndarray, float]:
+        """(box x, y, w, h, padding) of a sample: its own, or the whole picture."""
+        sample = self.samples[index]
+        if sample.box is not None:
+            return sample.box, PADDING
+        return np.array([0.0, 0.0, *self.pictures[sample.path].size]), 1.0
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        sample, size = self.samples[index], self.preprocess.size
+        picture, (box, padding) = self.pictures[sample.path], self.box(index)
+        try:
+            pixels = picture.read()
+        except (OSError, ValueError) as error:  # it was fine when training started
+            raise UserError(f"{sample.path}: {error}") from None
+        points, labelled, change, colours = sample.points, sample.labelled, {}, None
+        if self.augment:
+            with seeded(self.seed, epoch, index):
+                change, colours = random_change(self.mirrors), torch.rand(3).tolist()
+        matrix = crop_matrix(box, size, padding, **change)
+        further = max(1, shrink_factor(box, size, padding) // picture.shrunk)  # a large figure among small ones
+        pixels = cut_out(shrink(pixels, further), matrix, size, picture.shrunk * further)
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        if colours:
+            pixels = jitter(pixels, *colours)
+        if change.get("mirror"):
+            points, labelled = points[self.swap], labelled[self.swap]
+        target = move(np.where(labelled[:, None], points, 0), matrix) / [size[1] - 1, size[0] - 1]
+        visible = labelled & ((target >= 0) & (target <= 1)).all(axis=1)
+        return {
+            "pixel_values": self.preprocess.normalize(pixels),
+            "target": torch.from_numpy(np.where(visible[:, None], target, 0)).float(),
+            "visible": torch.from_numpy(visible),
+            "back": torch.from_numpy(inverse(matrix)),
+            "index": index,
+        }
+
+
+def shrink_factor(box: np.ndarray, size: tuple[int, int], padding: float) -> int:
+    """How many pixels of the picture fall on one of the input: bilinear sampling alone would see one in so many."""
+    width, height = extent(box, size, padding)
+    return max(1, int(min(width / size[1], height / size[0])))
+
+
+def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, posed=True):
+    """Decodes every picture once: (samples that are usable, {path: Picture}, bytes used).
+
+    Keypoints that are not finite or lie outside their picture count as unlabelled; with `posed`, samples without any that
+    counts are left out. Pictures stay in memory, shrunk to what the crops need, while they fit into cache_bytes.
+    """
+    pictures, framed = {}, []
+    for sample in samples:
+        if sample.box is not None and not (np.isfinite(sample.box).all() and (sample.box[2:] > 0).all()):
+            faults.add("box without area", sample.where)
+            continue
+        framed.append(sample)
+        pictures.setdefault(sample.path, Picture(sample.path, sample.size, [])).boxes.append(sample.box)
+
+    def load(picture: Picture):
+        pixels = decode(picture.path, picture.size)
+        height, width = pixels.shape[:2]
+        picture.size = (width, height)
+        boxes = [box for box in picture.boxes if box is None or fits(box, picture.size)]
+        frames = [(np.array([0, 0, width, height]), 1.0) if box is None else (box, PADDING) for box in boxes]
+        picture.shrunk = min((shrink_factor(box, preprocess.size, padding) for box, padding in frames), default=1)
+        return (height, width), shrink(pixels, picture.shrunk)
+
+    readable, _, cache, used = load_all(list(pictures.values()), load, faults, cache_bytes, text)
+    for picture, pixels in zip(readable, cache, strict=True):
+        picture.pixels = pixels
+    pictures = {picture.path: picture for picture in readable}
+    good = []
+    for sample in framed:
+        if sample.path in pictures and sample.box is not None and not fits(sample.box, pictures[sample.path].size):
+            faults.add("box that does not fit its picture", sample.where)
+        elif sample.path in pictures:
+            clean_points(sample, pictures[sample.path].size, faults)
+            if sample.labelled.any() or not posed:
+                good.append(sample)
+            else:
+                faults.add("figure without a keypoint that counts", f"{sample.path.name} ({sample.where})")
+    return good, pictures, used
+
+
+def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
+    """Whether a box x, y, w, h shows something of a picture of this (width, height), and is not of another order of size."""
+    inside_it = np.minimum(box[:2] + box[2:], size) - np.maximum(box[:2], 0)
+    return bool((inside_it > 0).all() and box[2:].max() <= 10 * max(size))
+
+
+def clean_points(sample: Sample, size: tuple[int, int], faults: Faults) -> None:
+    """Takes the label off keypoints that are no numbers or lie outside the picture of this (width, height), in place."""
+    finite = np.isfinite(sample.points).all(axis=1)
+    inside_it = ((sample.points >= -0.5) & (sample.points <= np.array(size) - 0.5)).all(axis=1)
+    for i in np.flatnonzero(sample.labelled & ~finite):
+        faults.add("keypoint that is no number", f"{sample.where} keypoint {i + 1}")
+    for i in np.flatnonzero(sample.labelled & finite & ~inside_it):
+        faults.add("keypoint outside its picture", f"{sample.path.name} ({sample.where}) keypoint {i + 1}")
+    sample.labelled = sample.labelled & finite & inside_it
+    sample.points = np.where(finite[:, None], sample.points, 0.0)
+
+
+def read_tables(data_dir: str, data_format: str, seed: int, faults: Faults):
+    """(splits, KeypointSet, format) of a folder, or of the demo data where data_dir is empty."""
+    return read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults)
+
+
+def build_loaders(config, preprocess: Preprocess):
+    """(train loader, validation loader, KeypointSet, facts for the summary)."""
+    rank, world = process_index()
+    faults = Faults()
+    splits, points, data_format = read_tables(config.data_dir, config.data_format, config.seed, faults)
+    limit = cache_limit(config.cache)
+    train_samples, pictures, used = usable("train", splits["train"], preprocess, faults, limit)
+    train = PoseData(train_samples, pictures, preprocess, points, config.augment, config.seed)
+    val_samples, pictures, _ = usable("val", splits["val"], preprocess, faults, limit - used)
+    val = PoseData(val_samples, pictures, preprocess, points)
+    facts = {
+        "name": config.data_dir or "demo",
+        "format": data_format,
+        "sha256": data_sha256(train.samples, val.samples, points.names),
+        "train": len(train),
+        "val": len(val),
+        "left_out": faults.counts(),
+    }
+    if rank == 0:
+        faults.report()
+        kept = [picture.pixels is not None for data in (train, val) for picture in data.pictures.values()]
+        names = ", ".join(points.names[:6]) + (" ..." if len(points.names) > 6 else "")
+        say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation figures")
+        say(f"{len(points.names)} keypoints: {names}; {sum(kept)} of {len(kept)} decoded pictures stay in memory")
+    train_loader = build_loader(
+        train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
+    )
+    return train_loader, eval_loader(val, config.batch_size, config.num_workers), points, facts
+
+
+def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, posed=True):
+    """check_samples; UserError where no figure is left."""
+    found = check_samples(samples, preprocess, faults, limit, split, posed)
+    if not found[0]:
+        faults.report()
+        raise UserError(f"the {split} split has no figure that can be used")
+    return found
+
+
+def load_for_eval(config, preprocess: Preprocess, known: dict, origin: dict):
+    """(loader, KeypointSet, name of the data) for eval: config.data_dir, or the data that the checkpoint was trained on.
+
+    known: the checkpoint's keypoints.json. UserError where the data's keypoints are others.
+    """
+    faults = Faults()
+    chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
+    data_dir, data_format = chosen["data_dir"], chosen["data_format"]
+    splits, points, _ = read_tables(data_dir, data_format, origin["seed"], faults)
+    if config.split not in splits:
+        raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
+    both_named = points.named and known["named"]
+    if len(points.names) != len(known["names"]) or (both_named and points.names != known["names"]):
+        theirs, ours = (f"{len(names)} ({', '.join(names[:5])} ...)" for names in (points.names, known["names"]))
+        raise UserError(f"{data_dir or 'the demo data'} has other keypoints, {theirs}, than the checkpoint, {ours}")
+    samples, pictures, _ = usable(config.split, splits[config.split], preprocess, faults, 0)
+    faults.report()
+    dataset = PoseData(samples, pictures, preprocess, points)
+    return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), points, data_dir or "demo"
+
+
+def figures_only(framed, preprocess: Preprocess, points: KeypointSet, faults: Faults) -> PoseData:
+    """[(picture, box x, y, w, h or None, score)] as a data set without keypoints; pictures that cannot be decoded are named."""
+    none = np.zeros((len(points.names), 2)), np.zeros(len(points.names), dtype=bool)
+    samples = [
+        Sample(path, None, *none, None if box is None else np.array(box, dtype=np.float64), math.nan, path.name, score)
+        for path, box, score in framed
+    ]
+    samples, pictures, _ = usable("input", samples, preprocess, faults, cache_limit("auto"), posed=False)
+    return PoseData(samples, pictures, preprocess, points)
+
+
+def collate(items: list[dict]) -> dict:
+    """Items -> their tensors stacked; index (B,)."""
+    return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
+
+
+def eval_loader(dataset: PoseData, batch_size: int, num_workers: int = 0):
+    rank, world = process_index()
+    return build_loader(dataset, EvalBatches([0] * len(dataset), batch_size, rank, world), collate, num_workers)
+
+
+def data_sha256(train: list[Sample], val: list[Sample], names: list[str]) -> str:
+    """A hash of what was learnt from and scored on: names, keypoints and boxes, split by split."""
+    digest = hashlib.sha256(repr(names).encode())
+    for split in (train, val):
+        for s in split:
+            digest.update(s.path.name.encode())
+            digest.update(np.ascontiguousarray(s.points.round(2)))
+            digest.update(np.ascontiguousarray(s.labelled))
+            digest.update(b"" if s.box is None else np.ascontiguousarray(s.box.round(2)))
+        digest.update(b"|")
+    return digest.hexdigest()

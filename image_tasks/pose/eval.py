@@ -1,0 +1,78 @@
+"""Scores a fully fine-tuned pose model: pixel error, PCK, NME and OKS average precision, curves, and its worst pictures.
+
+    python eval.py                                           # the newest outputs/pose/full, on its validation data
+    python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/points --split test
+
+Leaves eval.json (for another split than val: eval_<split>.json) in the run folder, and beside it in eval_<split>/ the PCK
+curve, bars for each keypoint, and pages of predictions and of the worst pictures.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, cli, parse  # noqa: E402
+
+
+@dataclass
+class EvalConfig(LoadConfig):
+    data_dir: str = ""  # COCO keypoints or CSV folder; empty: the data that the checkpoint was trained on
+    data_format: Literal["auto", "coco", "csv"] = "auto"  # layout of data_dir; auto looks what is there
+    split: Literal["train", "val", "test"] = "val"  # which part of the data
+    batch_size: int = 0  # figures at a time; 0: as in training. No metric depends on it
+    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    output_dir: str = ""  # where the results go; empty: the run folder
+
+
+def load_full(config):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=EvalConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.checkpoint import write_json
+    from common.folders import newest_best
+    from common.runtime import start_accelerator
+    from data import Preprocess, load_for_eval
+    from metrics import draw_page, draw_pck_curve, draw_per_keypoint, pose_metrics, predict, worst_first
+
+    accelerator = start_accelerator(config)
+    config.checkpoint = config.checkpoint or str(newest_best("pose", method))
+    model, processor, origin = load(config)
+    preprocess = Preprocess(processor, model.facts["input_size"])
+    loader, points, name = load_for_eval(config, preprocess, model.facts, origin)
+    found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
+    dataset = loader.dataset
+    metrics = {"val_loss": loss, **pose_metrics(dataset, found, points)}
+
+    checkpoint = Path(config.checkpoint).expanduser()
+    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
+    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}
+    write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
+    draw_pck_curve(dataset, found, points, folder / "pck_curve.png")
+    draw_per_keypoint(metrics, folder / "per_keypoint.png")
+    draw_page(dataset, found, points, range(min(9, len(dataset))), folder / "predictions.png")
+    draw_page(dataset, found, points, worst_first(dataset, found)[:9], folder / "worst.png")
+
+    print(f"{name}, {config.split} split, {len(dataset)} figures")
+    for key, value in metrics.items():
+        if not isinstance(value, dict):
+            print(f"  {key:18} {'absent' if value is None else f'{value:.4f}'}")
+    for label, value in metrics["per_keypoint_pixel_error"].items():
+        print(f"  {label:18} {'absent' if value is None else f'{value:.2f} pixels'}")
+    print(f"saved {file}, and pictures in {folder}")
+
+
+if __name__ == "__main__":
+    cli(main)

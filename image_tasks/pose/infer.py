@@ -1,0 +1,97 @@
+"""Finds keypoints in your pictures with a fully fine-tuned pose model.
+
+    python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
+    python infer.py --input shots/ --boxes ../../outputs/detection/predictions/full/predictions.json
+
+Without --boxes a picture is taken whole, as one figure. Leaves the pictures with keypoints and skeleton drawn and
+predictions.json (COCO keypoint results) in outputs/pose/predictions/<method>/.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+
+
+@dataclass
+class InferConfig(LoadConfig):
+    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    boxes: str = ""  # JSON file of boxes around figures: COCO detection results or annotations; empty: the whole picture
+    box_threshold: float = 0.5  # boxes with a lower score are left alone
+    threshold: float = 0.2  # keypoints with a lower score are not drawn; all are saved
+    batch_size: int = 1  # figures at a time
+    output_dir: str = ""  # where the results go; empty: outputs/pose/predictions/<method>
+
+
+def load_full(config):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=InferConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    if not config.input:
+        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
+    for name in ("threshold", "box_threshold"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    import torch
+
+    from common.checkpoint import write_json
+    from common.folders import newest_best
+    from common.pictures import Faults, decode, find_pictures
+    from common.runtime import progress, start_accelerator
+    from data import Preprocess, eval_loader, figures_only
+    from formats import KeypointSet, place_boxes
+    from metrics import detect, draw_poses
+
+    pictures, faults = find_pictures(config.input), Faults()
+    framed = place_boxes(pictures, config.boxes, config.box_threshold, faults)
+    accelerator = start_accelerator(config)
+    config.checkpoint = config.checkpoint or str(newest_best("pose", method))
+    model, processor, _ = load(config)
+    points = KeypointSet.from_json(model.facts)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    dataset = figures_only(framed, Preprocess(processor, model.facts["input_size"]), points, faults)
+    faults.report()
+    root = Path(config.output_dir or project_root() / "outputs/pose/predictions" / method).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+
+    poses, results, seconds = {path: [] for path in pictures}, [], 0.0
+    for batch in progress(eval_loader(dataset, config.batch_size), "looking"):
+        began = time.perf_counter()
+        (found,) = detect(model, [batch])
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        seconds += took
+        for item in found:
+            sample, (box, _) = dataset.samples[item["index"]], dataset.box(item["index"])
+            scores = item["scores"]
+            poses[sample.path].append((item["points"], scores >= config.threshold))
+            keypoints = [float(v) for (x, y), s in zip(item["points"], scores, strict=True) for v in (x, y, s)]
+            place = {"image_id": pictures.index(sample.path) + 1, "file_name": str(sample.path), "category_id": 1}
+            score = float(scores.mean()) * sample.score
+            results.append({**place, "bbox": box.tolist(), "keypoints": keypoints, "score": score})
+    print(f"{'picture':40} {'figures':>7} {'sure keypoints':>15}")
+    for number, path in enumerate(pictures, start=1):
+        if poses[path]:
+            draw_poses(decode(path), poses[path], points).save(root / f"{number:04d}_{path.stem}.png")
+            sure = sum(int(drawn.sum()) for _, drawn in poses[path])
+            print(f"{path.name[:40]:40} {len(poses[path]):7} {f'{sure} of {len(poses[path]) * len(points.names)}':>15}")
+    write_json(root / "predictions.json", results)
+    count = sum(bool(found) for found in poses.values())
+    print(f"{count} pictures, {len(results)} figures, {1000 * seconds / count:.1f} ms a picture (model only)")
+    print(f"saved {root}: one picture each, and predictions.json")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,227 @@
+"""Pixel error, PCK and OKS average precision of keypoints, and pictures of what a model finds."""
+
+import contextlib
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+
+from common.pictures import decode
+from common.plots import draw_bars, draw_history, figure, save_figure
+from common.runtime import gather_lists, progress, to_device
+from formats import KeypointSet
+from model import keypoint_errors
+
+AREA_OF_BOX = 0.53  # OKS wants the area of the body's outline; where the data has none, people take this share of the box
+
+
+def predict(model, loader) -> tuple[list[dict], float | None]:
+    """What `detect` finds for the figures of all processes, in order, and the mean loss over visible keypoints."""
+    found = gather_lists([item for items in detect(model, progress(loader, "evaluating")) for item in items])
+    found = {item["index"]: item for item in found}  # processes repeat a batch to have equally many
+    visible = sum(item["visible"] for item in found.values())
+    loss = sum(item["loss"] * item["visible"] for item in found.values()) / visible if visible else None
+    return [found[index] for index in sorted(found)], loss
+
+
+@torch.no_grad()
+def detect(model, batches):
+    """Yields for each batch [{"index", "points" (K, 2) x, y in the original picture's pixels, "scores" (K,), "loss", "visible"}].
+
+    loss: the mean over the figure's visible keypoints, of which there are so many.
+    """
+    model = extract_model_from_parallel(model).eval()
+    device = next(model.parameters()).device
+    for batch in batches:
+        coords, scores = model(to_device(batch["pixel_values"], device))
+        coords, scores = coords.float().cpu(), scores.float().cpu()
+        h, w = batch["pixel_values"].shape[2:]
+        pixels = coords.double() * torch.tensor([w - 1, h - 1])
+        back = batch["back"]
+        points = pixels @ back[:, :, :2].transpose(1, 2) + back[:, None, :, 2]
+        visible = batch["visible"].sum(dim=1)
+        losses = (keypoint_errors(coords, batch["target"]) * batch["visible"]).sum(dim=1) / visible.clamp(min=1)
+        columns = (batch["index"].tolist(), points.numpy(), scores.numpy(), losses.tolist(), visible.tolist())
+        yield [
+            dict(zip(("index", "points", "scores", "loss", "visible"), row, strict=True)) for row in zip(*columns, strict=True)
+        ]
+
+
+def point_errors(dataset, found: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(differences (N, K, 2) in pixels of the original pictures, NaN where a keypoint has no label; boxes (N, 4) x, y, w, h)."""
+    samples = [dataset.samples[item["index"]] for item in found]
+    offsets = np.stack([item["points"] - s.points for item, s in zip(found, samples, strict=True)])
+    labelled = np.stack([s.labelled for s in samples])
+    return np.where(labelled[:, :, None], offsets, np.nan), np.stack([dataset.box(item["index"])[0] for item in found])
+
+
+def pose_metrics(dataset, found: list[dict], points: KeypointSet) -> dict:
+    """Errors in pixels of the original pictures, PCK and NME as shares of the box, OKS-AP; all over labelled keypoints.
+
+    pixel_error: mean distance, pixel_error_median: the median; mae: mean of |dx| and |dy|; pck_05, pck_10: share of keypoints
+    within 0.05 and 0.1 of the box's longer side; nme: mean distance divided by the square root of the box's area.
+    """
+    offsets, boxes = point_errors(dataset, found)
+    errors = np.linalg.norm(offsets, axis=2)
+    there = ~np.isnan(errors)
+    relative = errors / boxes[:, 2:].max(axis=1)[:, None]
+    metrics = {
+        "pixel_error": float(errors[there].mean()),
+        "pck_05": float((relative[there] <= 0.05).mean()),
+        "pck_10": float((relative[there] <= 0.1).mean()),
+        "nme": float((errors / np.sqrt(boxes[:, 2:].prod(axis=1))[:, None])[there].mean()),
+        "mae": float(np.abs(offsets[there]).mean()),
+        "pixel_error_median": float(np.median(errors[there])),
+        **oks_metrics(dataset, found, boxes, points),
+    }
+    metrics["per_keypoint_pixel_error"] = {
+        name: float(errors[there[:, k], k].mean()) if there[:, k].any() else None for k, name in enumerate(points.names)
+    }
+    return metrics
+
+
+def oks_metrics(dataset, found: list[dict], boxes: np.ndarray, points: KeypointSet) -> dict:
+    """oks_ap and oks_ap_50 by pycocotools, with the data's sigmas: average precision where OKS says what a hit is."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    numbers, truth, results = {}, [], []  # several figures may share a picture
+    for item, box in zip(found, boxes.tolist(), strict=True):
+        sample = dataset.samples[item["index"]]
+        image = numbers.setdefault(sample.path, len(numbers) + 1)
+        flags = 2 * sample.labelled[:, None]
+        area = sample.area if sample.area > 0 else AREA_OF_BOX * box[2] * box[3]
+        shared = {"image_id": image, "category_id": 1, "bbox": box}
+        keypoints = np.hstack([sample.points, flags]).flatten().tolist()
+        count = int(sample.labelled.sum())
+        truth.append(
+            {**shared, "id": len(truth) + 1, "keypoints": keypoints, "num_keypoints": count, "area": float(area), "iscrowd": 0}
+        )
+        keypoints = np.hstack([item["points"], item["scores"][:, None]]).flatten().tolist()
+        results.append({**shared, "keypoints": keypoints, "score": float(item["scores"].mean())})
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks a lot
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": i} for i in numbers.values()],
+            "annotations": truth,
+            "categories": [{"id": 1, "name": "figure", "keypoints": points.names}],
+        }
+        coco.createIndex()
+        scored = COCOeval(coco, coco.loadRes(results), "keypoints")
+        scored.params.kpt_oks_sigmas = np.array(points.sigmas)
+        scored.evaluate()
+        scored.accumulate()
+        scored.summarize()
+    return {name: None if value < 0 else float(value) for name, value in zip(("oks_ap", "oks_ap_50"), scored.stats, strict=False)}
+
+
+def evaluate(model, loader, points: KeypointSet) -> dict:
+    """The metrics of a model on a loader's data: val_loss and pose_metrics. Used in training and by eval.py."""
+    found, loss = predict(model, loader)
+    return {"val_loss": loss, **pose_metrics(loader.dataset, found, points)}
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#e377c2", "#17becf")
+
+
+def draw_poses(pixels: np.ndarray, poses: list, points: KeypointSet, smallest: int = 320):
+    """A PIL picture of (H, W, 3) uint8 pixels with figures' keypoints and skeletons; small pictures are enlarged.
+
+    poses: [(places (K, 2) x, y, which of them to draw (K,))].
+    """
+    from PIL import Image, ImageDraw
+
+    image = Image.fromarray(pixels)
+    zoom = max(1.0, min(smallest / min(image.size), 4 * smallest / max(image.size)))
+    image = image.resize((round(image.width * zoom), round(image.height * zoom)), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    unit = max(1, min(image.size) // 160)
+    radius = (2 if len(points.names) <= 20 else 1) * unit
+    for places, drawn in poses:
+        at = [((x + 0.5) * zoom - 0.5, (y + 0.5) * zoom - 0.5) for x, y in places]
+        for a, b in points.skeleton:
+            if drawn[a] and drawn[b]:
+                draw.line([at[a], at[b]], fill="#ffe119", width=unit)
+        for k, (x, y) in enumerate(at):
+            if drawn[k]:
+                color = COLORS[k % len(COLORS)]
+                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color, outline="white")
+    return image
+
+
+def draw_page(dataset, found: list[dict], points: KeypointSet, indices, path: Path) -> None:
+    """A page of figures in pairs: ground truth on the left, predictions on the right, each cut out around its box."""
+    by_index = {item["index"]: item for item in found}
+    offsets, _ = point_errors(dataset, found)
+    errors = dict(zip(by_index, np.linalg.norm(offsets, axis=2), strict=True))
+    columns = min(3, len(indices))
+    rows = -(-len(indices) // columns)
+    page, axes = figure(rows, 2 * columns, width=2.6, height=2.6)
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, index in enumerate(indices):
+        sample, item = dataset.samples[index], by_index[index]
+        pixels = decode(sample.path, dataset.pictures[sample.path].size)
+        x, y, w, h = dataset.box(index)[0]
+        low = np.floor(np.maximum(0, [x - w / 4, y - h / 4])).astype(int)
+        high = np.ceil([x + w * 1.25, y + h * 1.25]).astype(int)
+        pixels = np.ascontiguousarray(pixels[low[1] : high[1], low[0] : high[0]])
+        left, right = axes[place // columns, 2 * (place % columns) :][:2]
+        left.imshow(draw_poses(pixels, [(sample.points - low, sample.labelled)], points))
+        right.imshow(draw_poses(pixels, [(item["points"] - low, np.ones(len(points.names), dtype=bool))], points))
+        left.set_title(f"{sample.path.name}: truth", fontsize=8)
+        right.set_title(f"found, error {np.nanmean(errors[index]):.1f} px", fontsize=8)
+    save_figure(page, path)
+
+
+def worst_first(dataset, found: list[dict]) -> list[int]:
+    """Figures' indices by their mean error as a share of the box."""
+    offsets, boxes = point_errors(dataset, found)
+    mean = np.nanmean(np.linalg.norm(offsets, axis=2), axis=1) / boxes[:, 2:].max(axis=1)
+    return [found[i]["index"] for i in np.argsort(-mean, kind="stable")]
+
+
+def draw_pck_curve(dataset, found: list[dict], points: KeypointSet, path: Path) -> None:
+    """PCK over the threshold, 0 to 0.2 of the box's longer side; a line for each keypoint where there are few."""
+    offsets, boxes = point_errors(dataset, found)
+    relative = np.linalg.norm(offsets, axis=2) / boxes[:, 2:].max(axis=1)[:, None]
+    page, ((axis,),) = figure(1, 1, 7, 5)
+    thresholds = np.linspace(0, 0.2, 101)
+
+    def share(errors):
+        errors = errors[~np.isnan(errors)]
+        return [(errors <= t).mean() if errors.size else np.nan for t in thresholds]
+
+    axis.plot(thresholds, share(relative), color="black", lw=2.5, label="all keypoints")
+    for k, name in enumerate(points.names if len(points.names) <= 20 else []):
+        axis.plot(thresholds, share(relative[:, k]), lw=1, color=COLORS[k % len(COLORS)], ls="-" if k < 10 else "--", label=name)
+    title = "Keypoints within a share of the box's longer side"
+    axis.set(title=title, xlabel="threshold", ylabel="PCK", xlim=(0, 0.2), ylim=(0, 1.02))
+    axis.legend(fontsize=8, ncols=1 + len(points.names) // 12, loc="lower right")
+    save_figure(page, path)
+
+
+def draw_per_keypoint(metrics: dict, path: Path) -> None:
+    """Bars of each keypoint's mean error."""
+    draw_bars(metrics["per_keypoint_pixel_error"], "Mean error of each keypoint", "pixels of the original picture", path)
+
+
+PANELS = {"loss": ("train_loss", "val_loss"), "metrics": ("pixel_error", "mae"), "pck": ("pck_05", "pck_10")}
+
+
+def draw_results(model, dataset, points: KeypointSet, history: list[dict], folder: Path) -> None:
+    """What a run leaves to look at: plots/*.png over epochs and of the model's errors, predictions/validation.png."""
+    from data import collate
+
+    draw_history(history, PANELS, folder / "plots")
+    parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
+    batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
+    found = [item for items in detect(model, batches) for item in items]
+    draw_pck_curve(dataset, found, points, folder / "plots" / "pck_curve.png")
+    draw_per_keypoint(pose_metrics(dataset, found, points), folder / "plots" / "per_keypoint.png")
+    draw_page(dataset, found, points, range(min(6, len(dataset))), folder / "predictions" / "validation.png")

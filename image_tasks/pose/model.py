@@ -1,0 +1,334 @@
+"""A ViT-family backbone with a keypoint head of ours: where bases come from, the heads, the loss, saving and loading."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# needs: torchvision, scipy  (image processors; scipy: VitPose's)
+from common.bases import ORIGIN, base_source, check_same_base, load_pretrained, make_origin, open_checkpoint
+from common.checkpoint import atomic_folder, fingerprint, read_json, write_json
+from common.config import UserError
+from common.lora import find_targets, is_within, load_adapter_files, save_adapter_files
+from common.runtime import process_index, say
+from formats import KEYPOINT_FILE, KeypointSet
+
+DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
+EXAMPLE = "google/vit-base-patch16-224"
+HEAD = "keypoint_head"
+HEAD_FILE = "keypoint_head.safetensors"
+
+# model_type in config.json -> the library's class for the backbone, and how it is built without the parts that pose does not use.
+BACKBONES = {
+    "vit": ("ViTModel", {"add_pooling_layer": False}),
+    "dinov2": ("Dinov2Model", {}),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", {}),
+    "vitpose_backbone": ("VitPoseBackbone", {}),
+}
+# Weights of a checkpoint that belong to other heads (ImageNet classes, masked patches): not taken, and no fault.
+OTHER_HEADS = ("classifier", "pooler", "decoder", "lm_head")
+# The names of attention's query and value projections moved between versions and models: the first pair that is there counts.
+QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"))
+
+UPSAMPLING = 4  # of the heatmap head: with patches of 16 pixels a heatmap has a quarter of the input's sides
+NEW_BETA = 10.0  # temperature of the soft-argmax under a head that starts anew
+VITPOSE_BETA = 30.0  # VitPose's heatmaps peak near 1, near 0.4 where unsure: e^12 still outweighs the 3071 cells near 0
+SCORE_RADIUS = 0.05  # a keypoint's score is the share of its heatmap within this fraction of the input around the answer
+LOSS_BETA = 0.01  # smooth L1: below an error of a hundredth of the input squared, above it linear
+
+
+class HeatmapHead(nn.Module):
+    """ReLU, bilinear upsampling, 3 x 3 convolution: (B, D, h, w) -> heatmaps (B, K, 4 h, 4 w).
+
+    The simple decoder of ViTPose (arXiv:2204.12484); parameters have the names of transformers' VitPoseSimpleDecoder.
+    """
+
+    def __init__(self, width: int, keypoints: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, keypoints, kernel_size=3, padding=1)
+
+    def forward(self, features):
+        features = nn.functional.interpolate(features.relu(), scale_factor=UPSAMPLING, mode="bilinear", align_corners=False)
+        return self.conv(features)
+
+
+class RegressionHead(nn.Module):
+    """Mean over patches, then two linear layers: (B, D, h, w) -> coordinates (B, K, 2) in 0..1."""
+
+    def __init__(self, width: int, keypoints: int):
+        super().__init__()
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, 2 * keypoints)
+
+    def forward(self, features):
+        hidden = nn.functional.gelu(self.hidden(features.mean(dim=(2, 3))))
+        return self.out(hidden).float().sigmoid().unflatten(1, (-1, 2))
+
+
+class KeypointModel(nn.Module):
+    """pixel_values (B, 3, H, W) -> (coords (B, K, 2), scores (B, K)).
+
+    coords: x, y as fractions; 0 is the centre of the first pixel, 1 that of the last. facts: what keypoints.json says (names,
+    skeleton, flip_pairs, sigmas, head, input_size, beta); a base without a head has input_size alone and cannot run.
+    """
+
+    def __init__(self, backbone, head: nn.Module | None, facts: dict):
+        super().__init__()
+        self.backbone, self.keypoint_head, self.facts = backbone, head, facts
+
+    def forward(self, pixel_values):
+        raw = self.keypoint_head(feature_map(self.backbone, pixel_values))
+        if self.facts["head"] == "regression":
+            return raw, torch.ones_like(raw[..., 0])  # this head does not know how sure it is
+        return soft_argmax(raw.float() * self.facts["beta"])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """config.json and model.safetensors are the backbone in the library's own format; the head lies beside it."""
+        from safetensors.torch import save_file
+
+        self.backbone.save_pretrained(folder)
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in self.keypoint_head.state_dict().items()}, folder / HEAD_FILE
+        )
+        write_json(folder / KEYPOINT_FILE, self.facts)
+
+
+def feature_map(backbone, pixel_values) -> torch.Tensor:
+    """The patch tokens of a backbone in their places: (B, D, H / patch, W / patch)."""
+    patch = sides(backbone.config.patch_size)
+    h, w = pixel_values.shape[2] // patch[0], pixel_values.shape[3] // patch[1]
+    if backbone.config.model_type == "vitpose_backbone":
+        tokens = backbone(pixel_values).feature_maps[-1]
+    elif backbone.config.model_type == "vit":  # takes another size only where it is asked to; DINOv2 always does
+        tokens = backbone(pixel_values, interpolate_pos_encoding=True).last_hidden_state
+    else:
+        tokens = backbone(pixel_values).last_hidden_state
+    return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))  # in front of the patches: class and register tokens
+
+
+def soft_argmax(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, K, h, w) -> (the mean place under their softmax (B, K, 2) as x, y in 0..1, scores (B, K)).
+
+    Cell i of n lies at i / (n - 1), the unbiased mapping of UDP (arXiv:1911.07524) with which ViTPose was trained: corner cells
+    on corner pixels, nothing is rounded, and a mirrored picture gives the mirrored answer. Differentiable, unlike the argmax.
+    """
+    h, w = logits.shape[2:]
+    share = logits.flatten(2).softmax(dim=2).unflatten(2, (h, w))
+    xs, ys = (torch.linspace(0, 1, n, device=logits.device) for n in (w, h))
+    x, y = share.sum(dim=2) @ xs, share.sum(dim=3) @ ys
+    with torch.no_grad():
+        near_x, near_y = ((at - place[..., None]).abs() <= SCORE_RADIUS for at, place in ((xs, x), (ys, y)))
+        scores = torch.einsum("bkh,bkhw,bkw->bk", near_y.float(), share, near_x.float())
+    return torch.stack([x, y], dim=2), scores
+
+
+def keypoint_errors(coords, target) -> torch.Tensor:
+    """Smooth L1 between coords and target (B, K, 2), fractions of the input, for every keypoint (B, K)."""
+    return nn.functional.smooth_l1_loss(coords, target, beta=LOSS_BETA, reduction="none").sum(dim=2)
+
+
+def keypoint_loss(coords, target, visible) -> torch.Tensor:
+    """The mean of keypoint_errors over the visible (B, K) keypoints.
+
+    Zero where none is visible. With several processes each weighs by its visible keypoints, so that the mean over processes
+    is what one would get for all their pictures.
+    """
+    count = visible.sum().float()
+    world = process_index()[1]
+    if world > 1 and torch.is_grad_enabled():
+        torch.distributed.all_reduce(count)
+        count = count / world
+    return (keypoint_errors(coords, target) * visible).sum() / count.clamp(min=1 / world)
+
+
+def sides(value) -> tuple[int, int]:
+    """A size in a config, one number or two, as (height, width)."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+# ---- bases -----------------------------------------------------------------------------------------------------------
+
+
+class AnyBackbone:
+    """Stands in for a library class in `load_pretrained`: the class that config.json names, other heads' weights left aside."""
+
+    @staticmethod
+    def from_pretrained(source, **options):
+        import transformers
+
+        kind = transformers.AutoConfig.from_pretrained(source, local_files_only=True).model_type
+        if kind == "vitpose":
+            model, info = transformers.VitPoseForPoseEstimation.from_pretrained(source, **options)
+            if model.config.backbone_config.num_experts > 1:
+                raise ValueError("a ViTPose+ model with experts for several data sets; take one of the plain ViTPose models")
+            return model, info
+        if kind not in BACKBONES:
+            raise ValueError(f"a {kind} model; keypoints need one of {', '.join([*BACKBONES, 'vitpose'])}")
+        name, extra = BACKBONES[kind]
+        model, info = getattr(transformers, name).from_pretrained(source, **options, **extra)
+        strays = [key for key in info["unexpected_keys"] if not is_within(key, OTHER_HEADS)]
+        return model, {**info, "unexpected_keys": strays}
+
+
+def load_base(name: str):
+    """(KeypointModel with the base's head or none, image processor, {"name", "sha256"}) of "demo", a local folder, or a hub name.
+
+    float32 and safetensors only; UserError where a weight is missing or left over.
+    """
+    from transformers import AutoImageProcessor
+
+    source = base_source(name, DEMO_BASE, EXAMPLE)
+    model, processor = load_pretrained(name, source, AnyBackbone, AutoImageProcessor)
+    folder = Path(source)
+    if (folder / HEAD_FILE).is_file():
+        facts = read_facts(folder)
+        base = KeypointModel(model, read_head(folder, facts, model.config.hidden_size), facts)
+    elif model.config.model_type == "vitpose":
+        base = from_vitpose(model, name)
+    else:
+        base = KeypointModel(model, None, {"input_size": trained_size(processor, model.config)})
+    for key, parameter in base.named_parameters():
+        parameter.requires_grad_(not key.endswith("mask_token"))  # only ever used in pretraining: it would get no gradient
+    head = f"with a head for {len(base.facts['names'])} keypoints" if base.keypoint_head else "without a keypoint head"
+    millions = sum(p.numel() for p in base.parameters()) / 1e6
+    say(f"base: {name}, {type(base.backbone).__name__} {head}, {millions:.2f} M parameters")
+    return base, processor, {"name": name, "sha256": fingerprint(base.state_dict())}
+
+
+def from_vitpose(model, name: str) -> KeypointModel:
+    """The backbone of a VitPoseForPoseEstimation, and its head where that is the simple one."""
+    size, config = list(sides(model.backbone.config.image_size)), model.config
+    if not config.use_simple_decoder or config.scale_factor != UPSAMPLING:
+        say(f"note: {name} has another head than ViTPose's simple one, such as deconvolutions: only its backbone is used")
+        return KeypointModel(model.backbone, None, {"input_size": size})
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    head = HeatmapHead(config.backbone_config.hidden_size, len(names))
+    head.load_state_dict(model.head.state_dict())
+    facts = {"names": names, "head": "heatmap", "beta": VITPOSE_BETA, "input_size": size}
+    return KeypointModel(model.backbone, head, facts)
+
+
+def trained_size(processor, config) -> list[int]:
+    """[height, width] that a base was trained at, by its image processor (DINOv2 crops), else by its config."""
+    size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+    size = dict(size or processor.size or {})
+    return [size["height"], size["width"]] if "height" in size else list(sides(config.image_size))
+
+
+def input_size(base: KeypointModel, image_size: int) -> tuple[int, int]:
+    """(height, width) of what the model sees: image_size squared, or the base's own where that is 0. UserError if it cannot."""
+    size = (image_size, image_size) if image_size else tuple(base.facts["input_size"])
+    config = base.backbone.config
+    patch, own = sides(config.patch_size), sides(config.image_size)
+    if config.model_type == "vitpose_backbone" and size != own:
+        raise UserError(f"--image_size {image_size}: ViTPose takes pictures of {own[0]} x {own[1]} only; leave the setting out")
+    if size[0] % patch[0] or size[1] % patch[1] or min(size) <= 0:
+        raise UserError(f"--image_size {image_size} must be a multiple of {patch[0]}, the side of this base's patches")
+    return size
+
+
+def with_head(base: KeypointModel, points: KeypointSet, head: str, size: tuple[int, int]) -> KeypointModel:
+    """The base with a head for these keypoints: its own where kind and number fit, else a new one."""
+    count, own = len(points.names), base.facts.get("head")
+    module, beta = base.keypoint_head, base.facts.get("beta", NEW_BETA)
+    if own != head or len(base.facts["names"]) != count:
+        why = "the base has none" if own is None else f"the base's is a {own} head for {len(base.facts['names'])}"
+        module, beta = new_head(head, base.backbone.config.hidden_size, count), NEW_BETA
+        say(f"new {head} head for {count} keypoints: {why}")
+    elif points.named and base.facts["names"] != points.names and own == head:
+        theirs = ", ".join(base.facts["names"][:5])
+        say(f"note: the base's head is used, since it has {count} keypoints, too; it calls them {theirs} ...")
+    facts = {**points.to_json(), "head": head, "input_size": list(size), "beta": beta}
+    return KeypointModel(base.backbone, module, facts)
+
+
+def new_head(kind: str, width: int, keypoints: int) -> nn.Module:
+    return RegressionHead(width, keypoints) if kind == "regression" else HeatmapHead(width, keypoints)
+
+
+def lora_targets(model, which: str) -> list[str]:
+    """Names of the layers that get adapters, never in the head. which: qv, all-linear, or a regular expression of layer names."""
+    if which == "qv":
+        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        pair = next((pair for pair in QUERY_VALUE if set(pair) <= ends), QUERY_VALUE[0])
+        return find_targets(model, pair, nn.Linear, (HEAD,))
+    if which == "all-linear":
+        return find_targets(model, "*", nn.Linear, (HEAD,))
+    return find_targets(model, [which], (nn.Linear, nn.Conv2d), (HEAD,))
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def read_facts(folder: Path) -> dict:
+    """keypoints.json of a checkpoint, checked."""
+    facts = read_json(folder / KEYPOINT_FILE)
+    try:
+        KeypointSet.from_json(facts)
+        height, width = facts["input_size"]
+        fits = facts["head"] in ("heatmap", "regression") and facts["beta"] > 0
+        fits = fits and all(isinstance(side, int) and side > 0 for side in (height, width))
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(f"{folder / KEYPOINT_FILE} does not describe keypoints: it needs names, head, input_size and beta")
+    return facts
+
+
+def read_head(folder: Path, facts: dict, width: int) -> nn.Module:
+    """The head of a checkpoint folder; UserError unless every weight is there, is expected and has its shape."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    head = new_head(facts["head"], width, len(facts["names"]))
+    try:
+        tensors = load_file(folder / HEAD_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / HEAD_FILE} cannot be read: {error}") from None
+    expected, found = ({k: tuple(t.shape) for k, t in ts.items()} for ts in (head.state_dict(), tensors))
+    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+    if wrong:
+        raise UserError(
+            f"{folder / HEAD_FILE} does not fit {KEYPOINT_FILE}: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
+            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+        )
+    head.load_state_dict(tensors)
+    return head
+
+
+def origin(method: str, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint."""
+    return make_origin("pose", method, base, config, data_format=config.data_format)
+
+
+def save_lora(folder: Path, model, processor, facts: dict) -> None:
+    """A PEFT adapter folder with the head in adapter_model.safetensors; keypoints.json, image processor, origin.json."""
+    with atomic_folder(folder) as aside:
+        model.peft_config["default"].base_model_name_or_path = facts["base"]["name"]
+        save_adapter_files(model, aside)
+        processor.save_pretrained(aside)
+        write_json(aside / KEYPOINT_FILE, model.base_model.model.facts)
+        write_json(aside / ORIGIN, facts)
+
+
+def load_model(folder: Path):
+    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
+    folder, facts = open_checkpoint(folder, "pose", "full")
+    if not (folder / HEAD_FILE).is_file():
+        raise UserError(f"{folder} holds no {HEAD_FILE}")
+    model, processor, _ = load_base(str(folder.resolve()))
+    return model.eval(), processor, facts
+
+
+def load_adapter(folder: Path, base: str = "", merge: bool = True):
+    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
+
+    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    """
+    folder, facts = open_checkpoint(folder, "pose", "lora")
+    keypoints = read_facts(folder)
+    known, processor, found = load_base(base or facts["base"]["name"])
+    check_same_base(folder, facts, found)
+    head = new_head(keypoints["head"], known.backbone.config.hidden_size, len(keypoints["names"]))
+    model = load_adapter_files(KeypointModel(known.backbone, head, keypoints), folder, (HEAD,))
+    return (model.merge_and_unload() if merge else model.base_model.model).eval(), processor, facts

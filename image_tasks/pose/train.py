@@ -1,0 +1,77 @@
+"""Full fine-tuning of a ViT-family backbone with a keypoint head on your own keypoints.
+
+    python train.py                                  # demo: small base, synthetic figures, a minute on a CPU
+    python train.py --data_dir ~/points              # google/vit-base-patch16-224 on your COCO keypoints or CSV
+    torchrun --nproc_per_node 4 train.py --data_dir ~/points --model usyd-community/vitpose-base-simple
+
+Trains every weight, backbone and head.
+Leaves outputs/pose/full/: the model (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+
+
+@dataclass
+class Config(TrainConfig):
+    model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name, local folder, or demo
+    head: Literal["heatmap", "regression"] = "heatmap"  # heatmaps are more exact; regression is smaller and faster
+    data_format: Literal["auto", "coco", "csv"] = "auto"  # layout of data_dir; auto looks what is there
+    image_size: int = 0  # side of the square that the model sees, in pixels; 0: as the base was trained
+    augment: bool = True  # random turn, size, place, mirroring and colour in training; never in evaluation
+    cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
+    epochs: int = setting(30, demo=25)  # passes over the training data
+    batch_size: int = setting(32, demo=16)  # figures per process and backward pass
+    lr: float = setting(5e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import save_model
+    from common.optim import build_optimizer
+    from common.report import Run
+    from data import Preprocess, build_loaders
+    from metrics import draw_results, evaluate
+    from model import input_size, keypoint_loss, load_base, load_model, origin, with_head
+
+    with Run(config, task="pose", method="full") as run:
+        base, processor, base_facts = load_base(config.model)
+        size = input_size(base, config.image_size)
+        train_loader, val_loader, points, data_facts = build_loaders(config, Preprocess(processor, size))
+        run.describe(base=base_facts, data=data_facts)
+
+        # 1. The base with a head for these keypoints. Every weight trains.
+        model = with_head(base, points, config.head, size)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+
+        # 2. Train; keep the model with the smallest error on the validation data.
+        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, points)):
+            model.train()
+            for batch in run.batches(train_loader, epoch):
+                coords, _ = model(batch["pixel_values"])
+                loss = keypoint_loss(coords, batch["target"], batch["visible"])
+                run.backward(loss)
+                run.step_optimizer(optimizer, scheduler)
+            if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
+                save_model(run.best, run.unwrap(model), processor, origin("full", base_facts, config))
+
+        # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
+        if run.is_main:
+            best, _, _ = load_model(run.best)
+            draw_results(best.to(run.device), val_loader.dataset, points, run.history, run.folder)
+        run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)
