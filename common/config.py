@@ -55,6 +55,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
+        if getattr(self, "lora_r", 0) < 0:
+            raise UserError(f"--lora_r is {self.lora_r}, but must be at least 0")
         if not 0 < self.lr < math.inf:
             raise UserError(f"--lr is {self.lr}, but must be a positive number")
 

@@ -207,14 +207,14 @@ def test_splits_without_training_data_are_not_taken_for_classes(tmp_path):
 
 
 def test_csv_cells_are_read_as_spreadsheets_write_them(tmp_path):
-    """A byte-order mark, names with commas and quotes, spaces, empty lines, absolute paths, columns in any order and more."""
+    """A byte-order mark, names with commas and quotes, spaces, empty lines, absolute paths, further columns."""
     names = ["a, b.png", 'the "best".png', "plain.png"]
     for name in names:
         draw(tmp_path / "pictures" / name)
     elsewhere = draw(tmp_path / "elsewhere" / "d.png", "dog")
-    rows = [("x", "cat, black", f"pictures/{names[0]}"), ("", "", ""), ("y", " cat, black ", f" pictures/{names[1]}")]
-    rows += [(), ("z", "dog", str(elsewhere)), ("w", "dog", "pictures/plain.png")]
-    file = write_csv(tmp_path / "t.csv", rows, ("note", " Label ", "FILE"), encoding="utf-8-sig")
+    rows = [(f"pictures/{names[0]}", "cat, black", "x"), ("", "", ""), (f" pictures/{names[1]}", " cat, black ", "y")]
+    rows += [(), (str(elsewhere), "dog", "z"), ("pictures/plain.png", "dog", "w")]
+    file = write_csv(tmp_path / "t.csv", rows, ("FILE", " Label ", "note"), encoding="utf-8-sig")
     faults = Faults()
     splits, classes, _ = read(file, faults=faults)
     assert classes == ["cat, black", "dog"] and faults.counts() == {}
@@ -406,8 +406,10 @@ def test_an_item_depends_on_seed_epoch_and_index_alone(photo):
     got = again[(3, 0)]
     assert torch.equal(got["pixels"], want["pixels"]) and torch.equal(got["target"], want["target"])
     assert torch.equal(torch.get_rng_state(), state)  # it leaves no trace in torch's own generator
-    for item in (first[(4, 0)], first[(3, 2)], other[(3, 0)]):
-        assert not torch.equal(item["pixels"], want["pixels"])
+    twins = augmented([photo[0]] * 3, **{**EVERYTHING, "mixup": 0.0})  # the index counts, not the picture alone
+    for left, right in (((3, 0), (4, 0)), ((3, 0), (3, 1)), ((3, 1), (4, 1))):
+        assert not torch.equal(twins[left]["pixels"], twins[right]["pixels"])
+    assert not torch.equal(other[(3, 0)]["pixels"], want["pixels"])
 
 
 def test_batches_are_the_same_with_and_without_workers(photo):

@@ -257,16 +257,6 @@ def test_adapters_and_head_all_learn_and_nothing_else_moves(trained):
         assert torch.equal(after, tensor) != is_within(name, trained.head), name
 
 
-def test_batch_norm_keeps_the_statistics_of_the_base_when_everything_trains(tmp_path):
-    model, _, _ = load_base(str(save_base(tmp_path, "mobilevit")))
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    old = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
-    train(model, steps=2)
-    assert model.training and norms and not any(m.training for m in norms)
-    for module, (mean, var) in zip(norms, old, strict=True):
-        assert torch.equal(module.running_mean, mean) and torch.equal(module.running_var, var)
-
-
 def test_a_linear_probe_trains_the_head_alone(small_base):
     """What train_lora.py makes of --lora_r 0."""
     model = add_lora(with_classes(load_base(str(small_base))[0], NEW))
@@ -297,11 +287,16 @@ def test_plain_peft_loads_the_same_adapter(trained, loaded):
     torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-5, rtol=1e-5)
 
 
-def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(loaded, tmp_path):
+def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(loaded, kind, tmp_path):
     base, processor, facts = loaded
     model, (pixels, _) = with_classes(base, NEW), make_batch()
     before = outputs(model, pixels)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    old = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
     train(model, steps=2)
+    assert model.training and bool(norms) == (kind == "mobilevit") and not any(m.training for m in norms)
+    for module, (mean, var) in zip(norms, old, strict=True):  # small batches would spoil the base's statistics
+        assert torch.equal(module.running_mean, mean) and torch.equal(module.running_var, var)
     after = outputs(model, pixels)
     assert (after - before).abs().max() > 1e-2
     save_model(tmp_path / "best", model, processor, origin("full", NEW, facts, FACTS))
@@ -454,8 +449,10 @@ def test_an_adapter_with_the_names_of_transformers_4_is_translated(trained, kind
     make_old(folder, kind)
     model, _, _ = load_adapter(folder)
     torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-4, rtol=1e-4)
-    same = as_of_old(kind, MATRIX.replace("vit", kind)) in trained.model.state_dict()
-    assert ("of an older transformers; they are translated" in capsys.readouterr().out) or same or kind == "dinov2"
+    names = [name for name, _ in trained.model.named_modules()]
+    differs = any(as_of_old(kind, name) != name for name in names)  # not DINOv2's, in the early 5s
+    assert ("of an older transformers; they are translated" in capsys.readouterr().out) == differs
+    assert differs or kind == "dinov2"
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -564,7 +561,7 @@ def random_picture(height, width, kind):
     if kind == "noise":
         return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def more_processors():

@@ -5,7 +5,7 @@ shapes on dark grounds, 4 shapes x 3 textures) the small base model was trained.
 four shapes and a texture that the base has not seen, beside textures that it knows: this is what the demo fine-tunes it to.
 
     from synthetic import make_demo_data
-    make_demo_data("data/demo")            # train/striped_ring/000.png, ...: 60 + 40 + 60 pictures a class, about five seconds
+    make_demo_data("data/demo")            # train/striped_ring/000.png, ...: 60 + 40 + 60 pictures a class, ten seconds
 """
 
 import colorsys

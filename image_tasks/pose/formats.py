@@ -93,7 +93,7 @@ def read_pairs(values, names: list[str], where: str) -> list[tuple[int, int]]:
             a, b = (names.index(v) if isinstance(v, str) else int(v) - 1 for v in pair)
             if not (0 <= a < len(names) and 0 <= b < len(names) and a != b):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
                 f"{where}: {pair} is no pair of keypoints (two names, or two numbers from 1 to {len(names)})"
             ) from None

@@ -92,7 +92,7 @@ def oks_metrics(dataset, found: list[dict], boxes: np.ndarray, points: KeypointS
         sample = dataset.samples[item["index"]]
         image = numbers.setdefault(sample.path, len(numbers) + 1)
         flags = 2 * sample.labelled[:, None]
-        area = sample.area if sample.area > 0 else AREA_OF_BOX * box[2] * box[3]
+        area = sample.area if 0 < sample.area < np.inf else AREA_OF_BOX * box[2] * box[3]
         shared = {"image_id": image, "category_id": 1, "bbox": box}
         keypoints = np.hstack([sample.points, flags]).flatten().tolist()
         count = int(sample.labelled.sum())
