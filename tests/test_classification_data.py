@@ -172,15 +172,17 @@ def test_a_class_that_only_the_validation_data_has_is_an_error(tmp_path):
         read(tmp_path)
 
 
-def test_a_class_folder_without_pictures_is_named_and_hidden_ones_are_no_classes(tmp_path):
+def test_what_belongs_to_no_class_is_named_and_hidden_folders_are_no_classes(tmp_path):
     make(tmp_path, "folders val")
     (tmp_path / "train" / "emu").mkdir()
     (tmp_path / "train" / "emu" / "notes.txt").write_text("later")
     draw(tmp_path / "train" / ".thumbnails" / "0.png")
     draw(tmp_path / "train" / "cat" / "more" / "deep.PNG")  # at any depth, ending in any case
+    draw(tmp_path / "train" / "loose.png")
     faults = Faults()
     splits, classes, _ = read(tmp_path, faults=faults)
-    assert classes == CLASSES and faults.found == {"class folder without pictures": ["train/emu"]}
+    named = {"class folder without pictures": ["train/emu"], "picture outside the class folders": ["train/loose.png"]}
+    assert classes == CLASSES and faults.found == named
     assert Counter(s.label for s in splits["train"]) == {0: 3, 1: 4, 2: 3}
 
 

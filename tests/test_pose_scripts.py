@@ -359,6 +359,7 @@ def test_user_errors_are_one_line_and_exit_code_two(runs, place, tmp_path):
     assert "unknown setting 'lora_rank'" in told and "lora_r" in told
     assert "no layer's name ends in" in fails("train_lora.py", "--lora_targets", "qkv_everywhere", *runs_to)
     assert "--image_size 30 must be a multiple of 8" in fails("train.py", "--image_size", 30, *runs_to)
+    assert "--lora_r is -3, but must be at least 0" in fails("train_lora.py", "--lora_r", -3, *runs_to)
     assert "does not have that layout" in fails("train.py", "--data_format", "csv", *runs_to)
 
     other = tmp_path / "data"

@@ -107,6 +107,8 @@ def read_folder(folder: Path, faults: Faults):
 def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     """(picture, class name) of every picture in folder/<class>/, at any depth. Hidden folders are no classes."""
     found = []
+    for loose in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()):
+        faults.add("picture outside the class folders", f"{folder.name}/{loose.name}")
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         pictures = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
         if not pictures:

@@ -25,7 +25,7 @@ class Config(TrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name (timm/<name>, too), local folder, or demo
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
     flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
-    crop: float = setting(0.5, demo=0.8)  # random crops of training pictures hold at least this share of the area; 1: no random crops
+    crop: float = setting(0.5, demo=0.9)  # random crops in training hold at least this share of the area; 1: no crops
     randaugment: int = setting(5, demo=0)  # strength of RandAugment, 1 to 30; 0: none
     mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
