@@ -1,14 +1,31 @@
 """Adapters on any model through PEFT: find the layers, count what trains, save and load strictly."""
 
+import json
 import re
+import tempfile
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
+from common.checkpoint import read_json
 from common.config import UserError
 from common.runtime import say
 
 ADAPTER_FILE = "adapter_model.safetensors"
+# Parts of layer names of ViT and its relatives today, and as transformers 4 had them (some kept those well into 5).
+OLD_NAMES = (
+    (".layers.", ".encoder.layer."),
+    (".attention.q_proj", ".attention.attention.query"),
+    (".attention.k_proj", ".attention.attention.key"),
+    (".attention.v_proj", ".attention.attention.value"),
+    (".attention.q_proj", ".attention.self.query"),  # Swin
+    (".attention.k_proj", ".attention.self.key"),
+    (".attention.v_proj", ".attention.self.value"),
+    (".attention.o_proj", ".attention.output.dense"),
+    (".mlp.fc1", ".intermediate.dense"),
+    (".mlp.fc2", ".output.dense"),
+)
 
 
 def find_targets(model, wanted, kinds, exclude=()) -> list[str]:
@@ -88,6 +105,51 @@ def is_within(name: str, parts) -> bool:
     return any(f".{part}." in f".{name}." for part in parts)
 
 
+@contextmanager
+def in_names_of_today(folder: Path, model):
+    """Yields the adapter folder, or a copy of it in which layers go by the names of today, if it was saved under older ones.
+
+    transformers 5 renamed the layers of ViT and its relatives (query became q_proj); it converts checkpoints, but not adapters.
+    The copy asks for all layers that the original asked for, so that loading misses what the file lacks. What cannot be
+    translated is yielded as it is, and loading says what is wrong with it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+    from torch import nn
+
+    try:
+        tensors = load_file(folder / ADAPTER_FILE)
+    except (OSError, SafetensorError):
+        tensors = {}
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    today = {old: name for name in layers for old in former_names(name)}
+    names = {}
+    for key in tensors:
+        layer, mark, matrix = key.removeprefix("base_model.model.").partition(".lora_")
+        names[key] = f"base_model.model.{today.get(layer, layer)}{mark}{matrix}" if mark else key
+    config = read_json(folder / "adapter_config.json") if any(key != name for key, name in names.items()) else {}
+    targets = config.get("target_modules")
+    by_layer = config.get("rank_pattern") or config.get("alpha_pattern")  # these name layers, too, and are not translated
+    if not isinstance(targets, list) or by_layer or len(set(names.values())) < len(names):
+        yield folder
+        return
+    wanted = sorted({name for old, name in today.items() if any(f".{old}".endswith(f".{target}") for target in targets)})
+    say(f"the adapter in {folder} has layer names of an older transformers; they are translated")
+    with tempfile.TemporaryDirectory() as aside:
+        save_file({names[key]: tensor for key, tensor in tensors.items()}, Path(aside) / ADAPTER_FILE)
+        text = json.dumps({**config, "target_modules": wanted, "modules_to_save": None})
+        (Path(aside) / "adapter_config.json").write_text(text, encoding="utf-8")
+        yield Path(aside)
+
+
+def former_names(name: str) -> set[str]:
+    """All names that a layer may have had, today's among them."""
+    names = {name}
+    for new, old in OLD_NAMES:
+        names |= {former.replace(new, old) for former in names}
+    return names
+
+
 def load_adapter_files(model, folder: Path, whole=()):
     """The base `model` with the adapter of `folder` on it, in eval mode; whole: the parts that trained whole.
 
@@ -97,17 +159,17 @@ def load_adapter_files(model, folder: Path, whole=()):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        saved = load_file(folder / ADAPTER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
     expected = {f"base_model.model.{name}": tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of missing tensors; here they are an error, below
-            model = PeftModel.from_pretrained(model, folder)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
+    with in_names_of_today(folder, model) as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of missing tensors; here they are an error, below
+        try:
+            saved = load_file(place / ADAPTER_FILE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
+        try:
+            model = PeftModel.from_pretrained(model, place)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {name: tuple(t.shape) for name, t in saved.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))

@@ -1,9 +1,6 @@
 """Image classifiers: where they come from, their head for new classes, where adapters go, loading."""
 
 import copy
-import json
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,26 +8,12 @@ from torch import nn
 
 # needs: timm, torchvision  (timm: bases called timm/<name>; torchvision: image processors)
 from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
-from common.checkpoint import read_json
-from common.lora import ADAPTER_FILE, find_targets, load_adapter_files
+from common.lora import find_targets, load_adapter_files
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 # The names of attention's query and value projections differ between architectures: the first set that is there counts.
 QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
-# Parts of layer names of ViT and its relatives today, and as transformers 4 had them (some kept those well into 5).
-OLD_NAMES = (
-    (".layers.", ".encoder.layer."),
-    (".attention.q_proj", ".attention.attention.query"),
-    (".attention.k_proj", ".attention.attention.key"),
-    (".attention.v_proj", ".attention.attention.value"),
-    (".attention.q_proj", ".attention.self.query"),  # Swin
-    (".attention.k_proj", ".attention.self.key"),
-    (".attention.v_proj", ".attention.self.value"),
-    (".attention.o_proj", ".attention.output.dense"),
-    (".mlp.fc1", ".intermediate.dense"),
-    (".mlp.fc2", ".output.dense"),
-)
 
 
 def lora_targets(model, which: str) -> list[str]:
@@ -127,50 +110,5 @@ def load_adapter(folder: Path, base: str = "", merge: bool = True):
     model, processor, found = load_base(base or facts["base"]["name"])
     check_same_base(folder, facts, found)
     model = with_classes(model, facts["classes"])
-    with renamed(folder, model) as folder:
-        model = load_adapter_files(model, folder, class_layers(model))
+    model = load_adapter_files(model, folder, class_layers(model))
     return (model.merge_and_unload() if merge else model).eval(), processor, facts
-
-
-@contextmanager
-def renamed(folder: Path, model):
-    """Yields the adapter folder, or a copy of it in which layers go by the names of today, if it was saved under older ones.
-
-    transformers 5 renamed the layers of ViT and its relatives (query became q_proj); it converts checkpoints, but not adapters.
-    The copy asks for all layers that the original asked for, so that loading misses what the file lacks. What cannot be
-    translated is yielded as it is, and loading says what is wrong with it.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    try:
-        tensors = load_file(folder / ADAPTER_FILE)
-    except (OSError, SafetensorError):
-        tensors = {}
-    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    today = {old: name for name in layers for old in former_names(name)}
-    names = {}
-    for key in tensors:
-        layer, mark, matrix = key.removeprefix("base_model.model.").partition(".lora_")
-        names[key] = f"base_model.model.{today.get(layer, layer)}{mark}{matrix}" if mark else key
-    config = read_json(folder / "adapter_config.json") if any(key != name for key, name in names.items()) else {}
-    targets = config.get("target_modules")
-    by_layer = config.get("rank_pattern") or config.get("alpha_pattern")  # these name layers, too, and are not translated
-    if not isinstance(targets, list) or by_layer or len(set(names.values())) < len(names):
-        yield folder
-        return
-    wanted = sorted({name for old, name in today.items() if any(f".{old}".endswith(f".{target}") for target in targets)})
-    say(f"the adapter in {folder} has layer names of an older transformers; they are translated")
-    with tempfile.TemporaryDirectory() as aside:
-        save_file({names[key]: tensor for key, tensor in tensors.items()}, Path(aside) / ADAPTER_FILE)
-        text = json.dumps({**config, "target_modules": wanted, "modules_to_save": None})
-        (Path(aside) / "adapter_config.json").write_text(text, encoding="utf-8")
-        yield Path(aside)
-
-
-def former_names(name: str) -> set[str]:
-    """All names that a layer may have had, today's among them."""
-    names = {name}
-    for new, old in OLD_NAMES:
-        names |= {former.replace(new, old) for former in names}
-    return names

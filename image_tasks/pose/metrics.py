@@ -35,14 +35,15 @@ def detect(model, batches):
     model = extract_model_from_parallel(model).eval()
     device = next(model.parameters()).device
     for batch in batches:
-        coords, scores = model(to_device(batch["pixel_values"], device))
+        coords, scores, heatmaps = model(to_device(batch["pixel_values"], device))
+        errors = keypoint_errors(coords, to_device(batch["target"], device), heatmaps).float().cpu()
         coords, scores = coords.float().cpu(), scores.float().cpu()
         h, w = batch["pixel_values"].shape[2:]
         pixels = coords.double() * torch.tensor([w - 1, h - 1])
         back = batch["back"]
         points = pixels @ back[:, :, :2].transpose(1, 2) + back[:, None, :, 2]
         visible = batch["visible"].sum(dim=1)
-        losses = (keypoint_errors(coords, batch["target"]) * batch["visible"]).sum(dim=1) / visible.clamp(min=1)
+        losses = (errors * batch["visible"]).sum(dim=1) / visible.clamp(min=1)
         columns = (batch["index"].tolist(), points.numpy(), scores.numpy(), losses.tolist(), visible.tolist())
         yield [
             dict(zip(("index", "points", "scores", "loss", "visible"), row, strict=True)) for row in zip(*columns, strict=True)

@@ -75,8 +75,8 @@ def main(argv=None):
         for epoch in run.epochs(before=lambda: evaluate(model, val_loader, points)):
             model.train()
             for batch in run.batches(train_loader, epoch):
-                coords, _ = model(batch["pixel_values"])
-                loss = keypoint_loss(coords, batch["target"], batch["visible"])
+                coords, _, heatmaps = model(batch["pixel_values"])
+                loss = keypoint_loss(coords, batch["target"], batch["visible"], heatmaps)
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
