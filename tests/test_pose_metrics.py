@@ -239,8 +239,8 @@ def test_answers_are_in_pixels_of_the_original_and_the_loss_is_that_of_training(
     batch = [dataset[(0, i)] for i in range(11)]
     pixels, target, visible = (torch.stack([item[key] for item in batch]) for key in ("pixel_values", "target", "visible"))
     with torch.no_grad():
-        coords, scores = model(pixels)
-        assert loss == pytest.approx(float(keypoint_loss(coords, target, visible)), rel=1e-5)
+        coords, scores, heatmaps = model(pixels)
+        assert loss == pytest.approx(float(keypoint_loss(coords, target, visible, heatmaps)), rel=1e-5)
     assert not visible[:, 0].all() and visible.any()
     for i, item in enumerate(found):
         (x, y, w, h), padding = dataset.box(i)

@@ -24,6 +24,8 @@ from model import (  # noqa: E402
     LOSS_BETA,
     NEW_BETA,
     SCORE_RADIUS,
+    SPOT_RADIUS,
+    SPOT_WEIGHT,
     VITPOSE_BETA,
     feature_map,
     input_size,
@@ -117,7 +119,8 @@ def train(model, batch, steps=5):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
     losses = []
     for _ in range(steps):
-        loss = keypoint_loss(model.train()(pixels)[0], target, visible)
+        found, _, heatmaps = model.train()(pixels)
+        loss = keypoint_loss(found, target, visible, heatmaps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -182,7 +185,7 @@ def test_the_backbone_is_the_librarys_with_the_bases_weights(base_folder, kind):
             torch.testing.assert_close(features[:, :, row, column], tokens[:, row * columns + column])
     assert sum(p.numel() for p in theirs.parameters()) >= sum(p.numel() for p in model.backbone.parameters())
     assert facts["sha256"] == load_base(str(base_folder))[2]["sha256"]
-    found, scores = model(pixels)
+    found, scores, _ = model(pixels)
     assert found.shape == (4, 3, 2) and scores.shape == (4, 3) and 0 <= found.min() and found.max() <= 1
 
 
@@ -286,10 +289,29 @@ def test_the_loss_counts_visible_keypoints_only():
     assert torch.equal(keypoint_loss(found, moved, visible), loss)
 
 
+def test_the_loss_on_heatmaps_wants_a_spot_at_the_keypoint():
+    torch.manual_seed(0)
+    target, found, heatmaps = torch.tensor([[[0.25, 0.75]]]), torch.rand(1, 1, 2), torch.randn(1, 1, 5, 9)
+    spot = [
+        [math.exp(-((x / 8 - 0.25) ** 2 + (y / 4 - 0.75) ** 2) / (2 * SPOT_RADIUS**2)) for x in range(9)] for y in range(5)
+    ]  # cells at i / (n - 1)
+    total = sum(map(sum, spot))
+    shares = heatmaps.flatten().softmax(dim=0).reshape(5, 9)
+    entropy = -sum(spot[y][x] / total * math.log(shares[y, x]) for y in range(5) for x in range(9))
+    by_hand = float(keypoint_errors(found, target)) + SPOT_WEIGHT * entropy
+    assert float(keypoint_errors(found, target, heatmaps)) == pytest.approx(by_hand, rel=1e-4)
+    # The same mean place, from one spot and from two: only coordinates would not tell them apart.
+    one, two = torch.full((2, 1, 1, 5, 9), -9.0)
+    one[..., 3, 2] = two[..., 3, 0] = two[..., 3, 4] = 9.0
+    losses = [float(keypoint_errors(soft_argmax(maps)[0], target, maps)) for maps in (one, two)]
+    assert losses[0] < losses[1] and not torch.equal(one, two)
+
+
 def test_a_batch_without_a_visible_keypoint_teaches_nothing(tmp_path):
     model, _, _ = prepare(save_base(tmp_path / "base"))
     pixels, target, _ = make_batch()
-    loss = keypoint_loss(model(pixels)[0], target, torch.zeros(4, 5, dtype=torch.bool))
+    found, _, heatmaps = model(pixels)
+    loss = keypoint_loss(found, target, torch.zeros(4, 5, dtype=torch.bool), heatmaps)
     loss.backward()
     assert float(loss.detach()) == 0
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)  # NaN would be "any"
@@ -310,7 +332,8 @@ def test_every_tensor_of_a_full_model_gets_a_gradient_and_the_loss_falls(base_fo
 def test_a_regression_head_says_that_it_does_not_know_how_sure_it_is(tmp_path):
     model, _, _ = prepare(save_base(tmp_path / "base"), "regression")
     with torch.no_grad():
-        found, scores = model.eval()(make_batch()[0])
+        found, scores, heatmaps = model.eval()(make_batch()[0])
+    assert heatmaps is None
     assert (scores == 1).all() and scores.shape == (4, 5) and found.min() > 0 and found.max() < 1
 
 
