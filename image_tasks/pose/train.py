@@ -30,7 +30,7 @@ class Config(TrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=25)  # passes over the training data
     batch_size: int = setting(32, demo=16)  # figures per process and backward pass
-    lr: float = setting(5e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
     warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
 
 

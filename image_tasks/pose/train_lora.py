@@ -30,7 +30,7 @@ class Config(TrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=25)  # passes over the training data
     batch_size: int = setting(32, demo=16)  # figures per process and backward pass
-    lr: float = setting(2e-4, demo=1.5e-3)  # few weights move, so several times the step of train.py
+    lr: float = setting(2e-4, demo=5e-3)  # few weights move, so several times the step of train.py
     warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
     lora_r: int = 16  # rank: the width of the bottleneck; 0 trains the head alone, to see what the adapters add
     lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
