@@ -107,7 +107,8 @@ def draw_bars(values: dict[str, float | None], title: str, unit: str, path: Path
     bars = axis.bar(range(len(values)), [value or 0 for value in values.values()], color="C0")
     if len(values) <= 40:
         axis.bar_label(bars, ["" if v is None else f"{v:.2f}" for v in values.values()], fontsize=7)
-    axis.set_xticks(range(len(values)), values, rotation=90 if len(values) > 8 else 0, fontsize=8 if len(values) <= 40 else 6)
+    crowded = len(values) > 8 or max(map(len, values)) > 9
+    axis.set_xticks(range(len(values)), values, rotation=90 if crowded else 0, fontsize=8 if len(values) <= 40 else 6)
     axis.set(title=title, ylabel=unit, ylim=(0, top))
     axis.set_axisbelow(True)
     save_figure(drawing, path)
