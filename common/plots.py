@@ -60,7 +60,7 @@ def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: lis
 
 
 def draw_history(history: list[dict], panels: dict[str, tuple[str, ...]], folder: Path) -> None:
-    """A picture for each panel, <folder>/<panel>.png: the named values of the epochs, over epochs (0: before training).
+    """A picture for each panel, named like it: the values of these names over epochs (0: before training).
 
     history: one dict an epoch, with "epoch" and numbers; values that are missing or None leave a gap.
     """
@@ -70,10 +70,10 @@ def draw_history(history: list[dict], panels: dict[str, tuple[str, ...]], folder
             points = [(r["epoch"], r[name]) for r in history if r.get(name) is not None]
             if points:
                 axis.plot(*zip(*points, strict=True), marker=".", color=f"C{i}", label=name.replace("_", " "))
-        axis.set(title=title.capitalize(), xlabel="epoch", ylabel=title if len(names) > 1 else names[0].replace("_", " "))
+        axis.set(title=title, xlabel="epoch", ylabel="value" if len(names) > 1 else names[0].replace("_", " "))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
-        save_figure(drawing, folder / f"{title}.png")
+        save_figure(drawing, folder / f"{title.lower()}.png")
 
 
 def draw_confusion(counts, names: list[str], path: Path) -> None:

@@ -11,7 +11,7 @@ from common.pictures import decode
 from common.plots import draw_bars, draw_confusion, draw_history, figure, save_figure
 from common.runtime import gather_lists, progress
 
-PANELS = {"loss": ("train_loss", "val_loss"), "metrics": ("accuracy", "precision", "recall", "f1")}
+PANELS = {"Loss": ("train_loss", "val_loss"), "Metrics": ("accuracy", "precision", "recall", "f1")}
 
 
 def predict(model, loader) -> tuple[np.ndarray, np.ndarray]:

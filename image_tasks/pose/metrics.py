@@ -212,7 +212,7 @@ def draw_per_keypoint(metrics: dict, path: Path) -> None:
     draw_bars(metrics["per_keypoint_pixel_error"], "Mean error of each keypoint", "pixels of the original picture", path)
 
 
-PANELS = {"loss": ("train_loss", "val_loss"), "metrics": ("pixel_error", "mae"), "pck": ("pck_05", "pck_10")}
+PANELS = {"Loss": ("train_loss", "val_loss"), "Metrics": ("pixel_error", "mae"), "PCK": ("pck_05", "pck_10")}
 
 
 def draw_results(model, dataset, points: KeypointSet, history: list[dict], folder: Path) -> None:
