@@ -18,7 +18,9 @@ def differing(one: dict, other: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "task, measured", [(CLASSIFICATION, "accuracy"), (DETECTION, "mAP50"), (POSE, "px")], ids=lambda x: str(x)[-9:]
+    "task, measured",
+    [(CLASSIFICATION, "accuracy"), (DETECTION, "mAP50"), (POSE, "pixels error")],
+    ids=lambda x: getattr(x, "name", x),
 )
 def test_a_base_has_the_committed_architecture_and_loads(tmp_path, task, measured):
     done = run_script(ROOT / "scripts", "make_demo_base.py", task.name, "--steps", 2, "--output_dir", tmp_path / "base")
