@@ -409,6 +409,6 @@ def test_a_model_that_is_no_detector_is_refused(tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config.update(model_type="vit", architectures=["ViTForImageClassification"])
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is no detector"):
+    with pytest.raises(UserError, match="is no model for this task"):
         load_base(str(tmp_path / "base"))
     shutil.rmtree(tmp_path / "base")
