@@ -182,7 +182,8 @@ def own_code(module: Module, is_script: bool) -> str:
     gone = set(ours)
     for node in module.tree.body:
         is_main = isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or (is_main and not is_script) or ast.unparse(node) in FINDER:
+        finds_common = isinstance(node, (ast.Assign, ast.Expr)) and ast.unparse(node) in FINDER
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or (is_main and not is_script) or finds_common:
             gone.add(node)
     if ast.get_docstring(module.tree) is not None:
         gone.add(module.tree.body[0])
@@ -218,7 +219,7 @@ def own_code(module: Module, is_script: bool) -> str:
             kept.append(line)
             swallow = 0
     text = "\n".join(kept).strip("\n")
-    finder_went = any(ast.unparse(node) == FINDER[0] for node in module.tree.body)
+    finder_went = any(isinstance(node, ast.Assign) and ast.unparse(node) == FINDER[0] for node in module.tree.body)
     if finder_went and any(isinstance(node, ast.Name) and node.id == "ROOT" for node in ast.walk(ast.parse(text))):
         raise UserError(f"{module.path}: ROOT is used beyond finding common/; call project_root() of common.config instead")
     return text
