@@ -152,10 +152,11 @@ def draw_classes(split, each, seed):
     return pictures, masks, classes
 
 
-def augment_look(pictures, masks, generator):
+def augment_look(pictures, masks, generator, mix_colours=True):
     """Random flips, shifts, colours, light and noise of a batch: features that see shape and texture, not one domain's look.
 
-    pictures uint8 (B, 3, H, W), masks (B, H, W). Returns (pixel_values float (B, 3, H, W) in -1..1, masks of the same places).
+    pictures uint8 (B, 3, H, W), masks (B, H, W). mix_colours: exchange red, green and blue at random. Returns (pixel_values
+    float (B, 3, H, W) in -1..1, masks of the same places).
     """
     import torch
     from torch.nn.functional import pad
@@ -169,8 +170,9 @@ def augment_look(pictures, masks, generator):
     height, width = both.shape[2:]
     both = pad(both, (4, 4, 4, 4), mode="replicate")[:, :, down : down + height, across : across + width]
     pixels, masks = both[:, :3], both[:, 3]
-    channels = torch.rand(len(pixels), 3, generator=generator).argsort(dim=1)
-    pixels = pixels.gather(1, channels[:, :, None, None].expand_as(pixels))
+    if mix_colours:
+        channels = torch.rand(len(pixels), 3, generator=generator).argsort(dim=1)
+        pixels = pixels.gather(1, channels[:, :, None, None].expand_as(pixels))
     grey = pixels.mean(dim=1, keepdim=True)
     pixels = grey + (pixels - grey) * uniform(0.5, 1)
     average = pixels.mean(dim=(1, 2, 3), keepdim=True)

@@ -1,194 +1,27 @@
-"""Classification metrics are scikit-learn's or hand-made sums, whatever the batch size; the pictures of results can be drawn."""
-
-import json
+"""The pictures of a classification run can be drawn."""
 
 import numpy as np
-import pytest
-import torch
 from conftest import CLASSIFICATION, use_task
 from PIL import Image
-from test_classification_model import CLASSES, save_base
+from test_class_metrics import CLASSES, make_mixed
+
+from common.class_metrics import classification_metrics, draw_page, logits_of
 
 TASK = CLASSIFICATION
 use_task(TASK)
 
-from data import ClassificationData, Preprocess, Sample, eval_loader  # noqa: E402
-from metrics import (  # noqa: E402
-    calibration,
-    classification_metrics,
-    confusion,
-    draw_answer,
-    draw_calibration,
-    draw_page,
-    draw_results,
-    evaluate,
-    predict,
-    report,
-    softmax,
-    worst_first,
-)
-from model import load_base  # noqa: E402
-
-NAMES = ["ant", "bee", "cow"]
+from metrics import draw_results  # noqa: E402
 
 
-def logits_for(guesses, classes, sure=0.9):
-    """Logits whose softmax gives `sure` (one number, or one for each row) to the guess and equal shares to the rest."""
-    probabilities = np.repeat((1 - np.broadcast_to(sure, len(guesses)))[:, None] / (classes - 1), classes, axis=1)
-    probabilities[np.arange(len(guesses)), guesses] = sure
-    return np.log(probabilities).astype(np.float32)
-
-
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def test_metrics_by_hand():
-    """Of 4 ants 3 are found (one is called a bee), of 2 bees 1 (the other is called an ant), of 1 cow none (called an ant)."""
-    labels, guesses = np.array([0, 0, 0, 0, 1, 1, 2]), np.array([0, 0, 0, 1, 1, 0, 0])
-    found = classification_metrics(labels, logits_for(guesses, 3), NAMES)
-    assert found["accuracy"] == pytest.approx(4 / 7)
-    assert found["balanced_accuracy"] == found["recall"] == pytest.approx((3 / 4 + 1 / 2 + 0) / 3)
-    assert found["precision"] == pytest.approx((3 / 5 + 1 / 2 + 0) / 3)
-    f1 = {"ant": 2 * 3 / (2 * 3 + 2 + 1), "bee": 2 * 1 / (2 * 1 + 1 + 1), "cow": 0.0}
-    assert found["per_class_f1"] == pytest.approx(f1) and found["f1"] == pytest.approx(sum(f1.values()) / 3)
-    assert found["val_loss"] == pytest.approx(-(4 * np.log(0.9) + 3 * np.log(0.05)) / 7, rel=1e-5)
-    assert found["ece"] == pytest.approx(0.9 - 4 / 7, abs=1e-6) and found["top5"] is None
-    assert confusion(labels, logits_for(guesses, 3), NAMES).tolist() == [[3, 1, 0], [1, 1, 0], [1, 0, 0]]
-
-
-def test_metrics_are_those_of_scikit_learn():
-    from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, precision_score, top_k_accuracy_score
-
-    rng, names = np.random.default_rng(0), [f"c{i}" for i in range(8)]
-    labels, logits = rng.integers(0, 8, 200), rng.normal(0, 2, (200, 8))
-    logits[np.arange(200), labels] += 2
-    found, guesses, shares = classification_metrics(labels, logits, names), logits.argmax(axis=1), softmax(logits)
-    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, guesses))
-    assert found["f1"] == pytest.approx(f1_score(labels, guesses, average="macro"))
-    assert found["precision"] == pytest.approx(precision_score(labels, guesses, average="macro"))
-    assert found["val_loss"] == pytest.approx(log_loss(labels, shares))
-    assert found["top5"] == pytest.approx(top_k_accuracy_score(labels, shares, k=5))
-    assert 0.2 < found["accuracy"] < found["top5"] < 1
-
-
-def test_a_class_that_does_not_occur_counts_in_no_mean():
-    labels, guesses = np.array([0, 0, 2, 2]), np.array([0, 1, 2, 2])  # a bee is seen where none is
-    found = classification_metrics(labels, logits_for(guesses, 3), NAMES)
-    assert found["balanced_accuracy"] == pytest.approx((1 / 2 + 1) / 2)
-    assert found["per_class_f1"] == {"ant": pytest.approx(2 / 3), "bee": None, "cow": 1.0}
-    assert found["f1"] == pytest.approx((2 / 3 + 1) / 2)
-    json.dumps(found, allow_nan=False)
-    text, table = report(labels, logits_for(guesses, 3), NAMES)
-    assert "bee" in text and table["bee"]["support"] == 0 and table["accuracy"] == 0.75
-
-
-def test_top5_needs_more_than_five_classes_and_finds_the_fifth():
-    names = [f"c{i}" for i in range(6)]
-    order = np.arange(6)[None].repeat(6, axis=0)  # logits rise with the class: class 0 is the last of six
-    found = classification_metrics(np.arange(6), order.astype(float), names)
-    assert found["top5"] == pytest.approx(5 / 6) and found["accuracy"] == pytest.approx(1 / 6)
-    assert classification_metrics(np.arange(5), order[:5, :5].astype(float), names[:5])["top5"] is None
-
-
-def test_a_very_wrong_answer_has_a_finite_loss():
-    logits = np.array([[1e4, -1e4], [0.0, 0.0]], dtype=np.float32)
-    found = classification_metrics(np.array([1, 0]), logits, NAMES[:2])
-    assert np.isfinite(found["val_loss"]) and found["val_loss"] > 100
-    assert softmax(logits).sum(axis=1).tolist() == [1, 1]
-
-
-# ---- calibration -----------------------------------------------------------------------------------------------------
-
-
-def test_calibration_error_by_hand():
-    """Ten answers of 0.8 of which eight are right: calibrated. Ten of 1.0 of which five are right: off by a half."""
-    guesses = np.zeros(10, dtype=int)
-    right, half = np.array([0] * 8 + [1] * 2), np.array([0] * 5 + [1] * 5)
-    shares = softmax(logits_for(guesses, 2, 0.8).astype(np.float64))
-    certain = np.stack([np.ones(10), np.zeros(10)], axis=1)
-    assert calibration(right, shares)[0] == pytest.approx(0, abs=1e-6)
-    assert calibration(half, certain)[0] == pytest.approx(0.5)
-    error, rows = calibration(np.concatenate([right, half]), np.concatenate([shares, certain]))
-    assert error == pytest.approx(0.25, abs=1e-6)
-    np.testing.assert_allclose(rows, [[0.5, 0.8, 0.8], [0.5, 1.0, 0.5]], atol=1e-6)
-    unsure = calibration(right, softmax(logits_for(guesses, 2, 0.6).astype(np.float64)))  # right more often than it says
-    assert unsure[0] == pytest.approx(0.2, abs=1e-6)
-
-
-def test_bins_keep_errors_of_both_signs_apart():
-    """Half says 0.9 and is right in 7 of 10, half says 0.6 and is right in 8 of 10: 0.2 each way, not cancelled out."""
-    guesses = np.zeros(20, dtype=int)
-    labels = np.array([0] * 7 + [1] * 3 + [0] * 8 + [1] * 2)
-    sure = np.array([0.9] * 10 + [0.6] * 10)
-    shares = softmax(logits_for(guesses, 2, sure).astype(np.float64))
-    assert calibration(labels, shares)[0] == pytest.approx(0.2, abs=1e-6)
-    assert calibration(labels, shares, bins=1)[0] == pytest.approx(0, abs=1e-6)
-
-
-def test_mistakes_come_most_confident_first():
-    labels, guesses = np.array([0, 1, 2, 0, 1]), np.array([0, 2, 1, 1, 0])
-    sure = np.array([0.99, 0.6, 0.9, 0.7, 0.9])
-    assert worst_first(labels, logits_for(guesses, 3, sure)) == [2, 4, 3, 1]
-    assert worst_first(labels, logits_for(labels, 3)) == []
-
-
-# ---- predicting ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """(model, data set): eleven pictures of five shapes and three classes, and a base that crops them."""
-    folder = tmp_path_factory.mktemp("mixed")
-    model, processor, _ = load_base(str(save_base(folder / "base", "deit")))
-    rng, samples = np.random.default_rng(0), []
-    for i in range(11):
-        width, height = [(90, 60), (60, 90), (70, 70), (140, 50), (31, 30)][i % 5]
-        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        samples.append(Sample(folder / f"{i}.png", f"{i}.png", (i * i) % 3))
-    return model, ClassificationData(samples, CLASSES, Preprocess(processor), [None] * 11)
-
-
-def test_predictions_do_not_depend_on_the_batch_size(mixed):
-    model, dataset = mixed
-    (labels, one), (again, many) = (predict(model.train(), eval_loader(dataset, size)) for size in (1, 7))
-    assert labels.tolist() == again.tolist() == [sample.label for sample in dataset.samples]
-    np.testing.assert_allclose(one, many, atol=1e-5)
-    assert one.shape == (11, 3) and np.ptp(one, axis=0).min() > 1e-2 and not model.training
-    index = 3  # the answers are in the order of the data set
-    with torch.no_grad():
-        alone = model(pixel_values=dataset[(0, index)]["pixels"][None]).logits[0].numpy()
-    np.testing.assert_allclose(one[index], alone, atol=1e-5)
-    left, right = (evaluate(model, eval_loader(dataset, size), CLASSES) for size in (1, 7))
-    assert left["accuracy"] == right["accuracy"] and left["val_loss"] == pytest.approx(right["val_loss"], abs=1e-5)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_pictures_of_results_can_be_drawn_and_read(mixed, tmp_path):
-    model, dataset = mixed
-    labels, logits = predict(model, eval_loader(dataset, 4))
+def test_pictures_of_results_can_be_drawn_and_read(tmp_path):
+    model, dataset = make_mixed(tmp_path)
+    labels, logits = logits_of(model, dataset)
     metrics = classification_metrics(labels, logits, CLASSES)
     history = [{"epoch": 0, "step": 0, **metrics}, {"epoch": 1, "step": 3, "train_loss": 1.0, **metrics, "precision": None}]
     draw_results(model, dataset, history, tmp_path)
-    draw_calibration(labels, logits, tmp_path / "calibration.png")
     draw_page(dataset, labels, logits, CLASSES, [], tmp_path / "none.png")
-    draw_answer(dataset.samples[0].path, [{"class": "cat", "probability": 0.7}], tmp_path / "answer.png")
-    names = ["plots/loss", "plots/metrics", "plots/confusion_matrix", "plots/f1_per_class", "predictions/validation"]
-    for name in [*names, "calibration", "none", "answer"]:
+    for name in ("plots/loss", "plots/metrics", "plots/confusion_matrix", "plots/f1_per_class", "predictions/validation"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
         assert min(pixels.shape) > 150 and pixels.std() > 2, name
     page = Image.open(tmp_path / "predictions" / "validation.png")
     assert page.size[1] > Image.open(tmp_path / "none.png").size[1]  # three rows of pictures
-
-
-def test_a_mistake_is_red_and_a_right_answer_is_not(mixed, tmp_path):
-    _, dataset = mixed
-    labels = np.array([sample.label for sample in dataset.samples])
-
-    def red(guesses):
-        draw_page(dataset, labels, logits_for(guesses, 3), CLASSES, [0], tmp_path / "page.png")
-        title = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)[:60]  # the picture itself is below
-        return ((title[..., 0] > 150) & (title[..., 1] < 90) & (title[..., 2] < 90)).sum()
-
-    assert red(labels) == 0 and red((labels + 1) % 3) > 20

@@ -6,11 +6,10 @@ import shutil
 import warnings
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import CLASSIFICATION, use_task
-from PIL import Image
+from test_labelled import check_preprocess
 
 TASK = CLASSIFICATION
 use_task(TASK)
@@ -19,7 +18,7 @@ from common.bases import save_adapter, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import freeze_adapters, is_within, train_whole  # noqa: E402
-from data import Preprocess  # noqa: E402
+from common.preprocess import Preprocess  # noqa: E402
 from model import class_layers, load_adapter, load_base, load_model, lora_targets, origin, with_classes  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
@@ -555,70 +554,6 @@ def test_a_base_in_half_precision_trains_in_single_precision(tmp_path):
 
 # ---- pictures as the base's own image processor prepares them --------------------------------------------------------
 
-PICTURES = [(48, 80), (90, 41), (20, 25), (101, 67), (37, 37), (32, 33), (12, 150)]  # height, width
-
-
-def random_picture(height, width, kind):
-    rng = np.random.default_rng((height, width))
-    if kind == "noise":
-        return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
-    return np.array(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def more_processors():
-    import transformers as hf
-
-    return {
-        "convnext at 384 and above": hf.ConvNextImageProcessor(size={"shortest_edge": 384}),
-        "clip": hf.CLIPImageProcessor(size={"shortest_edge": 33}, crop_size={"height": 33, "width": 30}),
-        "crop larger than the picture": hf.BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 33, "width": 30}),
-        "no normalization": hf.ViTImageProcessor(size={"height": 30, "width": 44}, do_normalize=False, resample=3),
-        "crop switched off": hf.DeiTImageProcessor(size={"height": 33, "width": 33}, do_center_crop=False),
-    }
-
-
-def check_preprocess(processor):
-    preprocess = Preprocess(processor)
-    for height, width in PICTURES:
-        for kind in ("noise", "smooth"):
-            pixels = random_picture(height, width, kind)
-            theirs = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
-            ours = preprocess.normalize(preprocess.center(preprocess.resize(pixels)))
-            assert tuple(ours.shape[1:]) == preprocess.shape == tuple(theirs.shape[1:])
-            # timm lets PIL resize, which clips to 0 .. 255 in between: that shows where neighbours differ wildly.
-            limit = 1.01 if processor.__class__.__name__ != "TimmWrapperImageProcessor" else 2.5 if kind == "smooth" else 40
-            levels = ((ours - theirs).abs() * preprocess.std * 255).numpy()
-            assert levels.max() <= limit and levels.mean() < 0.5, f"{height} x {width} {kind}: {levels.max()}, {levels.mean()}"
-
 
 def test_pictures_are_prepared_as_by_the_bases_own_image_processor(loaded):
     check_preprocess(loaded[1])
-
-
-@pytest.mark.parametrize("which", more_processors())
-def test_pictures_are_prepared_as_by_other_image_processors(which):
-    check_preprocess(more_processors()[which])
-
-
-@pytest.mark.parametrize("oddity", ["pads", "another mean", "upside down", "no resize", "no rescale", "any width"])
-def test_an_image_processor_that_does_something_unknown_is_refused(oddity):
-    import transformers as hf
-
-    class Odd(hf.ViTImageProcessor):
-        def __call__(self, images, **options):
-            found = super().__call__(images, **options)
-            pixels = found["pixel_values"]
-            if oddity == "pads":
-                pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1))
-            elif oddity == "another mean":
-                pixels = pixels - 0.1
-            elif oddity == "upside down":
-                pixels = pixels.flip(2)
-            return {**found, "pixel_values": pixels}
-
-    processor = Odd(size={"height": 32, "width": 32}, do_resize=oddity != "no resize", do_rescale=oddity != "no rescale")
-    if oddity == "any width":  # then pictures of different shapes would not make a batch
-        processor = hf.BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
-    with pytest.raises(UserError, match="image processor .* prepares pictures in a way that is not known here"):
-        Preprocess(processor)

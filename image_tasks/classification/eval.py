@@ -39,10 +39,11 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     config = parse(settings, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
+    from common.class_metrics import classification_metrics, draw_calibration, draw_page, predict, report, worst_first
     from common.folders import newest_best
     from common.runtime import start_accelerator
     from data import load_for_eval
-    from metrics import classification_metrics, draw_calibration, draw_evaluation, draw_page, predict, report, worst_first
+    from metrics import draw_evaluation
 
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("classification", method))

@@ -45,11 +45,12 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     import torch
 
     from common.checkpoint import write_json
+    from common.class_metrics import draw_answer, softmax
     from common.folders import newest_best
+    from common.labelled import collate, pictures_only
     from common.pictures import Faults, find_pictures
+    from common.preprocess import Preprocess
     from common.runtime import EvalBatches, progress, start_accelerator
-    from data import Preprocess, collate, pictures_only
-    from metrics import draw_answer, softmax
 
     paths = find_pictures(config.input)
     accelerator = start_accelerator(config)

@@ -46,11 +46,13 @@ def main(argv=None):
     from torch.nn.functional import cross_entropy
 
     from common.bases import save_adapter, train_mode
+    from common.class_metrics import evaluate
+    from common.labelled import class_weights
     from common.lora import freeze_adapters, train_whole
     from common.optim import build_optimizer
     from common.report import Run
-    from data import build_loaders, class_weights
-    from metrics import draw_results, evaluate
+    from data import build_loaders
+    from metrics import draw_results
     from model import class_layers, load_adapter, load_base, lora_targets, origin, with_classes
 
     with Run(config, task="classification", method="lora" if config.lora_r else "head") as run:

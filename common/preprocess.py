@@ -1,0 +1,80 @@
+"""How a base wants its pictures: sizes, crop and scaling from its image processor, done alike on tensors, and checked."""
+
+import numpy as np
+import torch
+
+# needs: torchvision
+from common.config import UserError
+
+
+class Preprocess:
+    """How a base wants its pictures: resized (and cropped), scaled; read from its image processor and checked against it."""
+
+    def __init__(self, processor):
+        from torchvision.transforms.v2 import InterpolationMode
+
+        facts = processor.data_config if hasattr(processor, "data_config") else processor  # the first: a timm model's
+        if facts is processor:
+            size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+            short, fixed = size.get("shortest_edge"), (size.get("height"), size.get("width"))
+            self.crop = (crop["height"], crop["width"]) if crop and getattr(processor, "do_center_crop", False) else None
+            percent = getattr(processor, "crop_pct", None)
+            if percent and short:  # ConvNeXt's way: below 384 pixels it crops from something larger, above it does not crop
+                self.crop = (short, short) if short < 384 else None
+                short, fixed = (int(short / percent), None) if short < 384 else (None, (short, short))
+            mean, std, name = processor.image_mean, processor.image_std, processor.resample
+            mode = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(name)]
+            if not processor.do_normalize or mean is None:
+                mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+            self.reverse, self.half = bool(getattr(processor, "do_flip_channel_order", False)), int
+        else:
+            height, width = facts["input_size"][1:]
+            larger = int(height / facts["crop_pct"]), int(width / facts["crop_pct"])
+            short, fixed = (None, larger) if facts["crop_mode"] == "squash" else (min(larger), larger)
+            self.crop, self.reverse, self.half = (height, width), False, round
+            mean, std, mode = facts["mean"], facts["std"], facts["interpolation"]
+        self.size = [short] if short else list(fixed)
+        self.mode = InterpolationMode(mode if mode != "random" else "bicubic")
+        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.check(processor)
+
+    def check(self, processor) -> None:
+        """UserError unless this class prepares a picture as the processor itself does, to about two grey levels of 255."""
+        from PIL import Image
+
+        rows, columns = torch.meshgrid(torch.linspace(0, 255, 300), torch.linspace(0, 255, 400), indexing="ij")
+        picture = torch.stack([rows, columns, (rows + columns) / 2], dim=2).to(torch.uint8).numpy()
+        theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+        ours = self.normalize(self.center(self.resize(picture)))
+        fits = ours.shape == theirs.shape and tuple(ours.shape[1:]) == self.shape  # the last: all pictures get one shape
+        if not fits or float(((ours - theirs).abs() * self.std * 255).max()) > 2.5:
+            raise UserError(
+                f"--model: its image processor ({type(processor).__name__}) prepares pictures in a way that is not known here"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) that the model sees."""
+        return self.crop or (self.size[0], self.size[-1])
+
+    def resize(self, pixels: np.ndarray) -> torch.Tensor:
+        """(H, W, 3) uint8 -> (3, h, w) uint8, of a fixed size or with a fixed shortest edge, as the base's processor does."""
+        from torchvision.transforms.v2 import functional
+
+        return functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.size, self.mode, antialias=True)
+
+    def center(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The crop in the middle; where an odd number of pixels is cut off, transformers and timm cut differently."""
+        from torchvision.transforms.v2 import functional
+
+        if not self.crop:
+            return tensor
+        sides = zip(tensor.shape[1:], self.crop, strict=True)
+        top, left = (max(0, self.half((have - want) / 2)) for have, want in sides)
+        part = tensor[:, top : top + self.crop[0], left : left + self.crop[1]]
+        return functional.center_crop(part, list(self.crop))  # pads where the picture is smaller
+
+    def normalize(self, tensor: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, h, w) -> float32 with the base's mean, standard deviation and order of channels."""
+        tensor = tensor.flip(0) if self.reverse else tensor
+        return (tensor.float() / 255 - self.mean) / self.std
