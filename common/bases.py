@@ -13,45 +13,54 @@ from common.runtime import say
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
 
 
-def fetch(name: str) -> None:
-    """Downloads a hub model into the local cache, unless it is there. UserError in a few seconds where there is no network."""
+def fetch(name: str, download: bool = True) -> Path | str:
+    """Downloads a hub model into the local cache, unless it is there. UserError in a few seconds where there is no network.
+
+    Returns what it is loaded from: the name; or its folder in the cache, if it has no safetensors file but PyTorch's own.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    files = ["*.json", "*.safetensors"]
-    try:
-        snapshot_download(name, allow_patterns=files, local_files_only=True)
-        return
-    except (LocalEntryNotFoundError, OSError):
-        pass
+    files = ["*.json", "*.txt", "*.model", "*.safetensors"]  # .txt, .model: vocabularies of tokenizers
     remedy = "give --model a local folder, or --model demo for the small base that comes along"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
     try:
-        HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
-        say(f"fetching {name} from the hub")
-        snapshot_download(name, allow_patterns=files)
-    except Exception as error:  # every network library has errors of its own, and all mean the same here
-        kind = type(error).__name__
-        raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
+        folder = Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, OSError):
+        folder = None
+    if folder is None or not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        if not download:
+            raise UserError(f"the base {name} is not in the local cache")
+        if os.environ.get("HF_HUB_OFFLINE") == "1":
+            raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
+        try:
+            facts = HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
+            if not any(file.rfilename.endswith(".safetensors") for file in facts.siblings or ()):
+                files.append("pytorch_model*.bin*")
+            say(f"fetching {name} from the hub")
+            folder = Path(snapshot_download(name, allow_patterns=files))
+        except Exception as error:  # every network library has errors of its own, and all mean the same here
+            kind = type(error).__name__
+            raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
+    return name if any(folder.glob("*.safetensors")) else folder
 
 
-def base_source(name: str, demo_base: Path, example: str) -> Path | str:
+def base_source(name: str, demo_base: Path, example: str, download: bool = True) -> Path | str:
     """Where a base is loaded from: the demo's folder for "demo", a local folder, or a hub name (fetched if it must be)."""
     source = demo_base if name == "demo" else Path(name).expanduser()
     if not source.is_dir():
         if name == "demo" or source.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
             raise UserError(f"--model: there is no folder {source}; give a folder, a hub name ({example}) or demo")
-        fetch(name)
-        source = name
+        source = fetch(name, download)
     return source
 
 
 def load_pretrained(name: str, source: Path | str, kind, processor_kind):
-    """(model, image processor) by the library's own classes: float32, safetensors only, offline, every weight in its place.
+    """(model, image processor) by the library's own classes: float32, nothing that runs code, offline, every weight in its place.
 
     kind, processor_kind: classes with from_pretrained. UserError where a weight is missing, left over or of another shape.
     """
+    from pickle import UnpicklingError
+
     from safetensors import SafetensorError
     from transformers.utils import logging
 
@@ -62,12 +71,12 @@ def load_pretrained(name: str, source: Path | str, kind, processor_kind):
         model, info = kind.from_pretrained(
             source,
             dtype=torch.float32,
-            use_safetensors=True,
+            weights_only=True,  # of a PyTorch file, which is taken where there is no safetensors file: tensors, no code
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--model {name} is no model for this task that can be loaded safely: {reason}") from None
     strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]

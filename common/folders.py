@@ -83,6 +83,23 @@ def lock_folder(folder: Path):
     return file
 
 
+def make_once(folder: Path, make) -> Path:
+    """The folder, made by make(folder) if it is not there yet; of several processes that need it at once, one makes it."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+            try:
+                import fcntl
+
+                fcntl.lockf(file, fcntl.LOCK_EX)  # waits for whoever is at it
+            except ImportError:  # Windows: no lock
+                pass
+            if not folder.exists():
+                print(f"drawing the demo data into {folder}", flush=True)
+                make(folder)
+    return folder
+
+
 def newest_best(task: str, method: str) -> Path:
     """checkpoints/best of the newest run of a task and method in outputs/. UserError where there is none."""
     root = project_root() / "outputs" / task

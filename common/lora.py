@@ -64,17 +64,22 @@ def count_parameters(model) -> dict[str, int]:
 
 
 def adapter_state(model) -> dict:
-    """All that trained, by PEFT's names: the LoRA matrices, and the layers (heads) that train whole beside them."""
+    """All that trained, by PEFT's names: the adapter's tensors, and the layers (heads) that train whole beside them."""
     from peft import get_peft_model_state_dict
 
-    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and not in_adapter(model, name)}
     return {**get_peft_model_state_dict(model, save_embedding_layers=False), **whole}
+
+
+def in_adapter(model, name: str) -> bool:
+    """Whether a parameter of a PEFT model belongs to its adapter (lora_A, ia3_l, hada_w1_a ...), not to the model below it."""
+    return model.base_model.prefix in name
 
 
 def save_adapter_files(model, folder: Path) -> None:
     """Writes a PEFT adapter folder; PeftModel.from_pretrained(base, folder) gives the trained model back.
 
-    PEFT itself saves the LoRA matrices only (or wraps a head in a second copy, `modules_to_save`, which breaks heads whose
+    PEFT itself saves the adapter only (or wraps a head in a second copy, `modules_to_save`, which breaks heads whose
     weights are shared between layers). Its loader takes further keys of the model as they are, so the heads go into the
     same file under their own names.
     """
@@ -87,16 +92,16 @@ def save_adapter_files(model, folder: Path) -> None:
 
 
 def train_whole(model, parts) -> None:
-    """Unfreezes the parts of a PEFT model with these names (heads), to train beside the LoRA matrices."""
+    """Unfreezes the parts of a PEFT model with these names (heads), to train beside the adapter."""
     for name, parameter in model.named_parameters():
         if is_within(name, parts):
             parameter.requires_grad_(True)
 
 
 def freeze_adapters(model) -> None:
-    """Leaves the LoRA matrices of a PEFT model at their start, where they add zero."""
+    """Leaves the adapter of a PEFT model at its start, where it adds zero."""
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if in_adapter(model, name):
             parameter.requires_grad_(False)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse  # noqa: E402
 
-TASKS = ("classification", "detection", "pose")
+TASKS = ("classification", "clip", "detection", "pose")
 
 
 def recipe(task):
@@ -25,6 +25,10 @@ def recipe(task):
         from base_classification import ClassificationConfig, make_classification
 
         return ClassificationConfig, make_classification
+    if task == "clip":
+        from base_clip import ClipConfig, make_clip
+
+        return ClipConfig, make_clip
     if task == "detection":
         from base_detection import DetectionConfig, make_detection
 

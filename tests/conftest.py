@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CLASSIFICATION = ROOT / "image_tasks" / "classification"
 DETECTION = ROOT / "image_tasks" / "detection"
 POSE = ROOT / "image_tasks" / "pose"
-TASKS = (CLASSIFICATION, DETECTION, POSE)
+CLIP = ROOT / "fine_tuning"
+TASKS = (CLASSIFICATION, DETECTION, POSE, CLIP)
 
 sys.path.insert(0, str(ROOT))
 # For this process and the ones it starts, before torch is imported: one thread, no network.
@@ -50,6 +51,16 @@ SHELVED = {}  # (task folder, module name) -> module
 def task_of_this_file(request):
     if hasattr(request.module, "TASK"):
         use_task(request.module.TASK)
+
+
+class Payload:
+    """Pickled, it makes a folder when it is loaded: a file that runs code."""
+
+    def __init__(self, folder: Path):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
 
 
 def show(text) -> str:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CLASSIFICATION, use_task
+from conftest import CLASSIFICATION, Payload, use_task
 from test_labelled import check_preprocess
 
 TASK = CLASSIFICATION
@@ -529,7 +529,7 @@ def test_a_base_that_cannot_be_loaded_is_named_in_one_line(tmp_path, damage):
         tensors["stray.weight"] = torch.zeros(1)
     elif damage == "pickle":
         file.unlink()
-        torch.save(tensors, folder / "pytorch_model.bin")
+        torch.save(Payload(tmp_path / "made"), folder / "pytorch_model.bin")
     elif damage == "no processor":
         (folder / "preprocessor_config.json").unlink()
     else:
@@ -539,9 +539,19 @@ def test_a_base_that_cannot_be_loaded_is_named_in_one_line(tmp_path, damage):
         save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         load_base(str(folder))
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "made").exists()
     if damage in ("missing", "reshaped", "other"):
         assert ("stray.weight" if damage == "other" else "classifier.bias") in str(caught.value)
+
+
+def test_a_base_with_weights_in_a_pytorch_file_is_the_same_base(tmp_path):
+    from safetensors.torch import load_file
+
+    folder = save_base(tmp_path / "base")
+    facts = load_base(str(folder))[2]
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert load_base(str(folder))[2] == facts
 
 
 def test_a_base_in_half_precision_trains_in_single_precision(tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DETECTION, in_child, use_task
+from conftest import DETECTION, Payload, in_child, use_task
 
 TASK = DETECTION
 use_task(TASK)
@@ -368,14 +368,14 @@ def test_a_base_that_cannot_be_loaded_is_named_in_one_line(tmp_path, damage):
         tensors["stray.weight"] = torch.zeros(1)
     elif damage == "pickle":
         file.unlink()
-        torch.save(tensors, folder / "pytorch_model.bin")
+        torch.save(Payload(tmp_path / "made"), folder / "pytorch_model.bin")
     else:
         (folder / "preprocessor_config.json").unlink()
     if damage in ("missing", "reshaped", "other"):
         save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         load_base(str(folder))
-    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "made").exists()
     if damage in ("missing", "reshaped", "other"):
         assert ("stray.weight" if damage == "other" else "class_labels_classifier.bias") in str(caught.value)
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import POSE, use_task
+from conftest import POSE, Payload, use_task
 
 TASK = POSE
 use_task(TASK)
@@ -570,13 +570,14 @@ def test_a_base_that_cannot_be_loaded_is_named_in_one_line(tmp_path, damage):
         tensors["stray.weight"] = torch.zeros(1)
     elif damage == "pickle":
         file.unlink()
-        torch.save(tensors, folder / "pytorch_model.bin")
+        torch.save(Payload(tmp_path / "made"), folder / "pytorch_model.bin")
     else:
         (folder / {"no processor": "preprocessor_config.json", "no config": "config.json"}[damage]).unlink()
     if damage in ("missing", "reshaped", "other"):
         save_file(tensors, file, metadata={"format": "pt"})
     told = {"missing": "do not fit: .*bias", "reshaped": "do not fit: .*bias", "other": "do not fit: stray.weight"}
     refused(lambda: load_base(str(folder)), f"{folder}.*{told.get(damage, '')}")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "reshaped", "other", "pickle"])

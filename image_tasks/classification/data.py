@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from common.folders import make_once
 from common.labelled import labelled_for_eval, labelled_loaders
-from common.runtime import say
 
 HERE = Path(__file__).resolve().parent
 
@@ -12,11 +12,7 @@ def demo_data() -> Path:
     """The folder of the synthetic target data, drawn at the first call (a few seconds)."""
     from synthetic import make_demo_data
 
-    folder = HERE / "data" / "demo"
-    if not folder.exists():
-        say(f"drawing the demo data into {folder}")
-        make_demo_data(folder)
-    return folder
+    return make_once(HERE / "data" / "demo", make_demo_data)
 
 
 def source_of(data_dir: str) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from common.config import UserError
+from common.folders import make_once
 from common.pictures import Faults, cache_limit, decode, load_all
 from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, say, seeded
 from formats import KeypointSet, Sample, read_dataset
@@ -21,11 +22,7 @@ def demo_data() -> Path:
     """The folder of the synthetic target data, drawn at the first call (about three seconds)."""
     from synthetic import make_demo_data
 
-    folder = HERE / "data" / "demo"
-    if not folder.exists():
-        say(f"drawing the demo data into {folder}")
-        make_demo_data(folder)
-    return folder
+    return make_once(HERE / "data" / "demo", make_demo_data)
 
 
 class Preprocess:

@@ -1,0 +1,93 @@
+"""Scores a fully fine-tuned CLIP: top-1, top-5, precision, recall, F1, beside the zero-shot answers of its base.
+
+    python eval.py                                           # the newest outputs/clip/full, on its validation data
+    python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ../data/dogs --split test
+
+Leaves eval.json (for another split than val: eval_<split>.json) in the run folder, and beside it in eval_<split>/
+evaluation_report.txt, evaluation_results.json, confusion_matrix.png, class_performance.png, calibration.png, mistakes.png.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, cli, parse  # noqa: E402
+
+
+@dataclass
+class EvalConfig(LoadConfig):
+    data_dir: str = ""  # folder or CSV file as for training; empty: the data that the checkpoint was trained on
+    split: Literal["train", "val", "test"] = "val"  # which part of the data
+    subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
+    model: str = ""  # where the base is, if not under the name that it had in training
+    zero_shot: bool = (
+        True  # score the base's own zero-shot answers, too, where the base is at hand (it is never fetched for this)
+    )
+    prompts: str = ""  # sentences with {label} for the zero-shot answers, separated by |; empty: those of the training
+    batch_size: int = 0  # pictures at a time; 0: as in training
+    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    output_dir: str = ""  # where the results go; empty: the run folder
+
+
+def load_full(config, device):
+    from model import load_model
+
+    return load_model(Path(config.checkpoint).expanduser())
+
+
+def main(argv=None, settings=EvalConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.checkpoint import write_json, write_text
+    from common.class_metrics import classification_metrics, draw_calibration, draw_page, predict, report, worst_first
+    from common.config import UserError
+    from common.folders import newest_best
+    from common.runtime import say, start_accelerator
+    from data import load_for_eval
+    from metrics import draw_evaluation, score_table, zero_shot_comparison
+    from model import zero_shot_model
+
+    accelerator = start_accelerator(config)
+    config.checkpoint = config.checkpoint or str(newest_best("clip", method))
+    model, processor, origin = load(config, accelerator.device)
+    loader, classes, name = load_for_eval(config, processor, origin)
+    labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
+    metrics = classification_metrics(labels, logits, classes)
+    baseline, zero_shot = None, None
+    if config.zero_shot:
+        try:
+            base = zero_shot_model(config.model or origin["base"]["name"], classes, config.prompts or origin["prompts"])
+            baseline = predict(accelerator.prepare_model(base, evaluation_mode=True), loader)[1]
+            zero_shot = classification_metrics(labels, baseline, classes)
+        except UserError as error:
+            say(f"no zero-shot answers beside it: {error}")
+
+    checkpoint = Path(config.checkpoint).expanduser()
+    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
+    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
+    write_json(file, {**facts, "config": asdict(config), "metrics": metrics, "zero_shot": zero_shot})
+    text, table = report(labels, logits, classes)
+    results = {**facts, "metrics": metrics, "zero_shot": zero_shot, "classes": table}
+    summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", score_table(metrics, zero_shot)]
+    if zero_shot:
+        results["answers"] = zero_shot_comparison(labels, logits, baseline, classes)
+        summary.append("right answers: " + ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in results["answers"].items()))
+    write_json(folder / "evaluation_results.json", results)
+    write_text(folder / "evaluation_report.txt", "\n\n".join([*summary, text]))
+    draw_evaluation(labels, logits, classes, folder, baseline)
+    draw_calibration(labels, logits, folder / "calibration.png")
+    draw_page(loader.dataset, labels, logits, classes, worst_first(labels, logits)[:12], folder / "mistakes.png")
+    print("\n\n".join([*summary, text]))
+    print(f"saved {file}, and report and pictures in {folder}")
+
+
+if __name__ == "__main__":
+    cli(main)

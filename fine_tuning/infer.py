@@ -1,0 +1,95 @@
+"""Says which classes your pictures show, with a fully fine-tuned CLIP.
+
+    python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
+    python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
+
+Leaves predictions.txt and predictions.json in outputs/clip/predictions/<method>/, and the pictures on request. To classify
+from a program of your own, see predictor.py.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+
+
+@dataclass
+class InferConfig(LoadConfig):
+    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    top_k: int = 5  # so many classes for each picture, the most probable first
+    pictures: bool = False  # save each picture with its classes beside it
+    batch_size: int = 1  # pictures at a time; more is faster on a GPU
+    output_dir: str = ""  # where the results go; empty: outputs/clip/predictions/<method>
+
+
+def load_full(config, device):
+    from common.bases import open_checkpoint
+    from predictor import Predictor
+
+    folder, _ = open_checkpoint(Path(config.checkpoint).expanduser(), "clip", "full")
+    return Predictor(folder, device=device)
+
+
+def main(argv=None, settings=InferConfig, method="full", load=load_full):
+    config = parse(settings, argv)
+    if not config.input:
+        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
+    if config.top_k < 1 or config.batch_size < 1:
+        raise UserError("--top_k and --batch_size must be at least 1")
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    import torch
+
+    from common.checkpoint import write_json, write_text
+    from common.class_metrics import draw_answer
+    from common.folders import newest_best
+    from common.pictures import Faults, find_pictures
+    from common.runtime import progress, start_accelerator
+
+    paths, faults = find_pictures(config.input), Faults()
+    accelerator = start_accelerator(config)
+    config.checkpoint = config.checkpoint or str(newest_best("clip", method))
+    predictor = load(config, accelerator.device)
+    predictor.model = accelerator.prepare_model(predictor.model, evaluation_mode=True)  # computes in --precision
+    root = Path(config.output_dir or project_root() / "outputs/clip/predictions" / method).expanduser()
+    root.mkdir(parents=True, exist_ok=True)
+
+    results, lines, seconds = [], [], 0.0
+    for first in progress(range(0, len(paths), config.batch_size), "classifying"):
+        ready = []
+        for path in paths[first : first + config.batch_size]:
+            try:
+                ready.append((path, predictor.prepare(path)))
+            except UserError as error:
+                faults.add(str(error).removeprefix(f"{path}: ").partition(", ")[0], path)
+        if not ready:
+            continue
+        began = time.perf_counter()
+        rows = predictor.probabilities(torch.stack([pixels for _, pixels in ready]))
+        took = time.perf_counter() - began
+        seconds += took
+        for (path, _), row in zip(ready, rows, strict=True):
+            best, ms = predictor.best(row, config.top_k), 1000 * took / len(ready)
+            answers = [{"class": name, "probability": value} for name, value in best]
+            results.append({"file_name": str(path), "milliseconds": round(ms, 2), "predictions": answers})
+            lines += [f"{path}  ({ms:.1f} ms)"]
+            lines += [f"  {name:28} {value:7.4f}  {'#' * round(40 * value)}" for name, value in best]
+            if config.pictures:
+                draw_answer(path, answers, root / f"{len(results):04d}_{path.stem}.png")
+    faults.report()
+    if not results:
+        raise UserError(f"--input {config.input}: no picture there that can be decoded")
+    write_json(root / "predictions.json", results)
+    write_text(root / "predictions.txt", "\n".join(lines) + "\n")
+    print("\n".join(lines[:60]) + ("\n..." if len(lines) > 60 else ""))
+    print(f"{len(results)} pictures, {1000 * seconds / len(results):.1f} ms a picture (model only)")
+    print(f"saved predictions.txt and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
+
+
+if __name__ == "__main__":
+    cli(main)

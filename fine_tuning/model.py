@@ -1,0 +1,329 @@
+"""CLIP and SigLIP image towers with a classifier: where bases come from, zero-shot heads, where adapters go, loading."""
+
+import importlib
+import math
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# needs: torchvision  (image processors)
+from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
+from common.config import UserError
+from common.lora import find_targets, is_within, load_adapter_files
+from common.runtime import say
+
+DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
+EXAMPLE = "openai/clip-vit-base-patch32"
+HEAD = "classifier"
+HEAD_FILE = "classifier.safetensors"
+# model_type in config.json -> the library's class for the image tower alone.
+TOWERS = {
+    "clip": "CLIPVisionModelWithProjection",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+# What else such a file holds: the text tower, and what scales and shifts similarities. Not taken, and no fault.
+TEXT_SIDE = ("text_model", "text_projection", "logit_scale", "logit_bias")
+SCALE = 100.0  # features' length in front of a head that starts anew: where CLIP's own temperature ended, and its upper bound
+
+
+class ClipClassifier(nn.Module):
+    """pixel_values (B, 3, H, W) -> an output with .logits (B, K): classes = W (scale * feature / |feature|) + b.
+
+    feature: what the tower compares with texts (CLIP: after its projection). With texts' unit vectors as the rows of W, scale =
+    exp(logit_scale) and b = 0 the softmax of the logits is the base's own zero-shot answer.
+    """
+
+    def __init__(self, tower, classes: int, scale: float):
+        super().__init__()
+        self.tower, self.scale = tower, scale
+        width = tower.config.projection_dim if hasattr(tower, "visual_projection") else tower.config.hidden_size
+        self.classifier = nn.Linear(width, classes)
+        nn.init.normal_(self.classifier.weight, std=0.1 / scale)  # at first every class is about as likely as any other
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, pixel_values):
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        features = nn.functional.normalize(image_features(self.tower, pixel_values), dim=-1)
+        return ImageClassifierOutput(logits=self.classifier(self.scale * features))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """config.json and model.safetensors are the tower in the library's own format; the head lies beside it."""
+        from safetensors.torch import save_file
+
+        self.tower.save_pretrained(folder)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in self.classifier.state_dict().items()}
+        save_file(tensors, folder / HEAD_FILE)
+
+
+def image_features(tower, pixel_values) -> torch.Tensor:
+    """(B, D): what the tower says of each picture, in the space that it shares with texts."""
+    out = tower(pixel_values=pixel_values)
+    return out.image_embeds if hasattr(out, "image_embeds") else out.pooler_output
+
+
+# ---- bases -----------------------------------------------------------------------------------------------------------
+
+
+class AnyTower:
+    """Stands in for a library class in `load_pretrained`: the image tower of a CLIP or SigLIP, its text side left on the disk."""
+
+    @staticmethod
+    def from_pretrained(source, **options):
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+        if config.model_type not in TOWERS:
+            raise ValueError(f"a {config.model_type} model; expected {', '.join(TOWERS)}")
+        tower_config = getattr(config, "vision_config", config)
+        if hasattr(config, "projection_dim"):  # stands in both configs, and only this one is right in all files
+            tower_config.projection_dim = config.projection_dim
+        kind = getattr(transformers, TOWERS[config.model_type])
+        model, info = kind.from_pretrained(source, config=tower_config, **options)
+        strays = [key for key in info["unexpected_keys"] if not is_within(key, TEXT_SIDE)]
+        return model, {**info, "unexpected_keys": strays}
+
+
+def load_base(name: str, download: bool = True):
+    """(image tower, image processor, {"name", "sha256"}) of "demo", a local folder, or a hub name.
+
+    float32 only, nothing that runs code; UserError where a weight is missing or left over. The sha256 is the tower's.
+    """
+    from transformers import AutoImageProcessor
+
+    source = base_source(name, DEMO_BASE, EXAMPLE, download)
+    tower, processor = load_pretrained(name, source, AnyTower, AutoImageProcessor)
+    return tower, processor, describe_base(name, tower)
+
+
+def label_words(label: str) -> str:
+    """A class name as it would stand in a sentence: n02088364-German_shepherd -> German shepherd."""
+    return re.sub(r"^n\d{8}-", "", label).replace("_", " ")
+
+
+def zero_shot_rows(name: str, classes: list[str], prompts: str):
+    """(unit vectors of the classes' texts (K, D), scale) by a base's text tower, which is used here and then let go.
+
+    prompts: sentences with {label}, separated by |. A class' vector is the mean of its sentences' unit vectors (CLIP,
+    arXiv:2103.00020, section 3.1.4). UserError where the base has no text tower or no tokenizer.
+    """
+    from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    sentences = [text.strip() for text in prompts.split("|")]
+    if not all(re.search(r"\{label\}", text) and not re.search(r"\{(?!label\})", text) for text in sentences):
+        raise UserError('--prompts: every sentence needs {label} once, as in "a photo of a {label}|a drawing of a {label}"')
+    logging.set_verbosity_error()
+    model, tokenizer = load_pretrained(name, base_source(name, DEMO_BASE, EXAMPLE), AutoModel, AutoTokenizer)
+    padding = "max_length" if model.config.model_type == "siglip" else True  # as each was trained
+    rows = []
+    for label in classes:
+        texts = [text.replace("{label}", label_words(label)) for text in sentences]
+        tokens = tokenizer(texts, padding=padding, truncation=True, max_length=text_length(model), return_tensors="pt")
+        with torch.no_grad():
+            vectors = model.get_text_features(**tokens).pooler_output
+        rows.append(nn.functional.normalize(nn.functional.normalize(vectors, dim=1).mean(dim=0), dim=0))
+    return torch.stack(rows), math.exp(float(model.logit_scale))
+
+
+def text_length(model) -> int:
+    return model.config.text_config.max_position_embeddings
+
+
+def has_texts(name: str) -> bool:
+    """Whether a base has a text tower and a tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    source = base_source(name, DEMO_BASE, EXAMPLE)
+    if not hasattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config"):
+        return False
+    try:
+        AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, ImportError):
+        return False
+    return True
+
+
+def with_head(tower, classes: list[str], base: str, head: str, prompts: str) -> ClipClassifier:
+    """The tower with a classifier for `classes`. head: zero_shot, random, or auto (zero_shot where the base can read texts)."""
+    if head == "auto":
+        head = "zero_shot" if has_texts(base) else "random"
+    if head == "random":
+        say(f"head for {len(classes)} classes: random")
+        return ClipClassifier(tower, len(classes), SCALE)
+    rows, scale = zero_shot_rows(base, classes, prompts)
+    say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
+    return zero_shot_classifier(tower, rows, scale)
+
+
+def zero_shot_classifier(tower, rows, scale: float) -> ClipClassifier:
+    """The classifier that answers as the base itself does: by the nearest text."""
+    model = ClipClassifier(tower, len(rows), scale)
+    with torch.no_grad():
+        model.classifier.weight.copy_(rows)
+    return model
+
+
+def zero_shot_model(name: str, classes: list[str], prompts: str) -> ClipClassifier:
+    """A base as it is, answering by the nearest text, in eval mode. UserError where it is not at hand: nothing is fetched."""
+    tower, _, _ = load_base(name, download=False)
+    return zero_shot_classifier(tower, *zero_shot_rows(name, classes, prompts)).eval()
+
+
+# ---- what trains ---------------------------------------------------------------------------------------------------
+
+
+def layer_groups(model: ClipClassifier, lr: float, decay: float) -> list[dict]:
+    """Parameter groups for the optimizer: the head and what follows the blocks learn at lr, each block at decay times the next's.
+
+    Early layers know what all pictures have in common, so they should move least (ELECTRA, arXiv:2003.10555).
+    """
+    depth = model.tower.config.num_hidden_layers
+    groups = {}
+    for name, parameter in model.named_parameters():
+        block = re.search(r"\.layers\.(\d+)\.", name)
+        early = "embedding" in name or "pre_layrnorm" in name
+        level = 0 if early else int(block[1]) + 1 if block else depth + 1
+        groups.setdefault(level, []).append(parameter)
+    return [{"params": params, "lr": lr * decay ** (depth + 1 - level)} for level, params in sorted(groups.items())]
+
+
+def lora_targets(model, which: str) -> list[str]:
+    """Names of the layers that get adapters. which: qv, all-linear (of the blocks), or a regular expression of layer names."""
+    # SigLIP pools by a torch MultiheadAttention, which reads its layers' weights and would pass an adapter by.
+    exclude = (HEAD, "head.attention")
+    if which == "qv":
+        return find_targets(model, ("q_proj", "v_proj"), nn.Linear, exclude)
+    return find_targets(model, "*" if which == "all-linear" else [which], nn.Linear, exclude)
+
+
+def adapter_config(method: str, config, targets: list[str]):
+    """PEFT's settings of an adapter method, on these layers.
+
+    lora       W + (alpha / r) B A                         Hu et al. 2021, arXiv:2106.09685
+    dora       the same, direction and length of W apart   Liu et al. 2024, arXiv:2402.09353
+    rslora     alpha / sqrt(r) in place of alpha / r       Kalajdzievski 2023, arXiv:2312.03732
+    pissa      starts at W's largest singular vectors      Meng et al. 2024, arXiv:2404.02948
+    olora      starts at W's QR decomposition              Buyukakyuz 2024, arXiv:2406.01775
+    ia3        one factor a channel                        Liu et al. 2022, arXiv:2205.05638
+    loha       Hadamard product of two low-rank products   Hyeon-Woo et al. 2021, arXiv:2108.06098
+    lokr       Kronecker product of two small matrices     Yeh et al. 2023, arXiv:2309.14859
+    """
+    from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
+
+    rank = max(1, config.lora_r)
+    if method == "ia3":  # in the MLP it scales what goes into a layer, elsewhere what comes out
+        return IA3Config(target_modules=targets, feedforward_modules=[name for name in targets if ".mlp." in name])
+    if method in ("loha", "lokr"):
+        kind = LoHaConfig if method == "loha" else LoKrConfig
+        return kind(r=rank, alpha=config.lora_alpha, target_modules=targets)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        use_dora=method == "dora",
+        use_rslora=method == "rslora",
+        init_lora_weights=method if method in ("pissa", "olora") else True,
+    )
+
+
+def quantized(model: ClipClassifier, quantize: str, device):
+    """The model with the linear layers of its tower's blocks in 4 bits (NF4, QLoRA: arXiv:2305.14314), or as it is with "none".
+
+    They take an eighth of the memory and are read in bfloat16. UserError without a GPU or without bitsandbytes.
+    """
+    if quantize == "none":
+        return model
+    try:
+        bnb = importlib.import_module("bitsandbytes.nn")  # not in requirements.txt: it is of use on a GPU alone
+    except ImportError:
+        raise UserError(
+            "--quantize 4bit needs the package bitsandbytes: pip install bitsandbytes; or leave --quantize out"
+        ) from None
+    if torch.device(device).type != "cuda":
+        raise UserError(f"--quantize 4bit needs an NVIDIA GPU, and this run is on {device}; leave --quantize out")
+    for name, layer in list(model.tower.named_modules()):
+        if isinstance(layer, nn.Linear) and ".layers." in f".{name}":
+            small = bnb.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                layer.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            small.weight = bnb.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            small.bias = layer.bias
+            parent, _, last = name.rpartition(".")
+            setattr(model.tower.get_submodule(parent), last, small)
+    model.is_loaded_in_4bit = True  # what PEFT looks for, to take its adapter for such layers
+    return model.to(device)  # this is when the weights are quantized
+
+
+def describe_trainable(model, method: str) -> None:
+    """Prints how many parameters of a PEFT model train in the adapter, and how many in the head."""
+    sizes = {True: 0, False: 0}
+    for name, parameter in model.named_parameters():
+        sizes[is_within(name, [HEAD])] += parameter.numel() * parameter.requires_grad
+    say(f"{method}: {sizes[False]:,} parameters train in the adapter, {sizes[True]:,} in the head")
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def origin(method: str, classes: list[str], model: ClipClassifier, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint."""
+    facts = {"classes": classes, "scale": model.scale, "prompts": config.prompts}
+    return make_origin("clip", method, base, config, **facts, quantize=getattr(config, "quantize", "none"))
+
+
+def check_facts(folder: Path, facts: dict) -> None:
+    """UserError unless origin.json has what loading needs."""
+    names, scale = facts.get("classes"), facts.get("scale")
+    fits = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+    if not (fits and len(set(names)) == len(names) and isinstance(scale, float) and 0 < scale < math.inf):
+        raise UserError(f"{folder}/origin.json does not describe a classifier: it needs classes (different names) and scale")
+
+
+def load_model(folder: Path):
+    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder, facts = open_checkpoint(folder, "clip", "full")
+    check_facts(folder, facts)
+    tower, processor, _ = load_base(str(folder.resolve()))
+    model = ClipClassifier(tower, len(facts["classes"]), facts["scale"])
+    try:
+        tensors = load_file(folder / HEAD_FILE)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / HEAD_FILE} cannot be read: {error}") from None
+    expected, found = ({k: tuple(t.shape) for k, t in ts.items()} for ts in (model.classifier.state_dict(), tensors))
+    if expected != found:
+        raise UserError(f"{folder / HEAD_FILE} does not fit the {len(facts['classes'])} classes of origin.json: it holds {found}")
+    model.classifier.load_state_dict(tensors)
+    return model.eval(), processor, facts
+
+
+def load_adapter(folder: Path, base: str = "", merge: bool = True, device="cpu"):
+    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
+
+    merge: the adapter is added into the weights, which gives the same outputs without the detour. An adapter that was trained
+    on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
+    """
+    folder, facts = open_checkpoint(folder, "clip", "lora")
+    check_facts(folder, facts)
+    tower, processor, found = load_base(base or facts["base"]["name"])
+    check_same_base(folder, facts, found)
+    model = ClipClassifier(tower, len(facts["classes"]), facts["scale"])
+    small = facts.get("quantize", "none") != "none"
+    if small and torch.device(device).type == "cuda":
+        model, merge = quantized(model, facts["quantize"], device), False
+    elif small:
+        say("note: this adapter was trained on a 4-bit base; here it goes on the base itself, so answers differ a little")
+    model = load_adapter_files(model, folder, (HEAD,))
+    return (model.merge_and_unload() if merge else model.base_model.model).eval(), processor, facts

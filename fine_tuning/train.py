@@ -1,0 +1,91 @@
+"""Full fine-tuning of CLIP's image tower on dog breeds, or on classes of your own.
+
+    python train.py                                  # demo: small base, synthetic breeds, a minute on a CPU
+    python train.py --data_dir ../data/dogs          # openai/clip-vit-base-patch32 on what prepare_dog_dataset.py made
+    torchrun --nproc_per_node 4 train.py --data_dir ../data/dogs
+
+Trains every weight of the image tower, and the classifier.
+Leaves outputs/clip/full/: the model (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+
+
+@dataclass
+class Config(TrainConfig):
+    model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: any CLIP or SigLIP by hub name, a folder, or demo
+    head: Literal["auto", "zero_shot", "random"] = "auto"  # the classifier's start; auto: zero_shot if the base can read texts
+    prompts: str = setting(
+        "a photo of a {label}, a type of dog|a close-up photo of a {label}, a dog|a photo of the dog breed {label}",
+        demo="a photo of a {label}",
+    )  # sentences for the zero-shot head, separated by |; for anything but dogs give your own
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
+    flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
+    crop: float = setting(0.7, demo=0.9)  # random crops in training hold at least this share of the area; 1: no crops
+    randaugment: int = 0  # strength of RandAugment, 1 to 30; 0: none
+    mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
+    cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
+    epochs: int = setting(10, demo=15)  # passes over the training data
+    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    batch_size: int = 32  # pictures per process and backward pass
+    weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
+    lr: float = setting(1e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    layer_decay: float = setting(0.95, demo=1.0)  # each block learns this much slower than the one above it; 1: all alike
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from torch.nn.functional import cross_entropy
+
+    from common.bases import save_model, train_mode
+    from common.class_metrics import evaluate
+    from common.labelled import class_weights
+    from common.optim import build_optimizer
+    from common.report import Run
+    from data import build_loaders
+    from metrics import draw_results
+    from model import layer_groups, load_base, load_model, origin, with_head
+
+    with Run(config, task="clip", method="full") as run:
+        tower, processor, base_facts = load_base(config.model)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        run.describe(base=base_facts, data=data_facts)
+        weights = class_weights(config.class_weights, train_loader.dataset, run.device)
+
+        # 1. The image tower with a classifier. Every weight trains, early layers perhaps slower than late ones.
+        model = with_head(tower, classes, config.model, config.head, config.prompts)
+        facts = origin("full", classes, model, base_facts, config)
+        groups = layer_groups(model, config.lr, config.layer_decay)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+
+        # 2. Train; keep the model with the best validation accuracy, every class counting the same.
+        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, classes)):  # with a zero-shot head: CLIP as it is
+            train_mode(model)
+            for batch in run.batches(train_loader, epoch):
+                logits = model(pixel_values=batch["pixel_values"]).logits
+                loss = cross_entropy(logits, batch["target"], weight=weights)
+                run.backward(loss)
+                run.step_optimizer(optimizer, scheduler)
+            if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
+                save_model(run.best, run.unwrap(model), processor, facts)
+
+        # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
+        if run.is_main:
+            best, _, _ = load_model(run.best)
+            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
+        run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,113 @@
+"""LoRA fine-tuning of CLIP's image tower on dog breeds, or on classes of your own.
+
+    python train_lora.py                                  # demo: small base, synthetic breeds, a minute on a CPU
+    python train_lora.py --data_dir ../data/dogs          # openai/clip-vit-base-patch32 on what prepare_dog_dataset.py made
+    torchrun --nproc_per_node 4 train_lora.py --data_dir ../data/dogs
+
+Trains low-rank adapters in the layers that --lora_targets names, and the classifier; all else stays frozen.
+Leaves outputs/clip/lora/: the adapter (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+
+
+@dataclass
+class Config(TrainConfig):
+    model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: any CLIP or SigLIP by hub name, a folder, or demo
+    head: Literal["auto", "zero_shot", "random"] = "auto"  # the classifier's start; auto: zero_shot if the base can read texts
+    prompts: str = setting(
+        "a photo of a {label}, a type of dog|a close-up photo of a {label}, a dog|a photo of the dog breed {label}",
+        demo="a photo of a {label}",
+    )  # sentences for the zero-shot head, separated by |; for anything but dogs give your own
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
+    flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
+    crop: float = setting(0.7, demo=0.9)  # random crops in training hold at least this share of the area; 1: no crops
+    randaugment: int = 0  # strength of RandAugment, 1 to 30; 0: none
+    mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
+    cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
+    epochs: int = setting(10, demo=15)  # passes over the training data
+    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    batch_size: int = 32  # pictures per process and backward pass
+    weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
+    lr: float = setting(5e-4, demo=5e-3)  # few weights move, so many times the step of train.py
+    peft_method: Literal["lora", "dora", "rslora", "pissa", "olora", "ia3", "loha", "lokr"] = "lora"  # docs/peft_methods.md
+    lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
+    lora_alpha: int = setting(32, demo=16)  # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = setting(0.1, demo=0.0)  # dropout in front of the adapters, in LoRA and its kin; against overfitting
+    lora_targets: str = "qv"  # qv, all-linear, or a regular expression of layer names
+    quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, the frozen weights in an eighth of the memory; NVIDIA GPUs only
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from peft import get_peft_model
+    from torch.nn.functional import cross_entropy
+
+    from common.bases import save_adapter, train_mode
+    from common.class_metrics import evaluate
+    from common.labelled import class_weights
+    from common.lora import freeze_adapters, train_whole
+    from common.optim import build_optimizer
+    from common.report import Run
+    from data import build_loaders
+    from metrics import draw_results
+    from model import (
+        HEAD,
+        adapter_config,
+        describe_trainable,
+        load_adapter,
+        load_base,
+        lora_targets,
+        origin,
+        quantized,
+        with_head,
+    )
+
+    with Run(config, task="clip", method=config.peft_method if config.lora_r else "head") as run:
+        tower, processor, base_facts = load_base(config.model)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        run.describe(base=base_facts, data=data_facts)
+        weights = class_weights(config.class_weights, train_loader.dataset, run.device)
+
+        # 1. The image tower, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
+        model = quantized(with_head(tower, classes, config.model, config.head, config.prompts), config.quantize, run.device)
+        adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets))
+        facts = origin("lora", classes, model, base_facts, config)
+        model = get_peft_model(model, adapter)
+        train_whole(model, [HEAD])
+        if config.lora_r == 0:
+            freeze_adapters(model)
+        describe_trainable(model, config.peft_method)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+
+        # 2. Train; keep the adapter with the best validation accuracy, every class counting the same.
+        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, classes)):  # with a zero-shot head: CLIP as it is
+            train_mode(model)
+            for batch in run.batches(train_loader, epoch):
+                logits = model(pixel_values=batch["pixel_values"]).logits
+                loss = cross_entropy(logits, batch["target"], weight=weights)
+                run.backward(loss)
+                run.step_optimizer(optimizer, scheduler)
+            if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
+                save_adapter(run.best, run.unwrap(model), processor, facts)
+
+        # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
+        if run.is_main:
+            best, _, _ = load_adapter(run.best, base=config.model, device=run.device)
+            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
+        run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)
