@@ -25,9 +25,7 @@ class EvalConfig(LoadConfig):
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
     model: str = ""  # where the base is, if not under the name that it had in training
-    zero_shot: bool = (
-        True  # score the base's own zero-shot answers, too, where the base is at hand (it is never fetched for this)
-    )
+    zero_shot: bool = True  # score the base's own zero-shot answers, too, where the base is at hand (nothing is fetched)
     prompts: str = ""  # sentences with {label} for the zero-shot answers, separated by |; empty: those of the training
     batch_size: int = 0  # pictures at a time; 0: as in training
     num_workers: int = 0  # processes that prepare batches; 0: the main one does

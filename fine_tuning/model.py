@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# needs: torchvision  (image processors)
+# needs: torchvision, sentencepiece  (image processors; sentencepiece: the tokenizer of SigLIP)
 from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
 from common.config import UserError
 from common.lora import find_targets, is_within, load_adapter_files
@@ -116,7 +116,9 @@ def zero_shot_rows(name: str, classes: list[str], prompts: str):
 
     sentences = [text.strip() for text in prompts.split("|")]
     if not all(re.search(r"\{label\}", text) and not re.search(r"\{(?!label\})", text) for text in sentences):
-        raise UserError('--prompts: every sentence needs {label} once, as in "a photo of a {label}|a drawing of a {label}"')
+        raise UserError('--prompts: every sentence needs {label}, as in "a photo of a {label}|a drawing of a {label}"')
+    if reason := why_no_texts(name):
+        raise UserError(f"no zero-shot head from {name}: {reason}; --head random needs no texts")
     logging.set_verbosity_error()
     model, tokenizer = load_pretrained(name, base_source(name, DEMO_BASE, EXAMPLE), AutoModel, AutoTokenizer)
     padding = "max_length" if model.config.model_type == "siglip" else True  # as each was trained
@@ -127,33 +129,36 @@ def zero_shot_rows(name: str, classes: list[str], prompts: str):
         with torch.no_grad():
             vectors = model.get_text_features(**tokens).pooler_output
         rows.append(nn.functional.normalize(nn.functional.normalize(vectors, dim=1).mean(dim=0), dim=0))
-    return torch.stack(rows), math.exp(float(model.logit_scale))
+    return torch.stack(rows), float(model.logit_scale.detach().exp())
 
 
 def text_length(model) -> int:
     return model.config.text_config.max_position_embeddings
 
 
-def has_texts(name: str) -> bool:
-    """Whether a base has a text tower and a tokenizer."""
+def why_no_texts(name: str) -> str:
+    """Why a base cannot read texts, or "" if it can: it needs a text tower and a tokenizer."""
     from transformers import AutoConfig, AutoTokenizer
 
     source = base_source(name, DEMO_BASE, EXAMPLE)
     if not hasattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config"):
-        return False
+        return "the base has no text tower"
     try:
-        AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, ImportError):
-        return False
-    return True
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        return f"the base has no tokenizer that can be read ({' '.join(str(error).split())[-150:]})"
+    if len(tokenizer) <= len(
+        set(tokenizer.all_special_tokens)
+    ):  # what transformers makes up where there are no files: no words in it
+        return "the base has no tokenizer"
+    return ""
 
 
 def with_head(tower, classes: list[str], base: str, head: str, prompts: str) -> ClipClassifier:
     """The tower with a classifier for `classes`. head: zero_shot, random, or auto (zero_shot where the base can read texts)."""
-    if head == "auto":
-        head = "zero_shot" if has_texts(base) else "random"
-    if head == "random":
-        say(f"head for {len(classes)} classes: random")
+    reason = why_no_texts(base) if head == "auto" else ""
+    if head == "random" or reason:
+        say(f"head for {len(classes)} classes: random" + (f", since {reason}" if reason else ""))
         return ClipClassifier(tower, len(classes), SCALE)
     rows, scale = zero_shot_rows(base, classes, prompts)
     say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
@@ -193,7 +198,7 @@ def layer_groups(model: ClipClassifier, lr: float, decay: float) -> list[dict]:
 
 
 def lora_targets(model, which: str) -> list[str]:
-    """Names of the layers that get adapters. which: qv, all-linear (of the blocks), or a regular expression of layer names."""
+    """Names of the layers that get adapters, never in the head. which: qv, all-linear, or a regular expression of layer names."""
     # SigLIP pools by a torch MultiheadAttention, which reads its layers' weights and would pass an adapter by.
     exclude = (HEAD, "head.attention")
     if which == "qv":

@@ -2,7 +2,6 @@
 
     python train.py                                  # demo: small base, synthetic breeds, a minute on a CPU
     python train.py --data_dir ../data/dogs          # openai/clip-vit-base-patch32 on what prepare_dog_dataset.py made
-    torchrun --nproc_per_node 4 train.py --data_dir ../data/dogs
 
 Trains every weight of the image tower, and the classifier.
 Leaves outputs/clip/full/: the model (checkpoints/best/), plots/, curves.png, predictions/, summary.json.

@@ -2,7 +2,6 @@
 
     python train_lora.py                                  # demo: small base, synthetic breeds, a minute on a CPU
     python train_lora.py --data_dir ../data/dogs          # openai/clip-vit-base-patch32 on what prepare_dog_dataset.py made
-    torchrun --nproc_per_node 4 train_lora.py --data_dir ../data/dogs
 
 Trains low-rank adapters in the layers that --lora_targets names, and the classifier; all else stays frozen.
 Leaves outputs/clip/lora/: the adapter (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
@@ -41,8 +40,8 @@ class Config(TrainConfig):
     lr: float = setting(5e-4, demo=5e-3)  # few weights move, so many times the step of train.py
     peft_method: Literal["lora", "dora", "rslora", "pissa", "olora", "ia3", "loha", "lokr"] = "lora"  # docs/peft_methods.md
     lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
-    lora_alpha: int = setting(32, demo=16)  # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = setting(0.1, demo=0.0)  # dropout in front of the adapters, in LoRA and its kin; against overfitting
+    lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.1  # dropout in front of the adapters, in LoRA and its kin; against overfitting
     lora_targets: str = "qv"  # qv, all-linear, or a regular expression of layer names
     quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, the frozen weights in an eighth of the memory; NVIDIA GPUs only
 

@@ -16,6 +16,7 @@ import shlex
 import symtable
 import sys
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -37,7 +38,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 # What a script needs ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)  # told apart by identity, so that what is computed of one can be kept
 class Module:
     name: str  # as one imports it: "common.config", "data"; the script itself: its file name without .py
     path: Path
@@ -172,6 +173,7 @@ def distribution(line: str) -> str:
 # One file --------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def own_code(module: Module, is_script: bool) -> str:
     """A module's lines without its docstring, module-level imports, local imports and the lines that find common/.
 

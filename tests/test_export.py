@@ -348,8 +348,6 @@ SCRIPTS = [folder / name for folder in FOLDERS for name in NAMES if (folder / na
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_script_can_be_taken_out(script, tmp_path):
-    modules = follow_imports(script)
-    assert find_clashes(modules) == []
     original = run(script, "--help", cwd=tmp_path)
     for one_file in (False, True) if script.stem.endswith("_lora") else (True,):  # the twins share all that could differ
         folder = tmp_path / ("one" if one_file else "many")

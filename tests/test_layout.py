@@ -30,10 +30,17 @@ PLAIN_CALLS = {
     "dict",
     "tuple",
     "range",
+    "enumerate",
     "math.radians",
     "setting",
     "field",
 }
+
+
+@cache
+def distributions():
+    """Package name -> the distributions that hold it. Reading all their records takes a while."""
+    return packages_distributions()
 
 
 def short(path) -> str:
@@ -75,7 +82,7 @@ def test_there_is_something_to_check():
 @each(COMMON)
 def test_common_imports_no_task(path):
     names = {p.stem for p in TASK_FILES} | {p.relative_to(ROOT).parts[0] for p in TASK_FILES} | {"scripts", "tests"}
-    third_party = packages_distributions().keys() | set(sys.stdlib_module_names)
+    third_party = distributions().keys() | set(sys.stdlib_module_names)
     for module, node in imports(path):
         root = module.split(".")[0]
         assert root == "common" or root in third_party, f"{short(path)}:{node.lineno} imports {module}"
@@ -84,7 +91,7 @@ def test_common_imports_no_task(path):
 
 @each(TASK_FILES)
 def test_a_task_imports_common_and_its_own_modules_only(path):
-    third_party = packages_distributions().keys() | set(sys.stdlib_module_names)
+    third_party = distributions().keys() | set(sys.stdlib_module_names)
     for module, node in imports(path):
         root = module.split(".")[0]
         assert root == "common" or root in neighbours(path) or root in third_party, f"{short(path)}:{node.lineno}: {module}"
@@ -119,7 +126,7 @@ def test_no_file_hides_a_package(path):
     """The script's folder comes first on the path: a file named like a package would be imported in its place."""
     known = {"datasets", "evaluate", "types", "peft", "timm", "clip", "sam2", "monai", "skimage", "trimesh", "librosa", "utils"}
     assert path.stem not in known | set(sys.stdlib_module_names), f"{short(path)} hides a module of that name"
-    installed = packages_distributions()
+    installed = distributions()
     assert path.stem in OWN or path.stem not in installed, f"{short(path)} hides {installed.get(path.stem)}"
 
 
@@ -201,7 +208,7 @@ def test_each_import_is_in_the_requirements_and_each_requirement_is_imported():
     file = ROOT / "requirements.txt"
     lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
     required = {re.split(r"[<>=!~;\[ ]", line)[0].lower().replace("_", "-") for line in lines if line}
-    installed, used = packages_distributions(), set()
+    installed, used = distributions(), set()
     for path in [*SOURCES, *sorted((ROOT / "tests").glob("*.py"))]:
         local = {"common", *(p.stem for p in SOURCES), *neighbours(path)}
         for module, node in imports(path):

@@ -3,12 +3,15 @@
 import itertools
 import random
 import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import Child
 
 from common.config import UserError
+from common.folders import make_once
 from common.runtime import (
     EpochBatches,
     EvalBatches,
@@ -193,3 +196,18 @@ def test_signals_wait_for_the_end_of_a_step():
     with StopSignals(wait_always=True) as signals:  # several processes: all leave at the same step, never at once
         signal.raise_signal(signal.SIGTERM)
         assert signals.pending == signal.SIGTERM
+
+
+def test_of_two_processes_that_need_the_demo_data_one_makes_it(tmp_path):
+    def make(folder):
+        with open(tmp_path / "calls", "a") as file:
+            file.write("made\n")
+        time.sleep(0.3)
+        folder.mkdir()
+
+    def ask():
+        assert make_once(tmp_path / "data" / "demo", make).is_dir()
+
+    both = [Child(ask, log=tmp_path / f"{i}.txt") for i in range(2)]
+    assert [child.wait() for child in both] == [0, 0], [child.text for child in both]
+    assert (tmp_path / "calls").read_text() == "made\n"
