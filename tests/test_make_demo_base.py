@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import CLASSIFICATION, DETECTION, POSE, ROOT, run_script
+from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, Script, run_script
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -18,17 +18,23 @@ def differing(one: dict, other: dict) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "task, measured",
-    [(CLASSIFICATION, "accuracy"), (DETECTION, "mAP50"), (POSE, "pixels error")],
-    ids=lambda x: getattr(x, "name", x),
+    "name, task, measured",
+    [
+        ("classification", CLASSIFICATION, "accuracy"),
+        ("clip", CLIP, "zero-shot accuracy"),
+        ("detection", DETECTION, "mAP50"),
+        ("pose", POSE, "pixels error"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_a_base_has_the_committed_architecture_and_loads(tmp_path, task, measured):
-    done = run_script(ROOT / "scripts", "make_demo_base.py", task.name, "--steps", 2, "--output_dir", tmp_path / "base")
+def test_a_base_has_the_committed_architecture_and_loads(tmp_path, name, task, measured):
+    args = [name, "--steps", 2, "--output_dir", tmp_path / "base"]
+    done = Script(ROOT / "scripts", "make_demo_base.py", args, tmp_path / "log").wait()
     assert measured in done.stdout
     made, committed = tmp_path / "base", task / "demo_base"
     configs = [json.loads((folder / "config.json").read_text()) for folder in (made, committed)]
     assert set(differing(*configs)) <= {"transformers_version"}
-    assert len(configs[0].keys() & configs[1].keys()) > 12
+    assert len(str(configs[0])) > 400, "there was something to compare"
     assert {p.name for p in made.iterdir()} == {p.name for p in committed.iterdir()}
     for file in committed.glob("*.safetensors"):
         assert file.stat().st_size == (made / file.name).stat().st_size < 2_000_000
