@@ -9,7 +9,7 @@ def build_optimizer(model, config, steps: int, groups: list[dict] | None = None)
     """AdamW over every parameter that trains, and its warm-up + cosine schedule over `steps` optimizer steps.
 
     groups: [{"params": [...], "lr": ...}] where parts of the model want another rate than config.lr; default: one group.
-    Weight decay pulls matrices and convolutions only: biases and norm scales (1-D) have no reason to shrink.
+    Weight decay pulls matrices and convolutions only: biases, norm scales and other vectors have no reason to shrink.
     """
     import torch
 
@@ -17,8 +17,8 @@ def build_optimizer(model, config, steps: int, groups: list[dict] | None = None)
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
     split = []
     for group in groups:
-        for decay, wanted in ((config.weight_decay, lambda p: p.ndim > 1), (0.0, lambda p: p.ndim <= 1)):
-            params = [p for p in group["params"] if p.requires_grad and wanted(p)]
+        for decay, vectors in ((config.weight_decay, False), (0.0, True)):
+            params = [p for p in group["params"] if p.requires_grad and is_vector(p) == vectors]
             if params:
                 split.append({**group, "params": params, "weight_decay": decay})
     if not split:
@@ -26,6 +26,11 @@ def build_optimizer(model, config, steps: int, groups: list[dict] | None = None)
     optimizer = torch.optim.AdamW(split, lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.warmup_steps, steps))
     return optimizer, scheduler
+
+
+def is_vector(p) -> bool:
+    """Whether a parameter is no matrix: one number a channel, in whatever shape (IA3's factors are (C, 1) or (1, C))."""
+    return p.ndim < 2 or (p.ndim == 2 and min(p.shape) == 1)
 
 
 def schedule(step: int, warmup: int, total: int) -> float:

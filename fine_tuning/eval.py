@@ -59,7 +59,8 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     baseline, zero_shot = None, None
     if config.zero_shot:
         try:
-            base = zero_shot_model(config.model or origin["base"]["name"], classes, config.prompts or origin["prompts"])
+            where, prompts = config.model or origin["base"]["name"], config.prompts or origin["prompts"]
+            base = zero_shot_model(where, origin["base"]["sha256"], classes, prompts)
             baseline = predict(accelerator.prepare_model(base, evaluation_mode=True), loader)[1]
             zero_shot = classification_metrics(labels, baseline, classes)
         except UserError as error:

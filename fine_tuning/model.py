@@ -173,9 +173,14 @@ def zero_shot_classifier(tower, rows, scale: float) -> ClipClassifier:
     return model
 
 
-def zero_shot_model(name: str, classes: list[str], prompts: str) -> ClipClassifier:
-    """A base as it is, answering by the nearest text, in eval mode. UserError where it is not at hand: nothing is fetched."""
-    tower, _, _ = load_base(name, download=False)
+def zero_shot_model(name: str, sha256: str, classes: list[str], prompts: str) -> ClipClassifier:
+    """A base as it is, answering by the nearest text, in eval mode.
+
+    UserError where it is not at hand (nothing is fetched), or not the one with this sha256.
+    """
+    tower, _, found = load_base(name, download=False)
+    if found["sha256"] != sha256:
+        raise UserError(f"{name} is not the base of the training: its sha256 is {found['sha256'][:12]}, not {sha256[:12]}")
     return zero_shot_classifier(tower, *zero_shot_rows(name, classes, prompts)).eval()
 
 
@@ -217,6 +222,8 @@ def adapter_config(method: str, config, targets: list[str]):
     ia3        one factor a channel                        Liu et al. 2022, arXiv:2205.05638
     loha       Hadamard product of two low-rank products   Hyeon-Woo et al. 2021, arXiv:2108.06098
     lokr       Kronecker product of two small matrices     Yeh et al. 2023, arXiv:2309.14859
+
+    PiSSA and OLoRA get no dropout: their A and B hold a part of W itself, which must not drop out.
     """
     from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
 
@@ -229,7 +236,7 @@ def adapter_config(method: str, config, targets: list[str]):
     return LoraConfig(
         r=rank,
         lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
+        lora_dropout=0.0 if method in ("pissa", "olora") else config.lora_dropout,
         target_modules=targets,
         use_dora=method == "dora",
         use_rslora=method == "rslora",
@@ -237,13 +244,16 @@ def adapter_config(method: str, config, targets: list[str]):
     )
 
 
-def quantized(model: ClipClassifier, quantize: str, device):
+def quantized(model: ClipClassifier, quantize: str, device, method: str = "lora"):
     """The model with the linear layers of its tower's blocks in 4 bits (NF4, QLoRA: arXiv:2305.14314), or as it is with "none".
 
-    They take an eighth of the memory and are read in bfloat16. UserError without a GPU or without bitsandbytes.
+    They take an eighth of the memory and are read in bfloat16. UserError without a GPU or without bitsandbytes, and for a PEFT
+    method that would have to change the weights or has no layer for such ones.
     """
     if quantize == "none":
         return model
+    if method not in ("lora", "dora", "rslora"):
+        raise UserError(f"--quantize 4bit goes with --peft_method lora, dora and rslora, not with {method}")
     try:
         bnb = importlib.import_module("bitsandbytes.nn")  # not in requirements.txt: it is of use on a GPU alone
     except ImportError:

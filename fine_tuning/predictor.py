@@ -17,6 +17,7 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import UserError  # noqa: E402
+from model import load_adapter, load_model  # noqa: E402
 
 
 class Predictor:
@@ -33,7 +34,6 @@ class Predictor:
         from common.bases import ORIGIN
         from common.checkpoint import read_json
         from common.preprocess import Preprocess
-        from model import load_adapter, load_model
 
         folder = Path(checkpoint).expanduser()
         if str(device) == "auto":

@@ -79,7 +79,8 @@ def main(argv=None):
         weights = class_weights(config.class_weights, train_loader.dataset, run.device)
 
         # 1. The image tower, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
-        model = quantized(with_head(tower, classes, config.model, config.head, config.prompts), config.quantize, run.device)
+        model = with_head(tower, classes, config.model, config.head, config.prompts)
+        model = quantized(model, config.quantize, run.device, config.peft_method)
         adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets))
         facts = origin("lora", classes, model, base_facts, config)
         model = get_peft_model(model, adapter)

@@ -7,7 +7,8 @@
     python scripts/prepare_dog_dataset.py --output_dir data/dogs --validate             # checks any such tree
 
 Writes train|val|test/<breed>/<name>.jpg, classes.txt, a README.md of what was done, and prepared.json, by which a second run
-knows the first. Where a picture goes depends on --seed and its name alone. --validate ends with code 1 where it finds a fault.
+knows the first. Where a picture goes depends on --seed, --split and the names of its breed's pictures, on no machine and no
+order of files. --validate ends with code 1 where it finds a fault.
 """
 
 import difflib
@@ -35,10 +36,12 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse, project_root  # noqa: E402
+from common.folders import lock_folder  # noqa: E402
 from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, decode  # noqa: E402
 
 PAGE = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-ALL_BREEDS = 120  # of the official archive
+DIGEST = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"  # sha256 of the official archive, 793,579,520 bytes
+ALL_BREEDS = 120  # of it
 ALL_PICTURES = 20580
 PICTURE = re.compile(r"(?:\./)?Images/(n\d{8}-[A-Za-z][\w-]*)/(\w[\w.-]*\.jpg)", re.ASCII)
 MAX_PICTURE = 50_000_000  # bytes; the official ones stay far below
@@ -56,10 +59,10 @@ class DogsConfig:
     num_classes: int = 10  # the first N breeds in alphabetical order of their plain names; a small set trains sooner
     breeds: str = ""  # these breeds in place of the first N: plain names with commas between, such as chihuahua,beagle
     split: str = "8:1:1"  # train:val:test, any three numbers, of every breed alike (in a YAML file in quotes)
-    seed: int = 0  # with a picture's name it decides the split, so that everyone gets the same one
+    seed: int = 0  # with the pictures' names it decides the split, so that everyone gets the same one
     download: bool = True  # --no-download: take downloads/images.tar as you put it there, for machines without network
     url: str = PAGE + "images.tar"  # another http(s) address of the archive, such as a mirror
-    sha256: str = ""  # refuse an archive that has another digest: the official page names none
+    sha256: str = ""  # refuse an archive with another digest; empty: the official file's, if it is downloaded from there
     validate: bool = False  # only check the tree in --output_dir, which any tool may have made
     demo: bool = False  # synthetic pictures of eight made-up breeds, for trying things out; only --seed counts
     overwrite: bool = False  # replace a tree that was made here with other settings
@@ -227,13 +230,14 @@ def get_archive(config, folder: Path):
         note.unlink(missing_ok=True)  # of an archive that was deleted
         place = download(config.url, archive)
     print(f"checking {place}", flush=True)
-    pictures, digest = list_archive(place), check_digest(place, config.sha256)
+    origin = Path(f"{place}.json")  # what a download leaves beside it
+    source = json.loads(origin.read_text(encoding="utf-8"))["url"] if origin.exists() else f"a copy of {PAGE} put there by hand"
+    if config.download and origin.exists() and source != config.url:
+        raise UserError(f"{archive} comes from {source}, not {config.url}: delete it, or use another --output_dir")
+    pictures, digest = list_archive(place), check_digest(place, config.sha256 or DIGEST * (source == PAGE + "images.tar"))
     if place != archive:
         place.replace(archive)
-        Path(f"{place}.json").replace(note)
-    source = json.loads(note.read_text(encoding="utf-8"))["url"] if note.exists() else f"a copy of {PAGE} put there by hand"
-    if config.download and note.exists() and source != config.url:
-        raise UserError(f"{archive} comes from {source}, not {config.url}: delete it, or use another --output_dir")
+        origin.replace(note)
     return archive, pictures, digest, source
 
 
@@ -242,7 +246,7 @@ def check_digest(path: Path, expected: str) -> str:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if expected and digest != expected.lower():
-        raise UserError(f"{path} has the sha256 {digest}, not that of --sha256: correct that, or delete the file and run again")
+        raise UserError(f"{path} has the sha256 {digest}, expected {expected}: delete it and run again, or correct --sha256")
     return digest
 
 
@@ -490,8 +494,10 @@ def prepare(config, folder: Path, command: str) -> None:
         return
     aside = folder / ".unfinished"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder, f"another process is preparing {folder}: wait for it, or use another --output_dir")
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
-        aside.mkdir(parents=True)
+        aside.mkdir()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from None
     try:
@@ -504,6 +510,7 @@ def prepare(config, folder: Path, command: str) -> None:
         publish(made, folder, aside / "old")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        lock.close()
     print("\n".join([*(f"left out, {line}" for line in listing(faults)), table(counts)]))
     print(f"ready: {folder}; README.md there says how it was made")
 

@@ -19,7 +19,7 @@ use_task(TASK)
 
 from common.bases import save_adapter, save_model, train_mode  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.lora import freeze_adapters, in_adapter, train_whole  # noqa: E402
+from common.lora import count_parameters, freeze_adapters, in_adapter, train_whole  # noqa: E402
 from model import (  # noqa: E402
     SCALE,
     ClipClassifier,
@@ -600,13 +600,42 @@ def test_four_bits_need_bitsandbytes_and_a_gpu(monkeypatch):
     one_line(caught)
 
 
+@pytest.mark.parametrize("method", ["pissa", "olora", "ia3", "loha", "lokr"])
+def test_four_bits_are_refused_with_methods_that_cannot(method):
+    with pytest.raises(UserError, match=f"lora, dora and rslora, not with {method}"):
+        quantized(torch.nn.Linear(2, 2), "4bit", "cpu", method)
+
+
+def test_a_packed_weight_counts_as_the_numbers_in_it():
+    class Params4bit(torch.nn.Parameter):
+        """As in bitsandbytes: two numbers a byte."""
+
+    model = torch.nn.Linear(8, 4)
+    model.weight = Params4bit(torch.zeros(16, 1, dtype=torch.uint8), requires_grad=False)
+    assert count_parameters(model) == {"total": 8 * 4 + 4, "trainable": 4}
+
+
+def test_adapters_that_hold_a_part_of_the_base_do_not_drop_it():
+    config = SimpleNamespace(lora_r=4, lora_alpha=8, lora_dropout=0.3)
+    dropout = {
+        name: adapter_config(name, config, ["q_proj"]).lora_dropout for name in ("lora", "dora", "rslora", "pissa", "olora")
+    }
+    assert dropout == {"lora": 0.3, "dora": 0.3, "rslora": 0.3, "pissa": 0.0, "olora": 0.0}
+
+
 # ---- the zero-shot baseline of eval ----------------------------------------------------------------------------------
 
 
 def test_the_baseline_is_the_base_as_it_is(made, base, kind):
-    model = zero_shot_model(str(base), CLASSES, PROMPT)
+    model = zero_shot_model(str(base), load_base(str(base))[2]["sha256"], CLASSES, PROMPT)
     assert not model.training
     assert torch.equal(outputs(model), outputs(made[kind][0]))
+
+
+def test_a_baseline_of_another_base_is_refused(base):
+    with pytest.raises(UserError, match="is not the base of the training: its sha256 is .{12}, not 0123456789ab") as caught:
+        zero_shot_model(str(base), "0123456789abcdef", CLASSES, PROMPT)
+    one_line(caught)
 
 
 def test_the_baseline_is_never_fetched(monkeypatch, tmp_path):
@@ -618,7 +647,7 @@ def test_the_baseline_is_never_fetched(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE")  # nothing but the code itself keeps it from the network
     began = time.monotonic()
     with pytest.raises(UserError, match="the base nobody/of-this-name is not in the local cache") as caught:
-        zero_shot_model("nobody/of-this-name", CLASSES, PROMPT)
+        zero_shot_model("nobody/of-this-name", "", CLASSES, PROMPT)
     one_line(caught)
     assert time.monotonic() - began < 5 and asked == [] and snapshot.calls == [{"local_files_only": True}]
     assert "HF_HUB_OFFLINE" not in os.environ

@@ -239,3 +239,14 @@ def test_accumulation_equals_one_large_batch(tmp_path, small, k):
     for name in one:
         assert not torch.allclose(one[name], start[name], atol=1e-3), "nothing was learnt, so nothing was compared"
         assert torch.allclose(one[name], other[name], atol=2e-6), name
+
+
+def test_weight_decay_leaves_vectors_alone_in_whatever_shape():
+    model = nn.Module()
+    shapes = {"matrix": (4, 3), "row": (1, 3), "convolution": (2, 1, 3, 3), "bias": (4,), "column": (4, 1), "scale": ()}
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    optimizer, _ = build_optimizer(model, config(weight_decay=0.5), 20)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    pulled = {name for name, p in model.named_parameters() if decay[id(p)]}
+    assert pulled == {"matrix", "convolution"} and len(decay) == len(shapes)

@@ -40,7 +40,7 @@ def calls(monkeypatch):
             (folder / "summary.json").write_text(json.dumps(summary))
         else:
             folder = peft_table.Path(given["--checkpoint"]).parents[1]
-            seed = int(folder.name.rsplit("_", 1)[1])
+            seed = int(folder.name.rsplit("_", 2)[1])
             found = {"metrics": {"accuracy": 0.7 + 0.1 * seed}, "zero_shot": {"accuracy": 0.47}}
             (folder / "eval_test.json").write_text(json.dumps(found))
 
@@ -61,7 +61,7 @@ def test_every_method_gets_its_best_rate_and_is_scored_on_test_data(tmp_path, ca
         line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")
     }
     assert {name: rows[name][3] for name in BEST} == {name: f"{rate:g}" for name, rate in BEST.items()}
-    assert rows["lora"][1:] == ["1,234", "0.06 MB", "0.01", "11 s", "0.800 ± 0.100"]
+    assert rows["lora"][1:] == ["1,234", "0.06 MB", "0.01", "10 s", "0.800 ± 0.100"]
     assert "| zero-shot: the base as it is | 0 | | | | 0.470 |" in text
     trained = [flags for script, *flags in calls if script == "train_lora.py" and "lora" in flags]
     assert [flags[flags.index("--lr") + 1] for flags in trained] == [5e-3, 1e-2, 2e-2, 1e-2, 1e-2], "uphill, then the other seeds"

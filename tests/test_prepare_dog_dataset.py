@@ -20,11 +20,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, Child, run_script
 from PIL import Image
 
 from common import config
 from common.config import cli
+from common.folders import lock_folder
 from common.pictures import Faults
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -495,6 +496,27 @@ def test_sha256(prepare, tmp_path, remote):
     assert "nothing to do" in prepare(tmp_path / "dogs", *flags, right).out
     assert "sha256" in prepare(tmp_path / "dogs", *flags, wrong, expect=2).err
     assert "--sha256" in prepare(tmp_path / "new", "--sha256", "12ab", expect=2).err
+
+
+def test_what_comes_from_the_official_page_must_be_the_official_file(prepare, tmp_path, remote, monkeypatch):
+    monkeypatch.setattr(dogs, "PAGE", remote.url.removesuffix("images.tar"))
+    flags = (tmp_path / "dogs", "--url", remote.url, "--num_classes", 4)
+    assert f"expected {dogs.DIGEST}" in prepare(*flags, expect=2).err and not (tmp_path / "dogs" / "train").exists()
+    monkeypatch.setattr(dogs, "DIGEST", hashlib.sha256(TAR).hexdigest())
+    prepare(*flags)
+
+
+def test_one_process_at_a_time(prepare, tmp_path):
+    folder = put(tmp_path / "dogs")
+    child = Child(lambda: (lock_folder(folder), time.sleep(30)), log=tmp_path / "log.txt")
+    try:
+        child.wait_for((folder / ".lock").exists)
+        time.sleep(0.1)
+        assert "another process is preparing" in prepare(folder, "--no-download", "--num_classes", 4, expect=2).err
+    finally:
+        child.kill(9)
+        child.wait()
+    prepare(folder, "--no-download", "--num_classes", 4)
 
 
 def test_a_whole_part_of_another_address_is_not_taken(prepare, tmp_path, remote):

@@ -4,11 +4,15 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run_script, run_toy, start_toy
 from PIL import Image
 from safetensors.torch import load_file
+
+from common.config import TrainConfig
+from common.report import Run
 
 TYPES = {
     "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -118,6 +122,16 @@ def test_best_model_is_the_one_of_the_best_epoch(tmp_path):
     model.load_state_dict(load_file(run / "checkpoints" / "best" / "model.safetensors"))
     loader = [{k: torch.stack([Samples(Config(), "val")[0, i][k] for i in range(24)]) for k in ("x", "y", "index")}]
     assert evaluate(model, loader, 0, Config())["val_loss"] == pytest.approx(record["best"]["val_loss"], rel=1e-5)
+
+
+def test_of_epochs_with_the_same_metric_the_surer_one_is_best():
+    run = Run(TrainConfig(), "toy", "full")
+    run.signals, run.idle, run.is_main, run.log = SimpleNamespace(busy=False), set(), True, lambda record: None
+    epochs = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8), (0.6, 0.1), (0.7, None), (0.7, 0.85), (0.8, 2.0)]
+    best = []
+    for run.epoch, (accuracy, loss) in enumerate(epochs, 1):
+        best.append(run.end_epoch({"accuracy": accuracy, "val_loss": loss}, best="accuracy"))
+    assert best == [True, True, True, False, False, False, False, True]
 
 
 def test_curves_are_a_picture(finished):
