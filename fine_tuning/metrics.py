@@ -18,7 +18,7 @@ def score_table(metrics: dict, zero_shot: dict | None) -> str:
     for key in COMPARED:
         values = [scores[key] for scores in (metrics, zero_shot) if scores]
         words = ["absent" if value is None else f"{value:.4f}" for value in values]
-        lines.append(f"{key:20}{words[0]:>10}" + (f"{words[1]:>12}" if zero_shot else ""))
+        lines.append(f"{key.removeprefix('val_'):20}{words[0]:>10}" + (f"{words[1]:>12}" if zero_shot else ""))
     return "\n".join(lines)
 
 
