@@ -68,11 +68,8 @@ def has_results(folder: Path) -> bool:
     return saved or (summary.exists() and read_json(summary).get("status") == "finished")
 
 
-def lock_folder(folder: Path, refusal: str = ""):
-    """An open file that holds the folder's lock until it is closed or the process ends, however it ends.
-
-    UserError, with `refusal` as its text, where another process holds it.
-    """
+def lock_folder(folder: Path):
+    """An open file that holds the folder's lock until it is closed or the process ends, however it ends."""
     file = open(folder / ".lock", "w")
     try:
         import fcntl
@@ -82,8 +79,7 @@ def lock_folder(folder: Path, refusal: str = ""):
     except ImportError:  # Windows: no lock
         pass
     except OSError:
-        refusal = refusal or f"another process is training in {folder}; give this run a --run_name of its own"
-        raise UserError(refusal) from None
+        raise UserError(f"another process is training in {folder}; give this run a --run_name of its own") from None
     return file
 
 

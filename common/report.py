@@ -313,7 +313,7 @@ class Run:
         new, old = metrics[best], self.best_record and self.best_record[best]
         if new is None or old is None:  # a metric that does not exist is worse than any that does
             is_best = self.best_record is None or (new is not None and old is None)
-        elif new == old:  # on few samples accuracies often tie; the loss then says which epoch was surer
+        elif math.isclose(new, old, rel_tol=1e-9):  # on few samples accuracies often tie; the loss then says which was surer
             losses = [record.get("val_loss") for record in (metrics, self.best_record)]
             is_best = None not in losses and losses[0] < losses[1]
         else:

@@ -36,7 +36,6 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse, project_root  # noqa: E402
-from common.folders import lock_folder  # noqa: E402
 from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, decode  # noqa: E402
 
 PAGE = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
@@ -386,6 +385,21 @@ def is_there(config, folder: Path, settings: dict) -> bool:
     return True
 
 
+def hold(folder: Path) -> int:
+    """A descriptor that keeps other processes out of the folder until it is closed. UserError where one is in it."""
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file stays behind
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows: no lock
+        pass
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another process is preparing {folder}: wait for it, or use another --output_dir") from None
+    return lock
+
+
 def publish(made: Path, folder: Path, old: Path) -> None:
     """Renames the parts of the tree into `folder`, prepared.json first and train/ last; what was there goes to `old`.
 
@@ -495,7 +509,7 @@ def prepare(config, folder: Path, command: str) -> None:
     aside = folder / ".unfinished"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder, f"another process is preparing {folder}: wait for it, or use another --output_dir")
+        lock = hold(folder)
         shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
         aside.mkdir()
     except OSError as error:
@@ -510,7 +524,7 @@ def prepare(config, folder: Path, command: str) -> None:
         publish(made, folder, aside / "old")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        lock.close()
+        os.close(lock)
     print("\n".join([*(f"left out, {line}" for line in listing(faults)), table(counts)]))
     print(f"ready: {folder}; README.md there says how it was made")
 

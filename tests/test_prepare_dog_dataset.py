@@ -25,7 +25,6 @@ from PIL import Image
 
 from common import config
 from common.config import cli
-from common.folders import lock_folder
 from common.pictures import Faults
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -508,10 +507,9 @@ def test_what_comes_from_the_official_page_must_be_the_official_file(prepare, tm
 
 def test_one_process_at_a_time(prepare, tmp_path):
     folder = put(tmp_path / "dogs")
-    child = Child(lambda: (lock_folder(folder), time.sleep(30)), log=tmp_path / "log.txt")
+    child = Child(lambda: (dogs.hold(folder), (tmp_path / "held").touch(), time.sleep(30)), log=tmp_path / "log.txt")
     try:
-        child.wait_for((folder / ".lock").exists)
-        time.sleep(0.1)
+        child.wait_for((tmp_path / "held").exists)
         assert "another process is preparing" in prepare(folder, "--no-download", "--num_classes", 4, expect=2).err
     finally:
         child.kill(9)
@@ -726,7 +724,7 @@ def test_the_demo_is_sound(tmp_path, prepare):
     out = prepare(folder, "--validate").out
     assert "fine" in out and "warning" not in out
     classes = (folder / "classes.txt").read_text().split()
-    assert len(classes) == 8 and "striped_borzel" in classes
+    assert len(classes) == 8 and "dotted_borzel" in classes
     assert {split: len(list((folder / split).glob("*/*.png"))) for split in SPLITS} == {"train": 320, "val": 320, "test": 320}
     readme = (folder / "README.md").read_text()
     assert "ynthetic" in readme and "striped_borzel" in readme and "Stanford" not in readme

@@ -127,7 +127,8 @@ def test_best_model_is_the_one_of_the_best_epoch(tmp_path):
 def test_of_epochs_with_the_same_metric_the_surer_one_is_best():
     run = Run(TrainConfig(), "toy", "full")
     run.signals, run.idle, run.is_main, run.log = SimpleNamespace(busy=False), set(), True, lambda record: None
-    epochs = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (0.7, 0.8), (0.6, 0.1), (0.7, None), (0.7, 0.85), (0.8, 2.0)]
+    more = 0.7 + 2**-52  # a mean of the same numbers in another order
+    epochs = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (more, 0.8), (0.6, 0.1), (0.7, None), (more, 0.85), (0.8, 2.0)]
     best = []
     for run.epoch, (accuracy, loss) in enumerate(epochs, 1):
         best.append(run.end_epoch({"accuracy": accuracy, "val_loss": loss}, best="accuracy"))
