@@ -727,6 +727,6 @@ def test_the_demo_is_sound(tmp_path, prepare):
     assert len(classes) == 8 and "dotted_borzel" in classes
     assert {split: len(list((folder / split).glob("*/*.png"))) for split in SPLITS} == {"train": 320, "val": 320, "test": 320}
     readme = (folder / "README.md").read_text()
-    assert "ynthetic" in readme and "striped_borzel" in readme and "Stanford" not in readme
+    assert "ynthetic" in readme and "dotted_borzel" in readme and "Stanford" not in readme
     assert "nothing to do" in prepare(folder, "--demo").out
     assert "another demo" in prepare(folder, "--no-download", expect=2).err
