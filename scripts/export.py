@@ -63,8 +63,8 @@ def follow_imports(script: Path) -> list[Module]:
 
     def load(name):
         if name not in modules:
-            path = script if name == script.stem else local_path(name, script, root)
-            modules[name] = read_module(name, path, script, root)
+            path = script if name == script.stem else local_path(name, script.parent, root)
+            modules[name] = read_module(name, path, script.parent, root, path.stat().st_mtime_ns)
         return modules[name]
 
     def imported(name):
@@ -96,15 +96,19 @@ def needed_first(names, needs) -> list[str]:
     return ordered
 
 
-def local_path(name: str, script: Path, root: Path) -> Path | None:
-    """The file of a module of the project; None where `name` is a package from elsewhere."""
-    base = root if name.split(".")[0] == "common" else script.parent
+def local_path(name: str, folder: Path, root: Path) -> Path | None:
+    """The file of a module of the project, as a script in `folder` imports it; None where `name` is a package from elsewhere."""
+    base = root if name.split(".")[0] == "common" else folder
     path = base.joinpath(*name.split(".")[:-1], name.split(".")[-1] + ".py")
     return path if path.is_file() else None
 
 
-def read_module(name: str, path: Path, script: Path, root: Path) -> Module:
-    """Parses a module and finds its local imports. UserError for bad syntax and for a local import of another form."""
+@cache
+def read_module(name: str, path: Path, folder: Path, root: Path, changed: int) -> Module:
+    """Parses a module and finds its local imports. UserError for bad syntax and for a local import of another form.
+
+    folder: the script's. changed: when the file was; scripts share modules, and one that has not changed is read once.
+    """
     source = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(source)
@@ -113,13 +117,13 @@ def read_module(name: str, path: Path, script: Path, root: Path) -> Module:
     local = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [a.name for a in node.names if a.name.split(".")[0] == "common" or local_path(a.name, script, root)]
+            names = [a.name for a in node.names if a.name.split(".")[0] == "common" or local_path(a.name, folder, root)]
             if names:
                 raise UserError(f"{path}:{node.lineno}: `import {names[0]}` must be `from {names[0]} import name`")
         elif isinstance(node, ast.ImportFrom):
             if node.level:
                 raise UserError(f"{path}:{node.lineno}: write `from module import name`, without dots in front")
-            found = local_path(node.module, script, root)
+            found = local_path(node.module, folder, root)
             if node.module == "common":
                 raise UserError(f"{path}:{node.lineno}: write `from common.module import name`, not a module as a whole")
             if node.module.startswith("common.") and not found:
@@ -128,7 +132,7 @@ def read_module(name: str, path: Path, script: Path, root: Path) -> Module:
                 raise UserError(f"{path}:{node.lineno}: write `from {node.module} import name`, without * and as")
             if found:
                 local.append((node, node.module))
-    base = root if name.split(".")[0] == "common" else script.parent
+    base = root if name.split(".")[0] == "common" else folder
     return Module(name, path, source, tree, local, str(path.relative_to(base)))
 
 
