@@ -7,7 +7,7 @@ import torch
 
 from common.checkpoint import atomic_folder, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError
-from common.lora import ADAPTER_FILE, save_adapter_files
+from common.peft_adapters import ADAPTER_FILE, save_adapter_files
 from common.runtime import say
 
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs

@@ -112,3 +112,15 @@ def draw_bars(values: dict[str, float | None], title: str, unit: str, path: Path
     axis.set(title=title, ylabel=unit, ylim=(0, top))
     axis.set_axisbelow(True)
     save_figure(drawing, path)
+
+
+def draw_calibration(error: float, rows: list, path: Path) -> None:
+    """Accuracy over confidence, with the share of the samples below. error, rows: what class_metrics.calibration gives."""
+    share, sure, right = zip(*rows, strict=True)
+    drawing, ((axis,),) = figure(1, 1, 6, 5)
+    axis.bar(sure, share, width=0.05, color="0.85", label="share of the samples")
+    axis.plot([0, 1], [0, 1], ls="--", color="0.5", label="perfectly calibrated")
+    axis.plot(sure, right, marker="o", color="C0", label="accuracy at this confidence")
+    axis.set(title=f"Calibration (expected calibration error {error:.3f})", xlabel="confidence", xlim=(0, 1), ylim=(0, 1.02))
+    axis.legend(fontsize=8, loc="upper left")
+    save_figure(drawing, path)

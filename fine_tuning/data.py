@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.config import UserError
 from common.folders import make_once
-from common.labelled import labelled_for_eval, labelled_loaders
+from common.vision.labelled import labelled_for_eval, labelled_loaders
 
 HERE = Path(__file__).resolve().parent
 

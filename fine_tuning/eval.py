@@ -42,10 +42,13 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     config = parse(settings, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
-    from common.class_metrics import classification_metrics, draw_calibration, draw_page, predict, report, worst_first
+    from common.class_metrics import calibration, class_report, classification_metrics, softmax, worst_first
     from common.config import UserError
     from common.folders import newest_best
+    from common.plots import draw_calibration
     from common.runtime import say, start_accelerator
+    from common.vision.pages import draw_page
+    from common.vision.scoring import predict
     from data import load_for_eval
     from metrics import draw_evaluation, score_table, zero_shot_comparison
     from model import zero_shot_model
@@ -73,7 +76,7 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
     write_json(file, {**facts, "config": asdict(config), "metrics": metrics, "zero_shot": zero_shot})
-    text, table = report(labels, logits, classes)
+    text, table = class_report(labels, logits, classes)
     results = {**facts, "metrics": metrics, "zero_shot": zero_shot, "classes": table}
     summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", score_table(metrics, zero_shot)]
     if zero_shot:
@@ -82,7 +85,7 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     write_json(folder / "evaluation_results.json", results)
     write_text(folder / "evaluation_report.txt", "\n\n".join([*summary, text]))
     draw_evaluation(labels, logits, classes, folder, baseline)
-    draw_calibration(labels, logits, folder / "calibration.png")
+    draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
     draw_page(loader.dataset, labels, logits, classes, worst_first(labels, logits)[:12], folder / "mistakes.png")
     print("\n\n".join([*summary, text]))
     print(f"saved {file}, and report and pictures in {folder}")

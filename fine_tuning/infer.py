@@ -46,10 +46,11 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     import torch
 
     from common.checkpoint import write_json, write_text
-    from common.class_metrics import draw_answer
     from common.folders import newest_best
-    from common.pictures import Faults, find_pictures
     from common.runtime import progress, start_accelerator
+    from common.samples import Faults
+    from common.vision.pages import draw_answer
+    from common.vision.pictures import find_pictures
 
     paths, faults = find_pictures(config.input), Faults()
     accelerator = start_accelerator(config)

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 
 # needs: scikit-learn
-from common.class_metrics import confusion, draw_page, logits_of, report
+from common.class_metrics import class_report, confusion
 from common.plots import draw_confusion, draw_history, figure, save_figure
+from common.vision.pages import draw_page
+from common.vision.scoring import logits_of
 
 PANELS = {"Loss": ("train_loss", "val_loss"), "Metrics": ("accuracy", "top5", "precision", "recall", "f1")}
 COMPARED = ("accuracy", "balanced_accuracy", "top5", "precision", "recall", "f1", "ece", "val_loss")
@@ -24,13 +26,13 @@ def score_table(metrics: dict, zero_shot: dict | None) -> str:
 
 def draw_performance(labels, logits, classes: list[str], path: Path, zero_shot=None) -> None:
     """Precision, recall and F1 of each class as bars; zero_shot: logits of the base, whose F1 is marked."""
-    table = report(labels, logits, classes)[1]
+    table = class_report(labels, logits, classes)[1]
     places, drawing = np.arange(len(classes)), None
     drawing, ((axis,),) = figure(1, 1, max(6, 0.9 * len(classes) + 2), 4.5)
     for i, name in enumerate(("precision", "recall", "f1-score")):
         axis.bar(places + 0.27 * (i - 1), [table[c][name] for c in classes], 0.25, color=f"C{i}", label=name)
     if zero_shot is not None:
-        base = report(labels, zero_shot, classes)[1]
+        base = class_report(labels, zero_shot, classes)[1]
         points = [base[c]["f1-score"] for c in classes]
         axis.plot(places + 0.27, points, ls="", marker="D", color="black", label="f1-score, zero-shot")
     crowded = len(classes) > 8 or max(map(len, classes)) > 12

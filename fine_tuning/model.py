@@ -11,7 +11,7 @@ from torch import nn
 # needs: torchvision, sentencepiece  (image processors; sentencepiece: the tokenizer of SigLIP)
 from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
 from common.config import UserError
-from common.lora import find_targets, is_within, load_adapter_files
+from common.peft_adapters import find_targets, is_within, load_adapter_files
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"

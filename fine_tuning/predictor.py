@@ -33,7 +33,7 @@ class Predictor:
 
         from common.bases import ORIGIN
         from common.checkpoint import read_json
-        from common.preprocess import Preprocess
+        from common.vision.preprocess import Preprocess
 
         folder = Path(checkpoint).expanduser()
         if str(device) == "auto":
@@ -67,7 +67,7 @@ class Predictor:
         import numpy as np
         from PIL import Image
 
-        from common.pictures import decode
+        from common.vision.pictures import decode
 
         if isinstance(image, Image.Image):
             image = np.array(image.convert("RGB"))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.drawing import add_shape, blotches, hsv
+from common.vision.drawing import add_shape, blotches, hsv
 
 SIZES = {"small": (13, 17), "large": (22, 28)}  # radius of a shape's surrounding circle, in pixels
 COLOURS = {"red": 0.0, "orange": 0.08, "yellow": 0.16, "green": 0.35, "blue": 0.6, "purple": 0.8}  # hue, in turns

@@ -36,7 +36,8 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse, project_root  # noqa: E402
-from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, decode  # noqa: E402
+from common.samples import SPLIT_NAMES, Faults  # noqa: E402
+from common.vision.pictures import IMAGE_ENDINGS, decode  # noqa: E402
 
 PAGE = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 DIGEST = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"  # sha256 of the official archive, 793,579,520 bytes

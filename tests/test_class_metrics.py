@@ -7,22 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from common.class_metrics import (
-    calibration,
-    classification_metrics,
-    confusion,
-    draw_answer,
-    draw_calibration,
-    draw_page,
-    evaluate,
-    logits_of,
-    predict,
-    report,
-    softmax,
-    worst_first,
-)
-from common.labelled import LabelledPictures, Sample, eval_loader
-from common.preprocess import Preprocess
+from common.class_metrics import calibration, class_report, classification_metrics, confusion, softmax, worst_first
+from common.plots import draw_calibration
+from common.vision.labelled import LabelledPictures, Sample, eval_loader
+from common.vision.pages import draw_answer, draw_page
+from common.vision.preprocess import Preprocess
+from common.vision.scoring import evaluate, logits_of, predict
 
 CLASSES = ["cat", "dog", "fish"]
 NAMES = ["ant", "bee", "cow"]
@@ -74,7 +64,7 @@ def test_a_class_that_does_not_occur_counts_in_no_mean():
     assert found["per_class_f1"] == {"ant": pytest.approx(2 / 3), "bee": None, "cow": 1.0}
     assert found["f1"] == pytest.approx((2 / 3 + 1) / 2)
     json.dumps(found, allow_nan=False)
-    text, table = report(labels, logits_for(guesses, 3), NAMES)
+    text, table = class_report(labels, logits_for(guesses, 3), NAMES)
     assert "bee" in text and table["bee"]["support"] == 0 and table["accuracy"] == 0.75
 
 
@@ -179,7 +169,7 @@ def test_predictions_do_not_depend_on_the_batch_size(mixed):
 def test_pictures_of_answers_can_be_drawn_and_read(mixed, tmp_path):
     model, dataset = mixed
     labels, logits = predict(model, eval_loader(dataset, 4))
-    draw_calibration(labels, logits, tmp_path / "calibration.png")
+    draw_calibration(*calibration(labels, softmax(logits.astype(float))), tmp_path / "calibration.png")
     draw_page(dataset, labels, logits, CLASSES, range(11), tmp_path / "page.png")
     draw_page(dataset, labels, logits, CLASSES, [], tmp_path / "none.png")
     draw_answer(dataset.samples[0].path, [{"class": "cat", "probability": 0.7}], tmp_path / "answer.png")

@@ -5,7 +5,9 @@ from conftest import CLASSIFICATION, use_task
 from PIL import Image
 from test_class_metrics import CLASSES, make_mixed
 
-from common.class_metrics import classification_metrics, draw_page, logits_of
+from common.class_metrics import classification_metrics
+from common.vision.pages import draw_page
+from common.vision.scoring import logits_of
 
 TASK = CLASSIFICATION
 use_task(TASK)

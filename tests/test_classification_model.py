@@ -17,8 +17,8 @@ use_task(TASK)
 from common.bases import save_adapter, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.lora import freeze_adapters, is_within, train_whole  # noqa: E402
-from common.preprocess import Preprocess  # noqa: E402
+from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
+from common.vision.preprocess import Preprocess  # noqa: E402
 from model import class_layers, load_adapter, load_base, load_model, lora_targets, origin, with_classes  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]

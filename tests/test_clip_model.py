@@ -19,7 +19,8 @@ use_task(TASK)
 
 from common.bases import save_adapter, save_model, train_mode  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.lora import count_parameters, freeze_adapters, in_adapter, train_whole  # noqa: E402
+from common.lora import count_parameters  # noqa: E402
+from common.peft_adapters import freeze_adapters, in_adapter, train_whole  # noqa: E402
 from model import (  # noqa: E402
     SCALE,
     ClipClassifier,

@@ -14,9 +14,10 @@ TASK = DETECTION
 use_task(TASK)
 
 import data  # noqa: E402
+from common.batches import EpochBatches, build_loader  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.pictures import Faults, decode  # noqa: E402
-from common.runtime import EpochBatches, build_loader  # noqa: E402
+from common.samples import Faults  # noqa: E402
+from common.vision.pictures import decode  # noqa: E402
 from data import DetectionData, Preprocess, build_loaders, check_samples, collate, load_for_eval  # noqa: E402
 from formats import make_sample, read_dataset  # noqa: E402
 from metrics import coco_eval  # noqa: E402

@@ -14,7 +14,7 @@ from test_detection_model import CLASSES, save_base
 TASK = DETECTION
 use_task(TASK)
 
-from common.pictures import Faults  # noqa: E402
+from common.samples import Faults  # noqa: E402
 from data import DetectionData, Preprocess, check_samples, eval_loader  # noqa: E402
 from formats import make_sample, read_dataset  # noqa: E402
 from metrics import (  # noqa: E402

@@ -17,7 +17,7 @@ use_task(TASK)
 from common.bases import save_adapter, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.lora import is_within, train_whole  # noqa: E402
+from common.peft_adapters import is_within, train_whole  # noqa: E402
 from model import (  # noqa: E402
     HEADS,
     load_adapter,

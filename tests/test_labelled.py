@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from common.batches import EpochBatches, build_loader
 from common.config import UserError
-from common.labelled import (
+from common.samples import Faults
+from common.vision.labelled import (
     LabelledPictures,
     Sample,
     class_weights,
@@ -24,9 +26,8 @@ from common.labelled import (
     make_augmentation,
     read_dataset,
 )
-from common.pictures import Faults, decode
-from common.preprocess import Preprocess
-from common.runtime import EpochBatches, build_loader
+from common.vision.pictures import decode
+from common.vision.preprocess import Preprocess
 
 CLASSES = ["bird", "cat", "dog"]
 COLORS = {"bird": (0, 0, 250), "cat": (250, 0, 0), "dog": (0, 250, 0)}
@@ -400,7 +401,7 @@ def decoded(monkeypatch):
         calls.append(f"{path.parent.name}/{path.name}")
         return decode(path)
 
-    monkeypatch.setattr("common.labelled.decode", counting)
+    monkeypatch.setattr("common.vision.labelled.decode", counting)
     return calls
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-COMMON = sorted((ROOT / "common").glob("*.py"))
+COMMON = sorted((ROOT / "common").rglob("*.py"))
 TASKS = sorted({p.parent for p in [*ROOT.glob("*/train.py"), *ROOT.glob("*/*/train.py")] if "tests" not in p.parts})
 TASK_FILES = [p for task in TASKS for p in sorted(task.glob("*.py"))]
 TOOLS = sorted((ROOT / "scripts").glob("*.py"))
@@ -87,6 +87,13 @@ def test_common_imports_no_task(path):
         root = module.split(".")[0]
         assert root == "common" or root in third_party, f"{short(path)}:{node.lineno} imports {module}"
         assert root not in names or root in third_party, f"{short(path)}:{node.lineno} imports {module} of a task"
+
+
+@each([path for path in COMMON if path.parent.name == "common"])
+def test_what_every_task_shares_knows_no_pictures(path):
+    for module, node in imports(path):
+        assert module.split(".")[0] not in ("PIL", "torchvision"), f"{short(path)}:{node.lineno} belongs in common/vision/"
+        assert not module.startswith("common.vision"), f"{short(path)}:{node.lineno}: vision builds on common, not the reverse"
 
 
 @each(TASK_FILES)

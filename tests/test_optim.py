@@ -179,8 +179,8 @@ def train(folder, path, batch_size: int, accumulate: int, order=None):
     """Two epochs of plain training through Run; writes the weights and the learning rates of all steps."""
     from safetensors.torch import save_file
 
-    from common.report import Run
-    from common.runtime import EpochBatches, build_loader
+    from common.batches import EpochBatches, build_loader
+    from common.run import Run
 
     settings = RunConfig(
         output_dir=str(folder),
@@ -220,7 +220,7 @@ def train(folder, path, batch_size: int, accumulate: int, order=None):
 )
 def test_accumulation_equals_one_large_batch(tmp_path, small, k):
     import_all()
-    from common.runtime import EpochBatches
+    from common.batches import EpochBatches
 
     plan = EpochBatches(44, small, seed=0)
 

@@ -16,9 +16,10 @@ TASK = POSE
 use_task(TASK)
 
 import data  # noqa: E402
+from common.batches import EpochBatches, build_loader, seeded  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.pictures import Faults, decode  # noqa: E402
-from common.runtime import EpochBatches, build_loader, seeded  # noqa: E402
+from common.samples import Faults  # noqa: E402
+from common.vision.pictures import decode  # noqa: E402
 from data import (  # noqa: E402
     PADDING,
     Preprocess,

@@ -16,7 +16,7 @@ use_task(TASK)
 from common.bases import save_model  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.lora import freeze_adapters, is_within, train_whole  # noqa: E402
+from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
 from formats import KeypointSet  # noqa: E402
 from model import (  # noqa: E402
     HEAD,

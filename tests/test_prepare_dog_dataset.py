@@ -25,7 +25,7 @@ from PIL import Image
 
 from common import config
 from common.config import cli
-from common.pictures import Faults
+from common.samples import Faults
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import prepare_dog_dataset as dogs
@@ -198,7 +198,7 @@ def test_the_whole_way_as_a_user_goes_it(tmp_path, remote):
 
 
 def test_the_classification_task_reads_the_tree(make):
-    from common.labelled import read_dataset
+    from common.vision.labelled import read_dataset
 
     faults = Faults()
     splits, classes, layout = read_dataset(make(), 0, faults)

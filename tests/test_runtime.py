@@ -10,19 +10,10 @@ import pytest
 import torch
 from conftest import Child
 
+from common.batches import EpochBatches, EvalBatches, build_loader, number_from, seed_everything, seeded, to_device
 from common.config import UserError
 from common.folders import make_once
-from common.runtime import (
-    EpochBatches,
-    EvalBatches,
-    Interrupted,
-    StopSignals,
-    build_loader,
-    number_from,
-    seed_everything,
-    seeded,
-    to_device,
-)
+from common.runtime import Interrupted, StopSignals
 
 
 def flat(batches):

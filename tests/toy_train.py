@@ -40,7 +40,7 @@ class Samples:
     def __init__(self, config, split: str):
         import torch
 
-        from common.runtime import number_from
+        from common.batches import number_from
 
         generator = torch.Generator().manual_seed(number_from(config.seed, split))
         self.x = torch.randn(config.samples if split == "train" else 24, 8, generator=generator)
@@ -56,7 +56,7 @@ class Samples:
     def __getitem__(self, key):
         import torch
 
-        from common.runtime import seeded
+        from common.batches import seeded
 
         epoch, index = key
         x, y = self.x[index], self.y[index]
@@ -124,10 +124,11 @@ def main(argv=None):
     import torch
     from safetensors.torch import save_file
 
+    from common.batches import EpochBatches, EvalBatches, build_loader
     from common.checkpoint import atomic_folder, fingerprint, write_text
     from common.optim import build_optimizer
-    from common.report import Run
-    from common.runtime import EpochBatches, EvalBatches, build_loader, process_index
+    from common.run import Run
+    from common.runtime import process_index
 
     with Run(config, task="toy", method="full") as run:
         rank, world = process_index()

@@ -39,9 +39,12 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     config = parse(settings, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
-    from common.class_metrics import classification_metrics, draw_calibration, draw_page, predict, report, worst_first
+    from common.class_metrics import calibration, class_report, classification_metrics, softmax, worst_first
     from common.folders import newest_best
+    from common.plots import draw_calibration
     from common.runtime import start_accelerator
+    from common.vision.pages import draw_page
+    from common.vision.scoring import predict
     from data import load_for_eval
     from metrics import draw_evaluation
 
@@ -59,11 +62,11 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
     write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
-    text, table = report(labels, logits, classes)
+    text, table = class_report(labels, logits, classes)
     write_text(folder / "report.txt", text)
     write_json(folder / "report.json", table)
     draw_evaluation(labels, logits, classes, folder)
-    draw_calibration(labels, logits, folder / "calibration.png")
+    draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
     draw_page(loader.dataset, labels, logits, classes, worst_first(labels, logits)[:12], folder / "mistakes.png")
 
     print(f"{name}, {config.split} split, {len(labels)} pictures")

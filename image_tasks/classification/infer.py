@@ -44,13 +44,16 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
 
     import torch
 
+    from common.batches import EvalBatches
     from common.checkpoint import write_json
-    from common.class_metrics import draw_answer, softmax
+    from common.class_metrics import softmax
     from common.folders import newest_best
-    from common.labelled import collate, pictures_only
-    from common.pictures import Faults, find_pictures
-    from common.preprocess import Preprocess
-    from common.runtime import EvalBatches, progress, start_accelerator
+    from common.runtime import progress, start_accelerator
+    from common.samples import Faults
+    from common.vision.labelled import collate, pictures_only
+    from common.vision.pages import draw_answer
+    from common.vision.pictures import find_pictures
+    from common.vision.preprocess import Preprocess
 
     paths = find_pictures(config.input)
     accelerator = start_accelerator(config)

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.class_metrics import classification_metrics, confusion, draw_page, logits_of
+from common.class_metrics import classification_metrics, confusion
 from common.plots import draw_bars, draw_confusion, draw_history
+from common.vision.pages import draw_page
+from common.vision.scoring import logits_of
 
 PANELS = {"Loss": ("train_loss", "val_loss"), "Metrics": ("accuracy", "precision", "recall", "f1")}
 

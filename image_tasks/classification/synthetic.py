@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.drawing import add_shape, blotches, hsv
+from common.vision.drawing import add_shape, blotches, hsv
 
 SOURCE_CLASSES = tuple(
     f"{texture}_{shape}" for shape in ("disc", "square", "triangle", "cross") for texture in ("plain", "striped", "dotted")

@@ -41,10 +41,10 @@ def main(argv=None):
     from torch.nn.functional import cross_entropy
 
     from common.bases import save_model, train_mode
-    from common.class_metrics import evaluate
-    from common.labelled import class_weights
     from common.optim import build_optimizer
-    from common.report import Run
+    from common.run import Run
+    from common.vision.labelled import class_weights
+    from common.vision.scoring import evaluate
     from data import build_loaders
     from metrics import draw_results
     from model import load_base, load_model, origin, with_classes

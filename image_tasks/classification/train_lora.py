@@ -46,11 +46,11 @@ def main(argv=None):
     from torch.nn.functional import cross_entropy
 
     from common.bases import save_adapter, train_mode
-    from common.class_metrics import evaluate
-    from common.labelled import class_weights
-    from common.lora import freeze_adapters, train_whole
     from common.optim import build_optimizer
-    from common.report import Run
+    from common.peft_adapters import freeze_adapters, train_whole
+    from common.run import Run
+    from common.vision.labelled import class_weights
+    from common.vision.scoring import evaluate
     from data import build_loaders
     from metrics import draw_results
     from model import class_layers, load_adapter, load_base, lora_targets, origin, with_classes

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.batches import EpochBatches, EvalBatches, build_loader, seeded
+
 # needs: torchvision
 from common.config import UserError
 from common.folders import make_once
-from common.pictures import Faults, cache_limit, decode, load_all
-from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, say, seeded
+from common.runtime import process_index, say
+from common.samples import Faults, cache_limit, load_all
+from common.vision.pictures import decode
 from formats import Sample, make_sample, read_dataset
 
 HERE = Path(__file__).resolve().parent

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
-from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, inside, split_off
 from common.runtime import say
+from common.samples import SPLIT_NAMES, Faults, inside, split_off
+from common.vision.pictures import IMAGE_ENDINGS
 
 
 @dataclass

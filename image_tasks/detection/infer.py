@@ -41,10 +41,12 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 
+    from common.batches import EvalBatches
     from common.checkpoint import write_json
     from common.folders import newest_best
-    from common.pictures import Faults, decode, find_pictures
-    from common.runtime import EvalBatches, progress, start_accelerator
+    from common.runtime import progress, start_accelerator
+    from common.samples import Faults
+    from common.vision.pictures import decode, find_pictures
     from data import Preprocess, collate, pictures_only
     from metrics import detect, draw_boxes, xywh
 

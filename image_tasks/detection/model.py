@@ -8,7 +8,7 @@ from torch import nn
 
 # needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
 from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
-from common.lora import find_targets, is_within, load_adapter_files
+from common.peft_adapters import find_targets, is_within, load_adapter_files
 from common.runtime import process_index, say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"

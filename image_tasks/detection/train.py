@@ -39,7 +39,7 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.bases import save_model, train_mode
     from common.optim import build_optimizer
-    from common.report import Run
+    from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
     from model import backbone_groups, load_base, load_model, origin, with_classes

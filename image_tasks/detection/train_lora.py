@@ -43,9 +43,9 @@ def main(argv=None):
     from peft import LoraConfig, get_peft_model
 
     from common.bases import save_adapter, train_mode
-    from common.lora import freeze_adapters, train_whole
     from common.optim import build_optimizer
-    from common.report import Run
+    from common.peft_adapters import freeze_adapters, train_whole
+    from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
     from model import HEADS, load_adapter, load_base, lora_targets, origin, with_classes

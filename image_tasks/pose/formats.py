@@ -15,8 +15,9 @@ import numpy as np
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, inside, split_off
 from common.runtime import say
+from common.samples import SPLIT_NAMES, Faults, inside, split_off
+from common.vision.pictures import IMAGE_ENDINGS
 
 UNIFORM_SIGMA = 0.05  # how far people's clicks scatter, as a share of the figure's size, where the data does not say: strict
 # Standard deviations of COCO's annotators for its 17 keypoints, from nose to ankles (cocodataset.org, keypoint evaluation).

@@ -47,8 +47,9 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
 
     from common.checkpoint import write_json
     from common.folders import newest_best
-    from common.pictures import Faults, decode, find_pictures
     from common.runtime import progress, start_accelerator
+    from common.samples import Faults
+    from common.vision.pictures import decode, find_pictures
     from data import Preprocess, eval_loader, figures_only
     from formats import KeypointSet, place_boxes
     from metrics import detect, draw_poses

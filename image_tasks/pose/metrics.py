@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from common.pictures import decode
+from common.batches import to_device
 from common.plots import draw_bars, draw_history, figure, save_figure
-from common.runtime import gather_lists, progress, to_device
+from common.runtime import gather_lists, progress
+from common.vision.pictures import decode
 from formats import KeypointSet
 from model import keypoint_errors
 

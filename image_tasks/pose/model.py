@@ -9,7 +9,7 @@ from torch import nn
 from common.bases import ORIGIN, base_source, check_same_base, load_pretrained, make_origin, open_checkpoint
 from common.checkpoint import atomic_folder, fingerprint, read_json, write_json
 from common.config import UserError
-from common.lora import find_targets, is_within, load_adapter_files, save_adapter_files
+from common.peft_adapters import find_targets, is_within, load_adapter_files, save_adapter_files
 from common.runtime import process_index, say
 from formats import KEYPOINT_FILE, KeypointSet
 

@@ -39,7 +39,7 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.bases import save_model
     from common.optim import build_optimizer
-    from common.report import Run
+    from common.run import Run
     from data import Preprocess, build_loaders
     from metrics import draw_results, evaluate
     from model import input_size, keypoint_loss, load_base, load_model, origin, with_head

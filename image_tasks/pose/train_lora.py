@@ -43,9 +43,9 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
-    from common.lora import freeze_adapters, train_whole
     from common.optim import build_optimizer
-    from common.report import Run
+    from common.peft_adapters import freeze_adapters, train_whole
+    from common.run import Run
     from data import Preprocess, build_loaders
     from metrics import draw_results, evaluate
     from model import input_size, keypoint_loss, load_adapter, load_base, lora_targets, origin, save_lora, with_head

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.config import TrainConfig
-from common.report import Run
+from common.run import Run
 
 TYPES = {
     "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -231,7 +231,7 @@ def test_nan_in_memory_leaves_weights_and_gradients_alone(tmp_path):
     import torch
     from toy_train import Config
 
-    from common.report import Run
+    from common.run import Run
 
     run = Run(Config(device="cpu"), "toy", "full")
     run.device, run.world, run.rank = torch.device("cpu"), 1, 0

@@ -13,6 +13,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common.batches import seed_everything, to_device
 from common.checkpoint import folder_bytes, fsync, load_moving_state, load_state, moving_state, save_state, write_json
 from common.config import UserError, write_yaml
 from common.folders import open_run_folder
@@ -26,9 +27,7 @@ from common.runtime import (
     process_index,
     progress,
     say,
-    seed_everything,
     start_accelerator,
-    to_device,
 )
 
 # needs: tensorboard

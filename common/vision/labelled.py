@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 
+from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
-from common.pictures import IMAGE_ENDINGS, SPLIT_NAMES, Faults, cache_limit, decode, load_all, split_off
-from common.preprocess import Preprocess
-from common.runtime import EpochBatches, EvalBatches, build_loader, process_index, say, seeded
+from common.runtime import process_index, say
+from common.samples import SPLIT_NAMES, Faults, cache_limit, load_all, split_off
+from common.vision.pictures import IMAGE_ENDINGS, decode
+from common.vision.preprocess import Preprocess
 
 COLUMNS = {
     "path": ("path", "file", "file_name", "filename", "image"),

@@ -1,0 +1,42 @@
+"""Runs an image classifier over pictures with one class each."""
+
+import numpy as np
+import torch
+from accelerate.utils import extract_model_from_parallel
+
+from common.class_metrics import classification_metrics
+from common.runtime import gather_lists, progress
+from common.vision.labelled import collate
+
+
+def predict(model, loader) -> tuple[np.ndarray, np.ndarray]:
+    """(labels (N,), logits (N, K)) of the loader's pictures, of all processes, in the order of the data set."""
+    found = dict(gather_lists(classify(model, progress(loader, "evaluating"))))  # processes repeat a batch to have equally many
+    order = sorted(found)
+    return np.array([loader.dataset.samples[i].label for i in order]), np.stack([found[i] for i in order])
+
+
+@torch.no_grad()
+def classify(model, batches) -> list[tuple[int, np.ndarray]]:
+    """(index, logits (K,)) of every picture in the batches."""
+    model = extract_model_from_parallel(model).eval()
+    device = next(model.parameters()).device
+    rows = []
+    for batch in batches:
+        logits = model(pixel_values=batch["pixel_values"].to(device)).logits.float().cpu().numpy()
+        rows += zip(batch["index"].tolist(), logits, strict=True)
+    return rows
+
+
+def logits_of(model, dataset) -> tuple[np.ndarray, np.ndarray]:
+    """(labels (N,), logits (N, K)) of a whole data set, by this process alone."""
+    parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
+    batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
+    logits = np.stack([row for _, row in classify(model, batches)])
+    labels = np.array([sample.label for sample in dataset.samples])
+    return labels, logits
+
+
+def evaluate(model, loader, classes: list[str]) -> dict:
+    """The metrics of a model on a loader's data. Used in training and by eval.py."""
+    return classification_metrics(*predict(model, loader), classes)
