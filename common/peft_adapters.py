@@ -10,9 +10,9 @@ from pathlib import Path
 
 from common.checkpoint import read_json
 from common.config import UserError
+from common.lora import ADAPTER_FILE, is_within
 from common.runtime import say
 
-ADAPTER_FILE = "adapter_model.safetensors"
 # Parts of layer names of ViT and its relatives today, and as transformers 4 had them (some kept those well into 5).
 OLD_NAMES = (
     (".layers.", ".encoder.layer."),
@@ -97,11 +97,6 @@ def freeze_adapters(model) -> None:
     for name, parameter in model.named_parameters():
         if in_adapter(model, name):
             parameter.requires_grad_(False)
-
-
-def is_within(name: str, parts) -> bool:
-    """Whether a module or parameter name lies in a part of the model: "a.head.0.weight" does in "head"."""
-    return any(f".{part}." in f".{name}." for part in parts)
 
 
 @contextmanager
