@@ -28,6 +28,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from torch.nn.utils.weight_norm import WeightNorm
 
 from common.config import UserError
+from common.fast_lora import conv_pays, lora_conv, lora_linear
 from common.runtime import say
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -128,6 +129,17 @@ class LoRALayer(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         return y if self.kept else (y + self.branch(x, *args, **kwargs)).to(y.dtype)
 
+    def goes_fast(self, x) -> bool:
+        """Whether a form of common/fast_lora.py may stand in: no dropout, nothing of the base to train, no hook, one dtype."""
+        base, dropout = self.base_layer, self.training and isinstance(self.lora_dropout, nn.Dropout)
+        hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+        one_dtype = x.dtype == self.lora_A.weight.dtype or torch.is_autocast_enabled(x.device.type)
+        return one_dtype and not (self.kept or dropout or hooks or any(p.requires_grad for p in base.parameters()))
+
+    def parts(self) -> tuple:
+        """(W, bias, A, B, alpha / r), as common/fast_lora.py takes them."""
+        return self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight, self.scaling
+
     def adapter(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters by name: lora_A.weight, lora_B.weight."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("base_layer.")}
@@ -152,7 +164,9 @@ class LoRALayer(nn.Module):
         weight = self.weight
         values = (weight,) if dim is None else (torch.norm_except_dim(weight, 2, dim), weight)
         self.kept = {name: getattr(owner, name) for name in names}
-        self._put(owner, dim, {name: nn.Parameter(value, requires_grad=False) for name, value in zip(names, values, strict=True)})
+        self.place(
+            owner, dim, {name: nn.Parameter(value, requires_grad=False) for name, value in zip(names, values, strict=True)}
+        )
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -160,10 +174,10 @@ class LoRALayer(nn.Module):
         owner, _, dim = weight_home(self.base_layer)
         for name, parameter in self.kept.items():
             parameter.data = parameter.data.to(getattr(owner, name).device)  # the model may have moved meanwhile
-        self._put(owner, dim, self.kept)
+        self.place(owner, dim, self.kept)
         self.kept = {}
 
-    def _put(self, owner, dim, parameters: dict) -> None:
+    def place(self, owner, dim, parameters: dict) -> None:
         for name, parameter in parameters.items():
             setattr(owner, name, parameter)
         if dim is not None and owner is self.base_layer:  # the old weight_norm keeps the last product as an attribute
@@ -175,6 +189,9 @@ class LoRALinear(LoRALayer):
 
     def make_pair(self, base):
         return nn.Linear(base.in_features, self.r, bias=False), nn.Linear(self.r, base.out_features, bias=False)
+
+    def forward(self, x):
+        return lora_linear(x, *self.parts()) if self.goes_fast(x) else super().forward(x)
 
 
 class LoRAConv(LoRALayer):
@@ -188,6 +205,14 @@ class LoRAConv(LoRALayer):
         space = (base.kernel_size, base.stride, base.padding, base.dilation, base.groups)
         down = kind(base.in_channels, width, *space, bias=False, padding_mode=base.padding_mode)
         return down, kind(width, base.out_channels, 1, groups=base.groups, bias=False)
+
+    def forward(self, x):
+        base = self.base_layer
+        numbers = isinstance(base.padding, tuple)  # not "same" or "valid"
+        plain = numbers and base.padding_mode == "zeros" and base.groups == 1 and set(base.dilation) == {1}
+        if plain and self.goes_fast(x) and x.dim() == base.weight.dim() and conv_pays(x, base):
+            return lora_conv(x, *self.parts(), base.stride, base.padding)
+        return super().forward(x)
 
 
 class LoRAConv1d(LoRAConv):

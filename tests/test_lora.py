@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from common import lora
 from common.config import UserError
 from common.lora import (
     ADAPTER_FILE,
@@ -299,6 +300,47 @@ def test_matrices_are_at_least_fp32_and_the_output_is_the_bases(dtype):
     assert y.dtype == dtype
     y.float().sum().backward()
     assert all(p.grad.dtype == wide and p.grad.abs().max() > 0 for p in lora_parameters(model))
+
+
+@pytest.mark.parametrize(
+    "make, kind, shape",
+    [
+        (lambda: nn.Linear(12, 20), LoRALinear, (2, 500, 12)),  # enough tokens for the merged form
+        (lambda: nn.Linear(12, 20), LoRALinear, (12,)),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(12, 20)), LoRALinear, (3, 12)),
+        (lambda: nn.Conv1d(12, 20, 3, stride=2, padding=1), LoRAConv1d, (2, 12, 3000)),
+        (lambda: nn.Conv2d(12, 20, 3, padding=(1, 0), bias=False), LoRAConv2d, (2, 12, 40, 50)),
+    ],
+)
+def test_the_fast_forms_are_used_and_change_nothing(make, kind, shape, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = shake(kind(make(), 4, 8)), torch.randn(shape)
+    used = []
+    for form in ("lora_linear", "lora_conv"):
+        function = getattr(lora, form)
+        monkeypatch.setattr(lora, form, lambda *a, function=function, form=form: used.append(form) or function(*a))
+    results = []
+    for signal_in in (x.clone().requires_grad_(), x.clone().requires_grad_()):
+        y = layer(signal_in)
+        y.square().sum().backward()
+        results.append([y, signal_in.grad, *(p.grad for p in layer.adapter().values())])
+        layer.zero_grad()
+        monkeypatch.setattr(kind, "goes_fast", lambda self, x: False)
+    assert used == ["lora_linear" if kind is LoRALinear else "lora_conv"]
+    assert all(distance(fast, slow) < 3e-6 for fast, slow in zip(*results, strict=True))
+
+
+def test_the_fast_forms_step_aside_where_they_would_be_wrong():
+    """A hook on the base is called, and a bias that someone lets train gets its gradient."""
+    layer, x = shake(LoRALinear(nn.Linear(12, 20), 4, 8)), torch.randn(3, 12)
+    assert layer.goes_fast(x)
+    layer.base_layer.bias.requires_grad_(True)
+    layer(x).sum().backward()
+    assert torch.equal(layer.base_layer.bias.grad, torch.full((20,), 3.0))
+    layer.base_layer.requires_grad_(False)
+    layer.base_layer.register_forward_hook(lambda module, args, y: y + 100)
+    assert layer(x).min() > 50
+    assert not layer.goes_fast(x.double())
 
 
 def test_code_that_reads_the_weight_gets_the_update_and_its_gradient():
