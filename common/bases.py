@@ -1,16 +1,21 @@
 """Base models and what is saved of them: fetching a base, checkpoint folders with their origin.json, strict loading."""
 
+import copy
 import os
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from common.checkpoint import atomic_folder, fingerprint, open_model_folder, read_json, write_json
+from common.checkpoint import atomic_folder, check_holds, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError
-from common.peft_adapters import ADAPTER_FILE, save_adapter_files
+from common.peft_adapters import ADAPTER_FILE, load_adapter_files, save_adapter_files
 from common.runtime import say
 
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
+WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE}  # what a checkpoint of a method must hold
+# Not by a private base class of torch. Frozen ones, as in DETR's backbone, are of none of these and need no care.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def fetch(name: str, download: bool = True) -> Path | str:
@@ -33,8 +38,8 @@ def fetch(name: str, download: bool = True) -> Path | str:
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
         try:
-            facts = HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
-            if not any(file.rfilename.endswith(".safetensors") for file in facts.siblings or ()):
+            there = HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
+            if not any(file.rfilename.endswith(".safetensors") for file in there.siblings or ()):
                 files.append("pytorch_model*.bin*")
             say(f"fetching {name} from the hub")
             folder = Path(snapshot_download(name, allow_patterns=files))
@@ -67,12 +72,14 @@ def load_pretrained(name: str, source: Path | str, kind, processor_kind):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        processor = processor_kind.from_pretrained(source, local_files_only=True)
+        # Not asked on the terminal, either: transformers would run a base's own code after a y.
+        processor = processor_kind.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         model, info = kind.from_pretrained(
             source,
             dtype=torch.float32,
             weights_only=True,  # of a PyTorch file, which is taken where there is no safetensors file: tensors, no code
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
         )
@@ -92,53 +99,98 @@ def describe_base(name: str, model) -> dict:
     return {"name": name, "sha256": fingerprint(model.state_dict())}
 
 
-def make_origin(task: str, method: str, base: dict, config, **facts) -> dict:
-    """The content of origin.json. facts: what else the task needs to load and score the checkpoint, such as classes."""
+def class_tensors(build, model) -> list[str]:
+    """Names of a transformers model's tensors whose first size is the number of classes, or depends on it.
+
+    build: config -> a model of the same class, with any weights. The names are those that one class more would change: the
+    shapes alone do not tell where the number of classes equals another size.
+    """
+    config = copy.deepcopy(model.config)
+    config.id2label = dict(enumerate(map(str, range(len(config.id2label) + 1))))
+    wider, own = build(config).state_dict(), model.state_dict()
+    return [name for name, tensor in own.items() if wider[name].shape != tensor.shape]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def make_origin(task: str, method: str, base: dict, config, **details) -> dict:
+    """The content of origin.json. details: what else the task needs to load and score the checkpoint, such as classes."""
     data_dir = str(Path(config.data_dir).expanduser().resolve()) if config.data_dir else ""
     shared = {"data_dir": data_dir, "batch_size": config.batch_size, "seed": config.seed}
-    return {"task": task, "method": method, "base": base, **facts, **shared}
+    return {"task": task, "method": method, "base": base, **details, **shared}
 
 
-def save_model(folder: Path, model, processor, facts: dict) -> None:
+def save_model(folder: Path, model, processor, origin: dict) -> None:
     """A folder for from_pretrained: weights, config, image processor, origin.json."""
     with atomic_folder(folder) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
-        write_json(aside / ORIGIN, facts)
+        write_json(aside / ORIGIN, origin)
 
 
-def save_adapter(folder: Path, model, processor, facts: dict) -> None:
-    """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json."""
+def save_lora(folder: Path, model, processor, origin: dict) -> None:
+    """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json.
+
+    A model that needs more than its adapter to be built again has a method save_extra(folder), which writes it.
+    """
     with atomic_folder(folder) as aside:
-        model.peft_config["default"].base_model_name_or_path = facts["base"]["name"]
+        model.peft_config["default"].base_model_name_or_path = origin["base"]["name"]
         save_adapter_files(model, aside)
         processor.save_pretrained(aside)
-        write_json(aside / ORIGIN, facts)
+        plain = model.get_base_model()
+        if hasattr(plain, "save_extra"):
+            plain.save_extra(aside)
+        write_json(aside / ORIGIN, origin)
 
 
-def open_checkpoint(folder: Path, task: str, method: str) -> tuple[Path, dict]:
-    """(folder, origin) of a checkpoint, checked: whole, and of this task and method ("full" or "lora"). Else UserError."""
-    folder = open_model_folder(folder, ADAPTER_FILE if method == "lora" else "model.safetensors")
+def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Path, dict]:
+    """(folder, origin) of a checkpoint, checked: whole, and of this task and method ("full" or "lora"; "": either).
+
+    Else UserError.
+    """
+    folder = open_model_folder(Path(folder).expanduser())
     if not (folder / ORIGIN).is_file():
         raise UserError(f"{folder} holds no {ORIGIN}: only checkpoints that these scripts saved say what they were trained for")
-    facts = read_json(folder / ORIGIN)
-    if facts.get("task") != task or facts.get("method") != method:
-        raise UserError(f"{folder} is a checkpoint of {facts.get('task')} ({facts.get('method')}), not of {task} ({method})")
-    return folder, facts
+    origin = read_json(folder / ORIGIN)
+    its_task, its_method = (origin.get("task"), origin.get("method")) if isinstance(origin, dict) else (None, None)
+    if its_task != task or its_method not in ([method] if method else WEIGHTS):
+        wanted = f"{task} ({method})" if method else task
+        raise UserError(f"{folder} is a checkpoint of {its_task} ({its_method}), not of {wanted}")
+    check_holds(folder, WEIGHTS[its_method])
+    return folder, origin
 
 
-def check_same_base(folder: Path, facts: dict, found: dict) -> None:
-    """UserError unless the base that was found is the one that the adapter in `folder` was trained on."""
-    if found["sha256"] != facts["base"]["sha256"]:
+def load_under(folder: Path, origin: dict, load_base, name: str = ""):
+    """(model, processor) that a checkpoint is loaded from: its own folder, or the base that its adapter goes on.
+
+    load_base: the task's, a name -> (model, processor, {"name", "sha256"}). name: where an adapter's base is, if not under
+    its recorded name. UserError where that is not the base that the adapter was trained on.
+    """
+    if origin["method"] == "full":
+        model, processor, _ = load_base(str(folder.resolve()))
+        return model, processor
+    model, processor, base = load_base(name or origin["base"]["name"])
+    if base["sha256"] != origin["base"]["sha256"]:
         raise UserError(
-            f"{folder} was trained on the base {facts['base']['name']} (sha256 {facts['base']['sha256'][:12]}), but "
-            f"{found['name']} has sha256 {found['sha256'][:12]}: an adapter fits no other base"
+            f"{folder} was trained on the base {origin['base']['name']} (sha256 {origin['base']['sha256'][:12]}), but "
+            f"{base['name']} has sha256 {base['sha256'][:12]}: an adapter fits no other base"
         )
+    return model, processor
+
+
+def with_saved_adapter(model, folder: Path, whole, merge: bool):
+    """The model with the adapter of `folder`, and the parts that trained `whole`, in its own class.
+
+    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    """
+    model = load_adapter_files(model, folder, whole)
+    return model.merge_and_unload() if merge else model.get_base_model()
 
 
 def train_mode(model) -> None:
     """Training mode, but BatchNorm keeps the base's statistics: small batches would spoil them, and no adapter holds them."""
     model.train()
     for module in model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.eval()

@@ -131,7 +131,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def open_model_folder(folder: Path, needs: str) -> Path:
+def open_model_folder(folder: Path, needs: str = "") -> Path:
     """`folder`, checked: it holds the file `needs` and, where it has a manifest, every file is intact. Else UserError."""
     recover(folder)
     if not folder.is_dir():
@@ -139,11 +139,17 @@ def open_model_folder(folder: Path, needs: str) -> Path:
     fault = damage(folder) if (folder / MANIFEST).exists() else None
     if fault:
         raise UserError(f"{folder} is damaged: {fault}")
+    if needs:
+        check_holds(folder, needs)
+    return folder
+
+
+def check_holds(folder: Path, needs: str) -> None:
+    """UserError, which names a pickle that lies there instead, unless the folder holds the file `needs`."""
     if not (folder / needs).is_file():
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         more = f" ({pickles[0]} is a pickle, which could run code, and is not loaded)" if pickles else ""
         raise UserError(f"{folder} holds no {needs}{more}")
-    return folder
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -65,7 +65,9 @@ class TrainConfig:
 class LoadConfig:
     """Settings that every eval and infer script has."""
 
-    checkpoint: str = ""  # folder of a trained model; empty: checkpoints/best of the newest run in outputs/
+    checkpoint: str = ""  # folder of a trained model, full or LoRA; empty: checkpoints/best of the newest run in outputs/
+    model: str = ""  # where the base is, if not under the name that it had in training
+    merge: bool = True  # add an adapter into its base's weights: the same outputs, without the detour
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     threads: int = 0  # CPU threads of this process; 0: as torch chooses

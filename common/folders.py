@@ -1,12 +1,14 @@
 """The run folder: outputs/<task>/<name>/, never overwritten by accident, locked while a run is in it."""
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import get_type_hints
 
 from common.checkpoint import read_json, recover
 from common.config import UserError, project_root, read_yaml
+from common.runtime import say
 
 # Settings that may differ when a run is taken up again: they do not change the weights (threads may, in the last bit).
 FREE_ON_RESUME = {"resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
@@ -96,18 +98,45 @@ def make_once(folder: Path, make) -> Path:
                 pass
             if not folder.exists():
                 print(f"drawing the demo data into {folder}", flush=True)
-                make(folder)
+                aside = folder.with_name(f".{folder.name}.tmp")
+                shutil.rmtree(aside, ignore_errors=True)  # what an interrupted call left
+                make(aside)
+                os.replace(aside, folder)
     return folder
 
 
 def newest_best(task: str, method: str) -> Path:
-    """checkpoints/best of the newest run of a task and method in outputs/. UserError where there is none."""
+    """checkpoints/best of the newest run in outputs/ that trained a task's whole model ("full"), or a part of it ("lora").
+
+    A part is an adapter by any PEFT method, or a head alone: eval_lora.py finds what train_lora.py left last. UserError
+    where there is none.
+    """
     root = project_root() / "outputs" / task
     for summary in root.glob("*/summary.json"):
         recover(summary.parent / "checkpoints" / "best")
     folders = [path.parent for path in root.glob("*/summary.json") if (path.parent / "checkpoints" / "best").is_dir()]
-    folders = [folder for folder in folders if read_json(folder / "summary.json").get("method") == method]
+    whole = {folder: read_json(folder / "summary.json").get("method") == "full" for folder in folders}
+    folders = [folder for folder in folders if whole[folder] == (method == "full")]
     if not folders:
         raise UserError(f"no {method} run in {root}: train first, or name a checkpoint with --checkpoint")
     newest = max(folders, key=lambda folder: (folder / "checkpoints" / "best").stat().st_mtime)
+    say(f"checkpoint: {newest / 'checkpoints' / 'best'}")
     return newest / "checkpoints" / "best"
+
+
+def eval_places(config) -> tuple[Path, Path]:
+    """(file of the numbers, folder of reports and pictures) for an evaluation: below --output_dir, or in the run's folder."""
+    checkpoint = Path(config.checkpoint).expanduser()
+    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
+    folder = root / f"eval_{config.split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), folder
+
+
+def predictions_folder(config, origin: dict) -> Path:
+    """Where predictions go: --output_dir, or outputs/<task>/predictions/<method> of the checkpoint with this origin."""
+    own = project_root() / "outputs" / origin["task"] / "predictions" / origin["method"]
+    folder = Path(config.output_dir).expanduser() if config.output_dir else own
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

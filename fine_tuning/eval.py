@@ -1,4 +1,4 @@
-"""Scores a fully fine-tuned CLIP: top-1, top-5, precision, recall, F1, beside the zero-shot answers of its base.
+"""Scores a fine-tuned CLIP: top-1, top-5, precision, recall, F1, beside the zero-shot answers of its base.
 
     python eval.py                                           # the newest outputs/clip/full, on its validation data
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ../data/dogs --split test
@@ -24,7 +24,6 @@ class EvalConfig(LoadConfig):
     data_dir: str = ""  # folder or CSV file as for training; empty: the data that the checkpoint was trained on
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
-    model: str = ""  # where the base is, if not under the name that it had in training
     zero_shot: bool = True  # score the base's own zero-shot answers, too, where the base is at hand (nothing is fetched)
     prompts: str = ""  # sentences with {label} for the zero-shot answers, separated by |; empty: those of the training
     batch_size: int = 0  # pictures at a time; 0: as in training
@@ -32,30 +31,24 @@ class EvalConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: the run folder
 
 
-def load_full(config, device):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=EvalConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
     from common.class_metrics import calibration, class_report, classification_metrics, softmax, worst_first
     from common.config import UserError
-    from common.folders import newest_best
+    from common.folders import eval_places, newest_best
     from common.plots import draw_calibration
     from common.runtime import say, start_accelerator
     from common.vision.pages import draw_page
     from common.vision.scoring import predict
     from data import load_for_eval
     from metrics import draw_evaluation, score_table, zero_shot_comparison
-    from model import zero_shot_model
+    from model import load_checkpoint, zero_shot_model
 
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("clip", method))
-    model, processor, origin = load(config, accelerator.device)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
     labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     metrics = classification_metrics(labels, logits, classes)
@@ -69,15 +62,11 @@ def main(argv=None, settings=EvalConfig, method="full", load=load_full):
         except UserError as error:
             say(f"no zero-shot answers beside it: {error}")
 
-    checkpoint = Path(config.checkpoint).expanduser()
-    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
-    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
-    write_json(file, {**facts, "config": asdict(config), "metrics": metrics, "zero_shot": zero_shot})
+    file, folder = eval_places(config)
+    about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
+    write_json(file, {**about, "config": asdict(config), "metrics": metrics, "zero_shot": zero_shot})
     text, table = class_report(labels, logits, classes)
-    results = {**facts, "metrics": metrics, "zero_shot": zero_shot, "classes": table}
+    results = {**about, "metrics": metrics, "zero_shot": zero_shot, "classes": table}
     summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", score_table(metrics, zero_shot)]
     if zero_shot:
         results["answers"] = zero_shot_comparison(labels, logits, baseline, classes)

@@ -1,4 +1,4 @@
-"""Says which classes your pictures show, with a fully fine-tuned CLIP.
+"""Says which classes your pictures show, with a fine-tuned CLIP.
 
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -28,16 +28,8 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: outputs/clip/predictions/<method>
 
 
-def load_full(config, device):
-    from common.bases import open_checkpoint
-    from predictor import Predictor
-
-    folder, _ = open_checkpoint(Path(config.checkpoint).expanduser(), "clip", "full")
-    return Predictor(folder, device=device)
-
-
-def main(argv=None, settings=InferConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     if config.top_k < 1 or config.batch_size < 1:
@@ -46,19 +38,19 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     import torch
 
     from common.checkpoint import write_json, write_text
-    from common.folders import newest_best
+    from common.folders import newest_best, predictions_folder
     from common.runtime import progress, start_accelerator
     from common.samples import Faults
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
+    from predictor import Predictor
 
     paths, faults = find_pictures(config.input), Faults()
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("clip", method))
-    predictor = load(config, accelerator.device)
+    predictor = Predictor(config.checkpoint, config.model, accelerator.device, config.merge)
     predictor.model = accelerator.prepare_model(predictor.model, evaluation_mode=True)  # computes in --precision
-    root = Path(config.output_dir or project_root() / "outputs/clip/predictions" / method).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    root = predictions_folder(config, predictor.origin)
 
     results, lines, seconds = [], [], 0.0
     for first in progress(range(0, len(paths), config.batch_size), "classifying"):

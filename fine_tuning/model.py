@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 # needs: torchvision, sentencepiece  (image processors; sentencepiece: the tokenizer of SigLIP)
-from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
+from common.bases import (
+    base_source,
+    describe_base,
+    load_pretrained,
+    load_under,
+    make_origin,
+    open_checkpoint,
+    with_saved_adapter,
+)
 from common.config import UserError
-from common.peft_adapters import find_targets, is_within, load_adapter_files
+from common.peft_adapters import find_targets, is_within
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -37,11 +45,11 @@ class ClipClassifier(nn.Module):
     exp(logit_scale) and b = 0 the softmax of the logits is the base's own zero-shot answer.
     """
 
-    def __init__(self, tower, classes: int, scale: float):
+    def __init__(self, tower, classes: list[str], scale: float):
         super().__init__()
-        self.tower, self.scale = tower, scale
+        self.tower, self.classes, self.scale = tower, classes, scale
         width = tower.config.projection_dim if hasattr(tower, "visual_projection") else tower.config.hidden_size
-        self.classifier = nn.Linear(width, classes)
+        self.classifier = nn.Linear(width, len(classes))
         nn.init.normal_(self.classifier.weight, std=0.1 / scale)  # at first every class is about as likely as any other
         nn.init.zeros_(self.classifier.bias)
 
@@ -76,7 +84,7 @@ class AnyTower:
     def from_pretrained(source, **options):
         import transformers
 
-        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         if config.model_type not in TOWERS:
             raise ValueError(f"a {config.model_type} model; expected {', '.join(TOWERS)}")
         tower_config = getattr(config, "vision_config", config)
@@ -141,15 +149,15 @@ def why_no_texts(name: str) -> str:
     from transformers import AutoConfig, AutoTokenizer
 
     source = base_source(name, DEMO_BASE, EXAMPLE)
-    if not hasattr(AutoConfig.from_pretrained(source, local_files_only=True), "text_config"):
+    safely = {"local_files_only": True, "trust_remote_code": False}
+    if not hasattr(AutoConfig.from_pretrained(source, **safely), "text_config"):
         return "the base has no text tower"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, **safely)
     except (OSError, ValueError, ImportError) as error:
         return f"the base has no tokenizer that can be read ({' '.join(str(error).split())[-150:]})"
-    if len(tokenizer) <= len(
-        set(tokenizer.all_special_tokens)
-    ):  # what transformers makes up where there are no files: no words in it
+    # Where there are no files, transformers makes up one that has no words.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         return "the base has no tokenizer"
     return ""
 
@@ -159,15 +167,15 @@ def with_head(tower, classes: list[str], base: str, head: str, prompts: str) -> 
     reason = why_no_texts(base) if head == "auto" else ""
     if head == "random" or reason:
         say(f"head for {len(classes)} classes: random" + (f", since {reason}" if reason else ""))
-        return ClipClassifier(tower, len(classes), SCALE)
+        return ClipClassifier(tower, classes, SCALE)
     rows, scale = zero_shot_rows(base, classes, prompts)
     say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
-    return zero_shot_classifier(tower, rows, scale)
+    return zero_shot_classifier(tower, classes, rows, scale)
 
 
-def zero_shot_classifier(tower, rows, scale: float) -> ClipClassifier:
-    """The classifier that answers as the base itself does: by the nearest text."""
-    model = ClipClassifier(tower, len(rows), scale)
+def zero_shot_classifier(tower, classes: list[str], rows, scale: float) -> ClipClassifier:
+    """The classifier that answers as the base itself does: by the nearest text, whose unit vectors are the rows."""
+    model = ClipClassifier(tower, classes, scale)
     with torch.no_grad():
         model.classifier.weight.copy_(rows)
     return model
@@ -181,7 +189,7 @@ def zero_shot_model(name: str, sha256: str, classes: list[str], prompts: str) ->
     tower, _, found = load_base(name, download=False)
     if found["sha256"] != sha256:
         raise UserError(f"{name} is not the base of the training: its sha256 is {found['sha256'][:12]}, not {sha256[:12]}")
-    return zero_shot_classifier(tower, *zero_shot_rows(name, classes, prompts)).eval()
+    return zero_shot_classifier(tower, classes, *zero_shot_rows(name, classes, prompts)).eval()
 
 
 # ---- what trains ---------------------------------------------------------------------------------------------------
@@ -290,55 +298,51 @@ def describe_trainable(model, method: str) -> None:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def origin(method: str, classes: list[str], model: ClipClassifier, base: dict, config) -> dict:
-    """What origin.json says of a checkpoint."""
-    facts = {"classes": classes, "scale": model.scale, "prompts": config.prompts}
-    return make_origin("clip", method, base, config, **facts, quantize=getattr(config, "quantize", "none"))
+def origin(method: str, model: ClipClassifier, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint of the model."""
+    details = {"classes": model.classes, "scale": model.scale, "prompts": config.prompts}
+    return make_origin("clip", method, base, config, **details, quantize=getattr(config, "quantize", "none"))
 
 
-def check_facts(folder: Path, facts: dict) -> None:
+def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+    """(model in eval mode on the device, image processor, origin) of a checkpoint, fully trained or an adapter.
+
+    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights. An adapter
+    that was trained on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
+    """
+    folder, about = open_checkpoint(folder, "clip")
+    check_origin(folder, about)
+    tower, processor = load_under(folder, about, load_base, base)
+    model = ClipClassifier(tower, about["classes"], about["scale"])
+    if about["method"] == "full":
+        load_head(model, folder)
+        return model.eval().to(device), processor, about
+    small = about.get("quantize", "none") != "none"
+    if small and torch.device(device).type == "cuda":
+        model, merge = quantized(model, about["quantize"], device), False
+    elif small:
+        say("note: this adapter was trained on a 4-bit base; here it goes on the base itself, so answers differ a little")
+    return with_saved_adapter(model, folder, (HEAD,), merge).eval().to(device), processor, about
+
+
+def check_origin(folder: Path, about: dict) -> None:
     """UserError unless origin.json has what loading needs."""
-    names, scale = facts.get("classes"), facts.get("scale")
+    names, scale = about.get("classes"), about.get("scale")
     fits = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
     if not (fits and len(set(names)) == len(names) and isinstance(scale, float) and 0 < scale < math.inf):
         raise UserError(f"{folder}/origin.json does not describe a classifier: it needs classes (different names) and scale")
 
 
-def load_model(folder: Path):
-    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
+def load_head(model: ClipClassifier, folder: Path) -> None:
+    """Puts the classifier of a checkpoint folder into the model; UserError unless it has the same tensors."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder, facts = open_checkpoint(folder, "clip", "full")
-    check_facts(folder, facts)
-    tower, processor, _ = load_base(str(folder.resolve()))
-    model = ClipClassifier(tower, len(facts["classes"]), facts["scale"])
     try:
         tensors = load_file(folder / HEAD_FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / HEAD_FILE} cannot be read: {error}") from None
-    expected, found = ({k: tuple(t.shape) for k, t in ts.items()} for ts in (model.classifier.state_dict(), tensors))
-    if expected != found:
-        raise UserError(f"{folder / HEAD_FILE} does not fit the {len(facts['classes'])} classes of origin.json: it holds {found}")
+    expected, there = ({k: tuple(t.shape) for k, t in ts.items()} for ts in (model.classifier.state_dict(), tensors))
+    if expected != there:
+        raise UserError(f"{folder / HEAD_FILE} does not fit the {len(model.classes)} classes of origin.json: it holds {there}")
     model.classifier.load_state_dict(tensors)
-    return model.eval(), processor, facts
-
-
-def load_adapter(folder: Path, base: str = "", merge: bool = True, device="cpu"):
-    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
-
-    merge: the adapter is added into the weights, which gives the same outputs without the detour. An adapter that was trained
-    on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
-    """
-    folder, facts = open_checkpoint(folder, "clip", "lora")
-    check_facts(folder, facts)
-    tower, processor, found = load_base(base or facts["base"]["name"])
-    check_same_base(folder, facts, found)
-    model = ClipClassifier(tower, len(facts["classes"]), facts["scale"])
-    small = facts.get("quantize", "none") != "none"
-    if small and torch.device(device).type == "cuda":
-        model, merge = quantized(model, facts["quantize"], device), False
-    elif small:
-        say("note: this adapter was trained on a 4-bit base; here it goes on the base itself, so answers differ a little")
-    model = load_adapter_files(model, folder, (HEAD,))
-    return (model.merge_and_unload() if merge else model.base_model.model).eval(), processor, facts

@@ -17,7 +17,7 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import UserError  # noqa: E402
-from model import load_adapter, load_model  # noqa: E402
+from model import load_checkpoint  # noqa: E402
 
 
 class Predictor:
@@ -31,19 +31,11 @@ class Predictor:
         """
         import torch
 
-        from common.bases import ORIGIN
-        from common.checkpoint import read_json
         from common.vision.preprocess import Preprocess
 
-        folder = Path(checkpoint).expanduser()
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        method = read_json(folder / ORIGIN).get("method") if (folder / ORIGIN).is_file() else "full"
-        if method == "lora":
-            self.model, processor, self.origin = load_adapter(folder, base, merge, device)
-        else:
-            self.model, processor, self.origin = load_model(folder)
-        self.model = self.model.to(device)
+        self.model, processor, self.origin = load_checkpoint(checkpoint, base, merge, device)
         self.device, self.classes, self.preprocess = device, self.origin["classes"], Preprocess(processor)
 
     def predict(self, image, top_k: int = 5) -> list[tuple[str, float]]:

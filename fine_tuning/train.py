@@ -53,7 +53,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders
     from metrics import draw_results
-    from model import layer_groups, load_base, load_model, origin, with_head
+    from model import layer_groups, load_base, load_checkpoint, origin, with_head
 
     with Run(config, task="clip", method="full") as run:
         tower, processor, base_facts = load_base(config.model)
@@ -63,7 +63,7 @@ def main(argv=None):
 
         # 1. The image tower with a classifier. Every weight trains, early layers perhaps slower than late ones.
         model = with_head(tower, classes, config.model, config.head, config.prompts)
-        facts = origin("full", classes, model, base_facts, config)
+        about = origin("full", model, base_facts, config)
         groups = layer_groups(model, config.lr, config.layer_decay)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
@@ -77,12 +77,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_model(run.best, run.unwrap(model), processor, facts)
+                save_model(run.best, run.unwrap(model), processor, about)
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            best, _, _ = load_model(run.best)
-            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
+            best, _, _ = load_checkpoint(run.best, device=run.device)
+            draw_results(best, val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

@@ -52,7 +52,7 @@ def main(argv=None):
     from peft import get_peft_model
     from torch.nn.functional import cross_entropy
 
-    from common.bases import save_adapter, train_mode
+    from common.bases import save_lora, train_mode
     from common.optim import build_optimizer
     from common.peft_adapters import freeze_adapters, train_whole
     from common.run import Run
@@ -64,8 +64,8 @@ def main(argv=None):
         HEAD,
         adapter_config,
         describe_trainable,
-        load_adapter,
         load_base,
+        load_checkpoint,
         lora_targets,
         origin,
         quantized,
@@ -82,7 +82,7 @@ def main(argv=None):
         model = with_head(tower, classes, config.model, config.head, config.prompts)
         model = quantized(model, config.quantize, run.device, config.peft_method)
         adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets))
-        facts = origin("lora", classes, model, base_facts, config)
+        about = origin("lora", model, base_facts, config)
         model = get_peft_model(model, adapter)
         train_whole(model, [HEAD])
         if config.lora_r == 0:
@@ -100,12 +100,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_adapter(run.best, run.unwrap(model), processor, facts)
+                save_lora(run.best, run.unwrap(model), processor, about)
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            best, _, _ = load_adapter(run.best, base=config.model, device=run.device)
-            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
+            best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+            draw_results(best, val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

@@ -14,12 +14,12 @@ from test_labelled import check_preprocess
 TASK = CLASSIFICATION
 use_task(TASK)
 
-from common.bases import save_adapter, save_model, train_mode  # noqa: E402
+from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
 from common.vision.preprocess import Preprocess  # noqa: E402
-from model import class_layers, load_adapter, load_base, load_model, lora_targets, origin, with_classes  # noqa: E402
+from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
 KINDS = ["vit", "deit", "swin", "dinov2", "convnext", "mobilevit", "timm"]
@@ -155,7 +155,7 @@ def trained(base_folder, loaded):
     at_start, start = outputs(model, pixels), clones(model.named_parameters())
     losses = train(model)
     folder = base_folder.parent / "adapter"
-    save_adapter(folder, model, processor, origin("lora", NEW, facts, FACTS))
+    save_lora(folder, model, processor, origin("lora", model, facts, FACTS))
     return SimpleNamespace(
         model=model, head=head, plain=plain, start=start, before=before, at_start=at_start, losses=losses, folder=folder,
         after=outputs(model, pixels), pixels=pixels,
@@ -270,10 +270,10 @@ def test_a_linear_probe_trains_the_head_alone(small_base):
 
 
 def test_a_loaded_adapter_answers_as_the_trained_one_merged_or_not(trained, capsys):
-    model, processor, facts = load_adapter(trained.folder, merge=False)
+    model, processor, facts = load_checkpoint(trained.folder, merge=False)
     torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-5, rtol=1e-5)
     assert not model.training and facts["classes"] == NEW and Preprocess(processor).shape == (32, 32)
-    merged = model.merge_and_unload()
+    merged, _, _ = load_checkpoint(trained.folder)
     torch.testing.assert_close(outputs(merged, trained.pixels), trained.after, atol=1e-4, rtol=1e-4)
     assert not [name for name, _ in merged.named_parameters() if "lora_" in name]
     assert "translated" not in capsys.readouterr().out
@@ -298,12 +298,10 @@ def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(loaded, kind, tmp_pa
         assert torch.equal(module.running_mean, mean) and torch.equal(module.running_var, var)
     after = outputs(model, pixels)
     assert (after - before).abs().max() > 1e-2
-    save_model(tmp_path / "best", model, processor, origin("full", NEW, facts, FACTS))
-    again, _, found = load_model(tmp_path / "best")
+    save_model(tmp_path / "best", model, processor, origin("full", model, facts, FACTS))
+    again, _, found = load_checkpoint(tmp_path / "best")
     assert torch.equal(outputs(again, pixels), after) and found["classes"] == NEW and not again.training
     assert [again.config.id2label[i] for i in range(4)] == NEW  # so it can be the base of another run
-    with pytest.raises(UserError, match="holds no adapter_model.safetensors"):
-        load_adapter(tmp_path / "best")
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +309,9 @@ def untouched(small_base):
     """A saved ViT adapter on q and v (untrained), without a manifest."""
     base, processor, facts = load_base(str(small_base))
     model, folder = add_lora(with_classes(base, ["star", "dot"]), "qv"), small_base.parent / "adapter"
-    save_adapter(folder, model, processor, origin("lora", ["star", "dot"], facts, FACTS))
+    save_lora(folder, model, processor, origin("lora", model, facts, FACTS))
     (folder / "manifest.json").unlink()
-    load_adapter(folder)  # it is fine before a test tampers with it
+    load_checkpoint(folder)  # it is fine before a test tampers with it
     return folder
 
 
@@ -366,40 +364,40 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(adapter, name, how, told)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would be a second line for the user to read
         with pytest.raises(UserError, match=told) as caught:
-            load_adapter(adapter)
+            load_checkpoint(adapter)
     assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
     other = save_base(tmp_path / "other", seed=7)
     with pytest.raises(UserError, match="was trained on the base .* an adapter fits no other base"):
-        load_adapter(adapter, base=str(other))
+        load_checkpoint(adapter, base=str(other))
 
 
 def test_an_adapter_that_does_not_say_where_it_comes_from_is_refused(adapter):
     (adapter / "origin.json").unlink()
     with pytest.raises(UserError, match="holds no origin.json: only checkpoints that these scripts saved say what"):
-        load_adapter(adapter)
+        load_checkpoint(adapter)
 
 
 def test_pickles_are_refused(adapter, small_base, tmp_path):
     torch.save({HEAD: torch.zeros(2)}, adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="adapter_model.bin is a pickle, which could run code"):
-        load_adapter(adapter)
+        load_checkpoint(adapter)
     full = shutil.copytree(small_base, tmp_path / "full")
     torch.save({}, full / "pytorch_model.bin")
     (full / "model.safetensors").unlink()
     shutil.copy(adapter / "origin.json", full)
     with pytest.raises(UserError, match="pytorch_model.bin is a pickle, which could run code"):
-        load_model(full)
+        load_checkpoint(full)
 
 
 def test_an_adapter_file_that_was_cut_short_is_refused(adapter):
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match="adapter_model.safetensors cannot be read"):
-        load_adapter(adapter)
+        load_checkpoint(adapter)
 
 
 def test_saving_twice_writes_the_same_bytes(adapter):
@@ -442,13 +440,13 @@ def make_old(folder, kind, edit=None, **config):
 
 def test_an_adapter_with_the_names_of_transformers_4_is_translated(trained, kind, tmp_path, capsys):
     if kind not in OLD:  # its layers go by the names that they have always had: nothing may be translated
-        load_adapter(trained.folder)
+        load_checkpoint(trained.folder)
         assert "translated" not in capsys.readouterr().out
         return
     folder = shutil.copytree(trained.folder, tmp_path / "old")
     (folder / "manifest.json").unlink()
     make_old(folder, kind)
-    model, _, _ = load_adapter(folder)
+    model, _, _ = load_checkpoint(folder)
     torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-4, rtol=1e-4)
     names = [name for name, _ in trained.model.named_modules()]
     differs = any(as_of_old(kind, name) != name for name in names)  # not DINOv2's, in the early 5s
@@ -469,7 +467,7 @@ def test_an_adapter_that_peft_itself_saved_is_loaded_under_either_names(adapter,
     (adapter / "origin.json").write_text(json.dumps({**facts, "classes": NEW}))
     if old:
         make_old(adapter, "vit", target_modules=["query", "value"])
-    again, _, _ = load_adapter(adapter)
+    again, _, _ = load_checkpoint(adapter)
     torch.testing.assert_close(outputs(again, make_batch()[0]), outputs(model, make_batch()[0]), atol=1e-4, rtol=1e-4)
     assert ("they are translated" in capsys.readouterr().out) == old
 
@@ -506,7 +504,7 @@ def test_an_old_adapter_is_translated_as_a_whole_or_refused(adapter, fault, targ
         settings["alpha_pattern"] = {"query": 64}
     make_old(adapter, "vit", edit, **settings)
     with pytest.raises(UserError, match="does not fit this base") as caught:
-        load_adapter(adapter)
+        load_checkpoint(adapter)
     assert "\n" not in str(caught.value)
 
 

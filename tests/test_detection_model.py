@@ -14,15 +14,14 @@ from conftest import DETECTION, Payload, in_child, use_task
 TASK = DETECTION
 use_task(TASK)
 
-from common.bases import save_adapter, save_model, train_mode  # noqa: E402
+from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.peft_adapters import is_within, train_whole  # noqa: E402
 from model import (  # noqa: E402
     HEADS,
-    load_adapter,
     load_base,
-    load_model,
+    load_checkpoint,
     lora_targets,
     origin,
     with_classes,
@@ -151,7 +150,7 @@ def trained(base_folder):
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     losses = train(model, batch)
     folder = base_folder.parent / "adapter"
-    save_adapter(folder, model, processor, origin("lora", classes, facts, FACTS))
+    save_lora(folder, model, processor, origin("lora", model, facts, FACTS))
     return SimpleNamespace(
         model=model, plain=plain, before=before, at_start=at_start, without=without, losses=losses, folder=folder, batch=batch,
         classes=classes, after=outputs(model, batch), base=facts,
@@ -258,7 +257,7 @@ def test_batch_norm_keeps_the_statistics_of_the_base(kind, base_folder):
 
 @pytest.mark.parametrize("merge, tolerance", [(False, 1e-5), (True, 1e-4)])
 def test_a_loaded_adapter_answers_as_the_trained_one(trained, merge, tolerance):
-    model, processor, facts = load_adapter(trained.folder, merge=merge)
+    model, processor, facts = load_checkpoint(trained.folder, merge=merge)
     torch.testing.assert_close(outputs(model, trained.batch), trained.after, atol=tolerance, rtol=0)
     assert not model.training and facts["classes"] == trained.classes and processor.size["height"] == 64
     assert any("lora_" in name for name, _ in model.named_parameters()) != merge
@@ -278,18 +277,16 @@ def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(base_folder, tmp_pat
     before = outputs(model, batch)
     train(model, batch, steps=2)
     assert (outputs(model, batch) - before).abs().max() > 1e-2
-    save_model(tmp_path / "best", model, processor, origin("full", [*CLASSES, "star"], facts, FACTS))
-    loaded, _, found = load_model(tmp_path / "best")
+    save_model(tmp_path / "best", model, processor, origin("full", model, facts, FACTS))
+    loaded, _, found = load_checkpoint(tmp_path / "best")
     assert torch.equal(outputs(loaded, batch), outputs(model, batch)) and found["classes"] == [*CLASSES, "star"]
     assert fingerprint(loaded.state_dict()) == fingerprint(model.state_dict())
-    with pytest.raises(UserError, match="is a checkpoint of detection \\(full\\), not of detection \\(lora\\)|holds no adapter"):
-        load_adapter(tmp_path / "best")
 
 
 def test_an_adapter_of_another_base_is_refused(trained, kind, tmp_path):
     other = save_base(tmp_path / "other", kind, seed=7)
     with pytest.raises(UserError, match="was trained on the base .* an adapter fits no other base"):
-        load_adapter(trained.folder, base=str(other))
+        load_checkpoint(trained.folder, base=str(other))
 
 
 @pytest.fixture
@@ -297,7 +294,7 @@ def detr_adapter(tmp_path):
     """A saved adapter (untrained) without a manifest, so that its files can be tampered with."""
     base, processor, facts = load_base(str(save_base(tmp_path / "base")))
     model = add_lora(with_classes(base, ["star", "dot"]), "qv")
-    save_adapter(tmp_path / "adapter", model, processor, origin("lora", ["star", "dot"], facts, FACTS))
+    save_lora(tmp_path / "adapter", model, processor, origin("lora", model, facts, FACTS))
     (tmp_path / "adapter" / "manifest.json").unlink()
     return tmp_path / "adapter"
 
@@ -333,7 +330,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(detr_adapter, name, chang
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would be a second line for the user to read
         with pytest.raises(UserError, match=told) as caught:
-            load_adapter(detr_adapter)
+            load_checkpoint(detr_adapter)
     assert "\n" not in str(caught.value)
 
 
@@ -341,7 +338,7 @@ def test_a_pickle_in_place_of_the_adapter_is_refused(detr_adapter):
     (detr_adapter / "adapter_model.safetensors").unlink()
     torch.save({HEAD: torch.zeros(3)}, detr_adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="adapter_model.bin is a pickle"):
-        load_adapter(detr_adapter)
+        load_checkpoint(detr_adapter)
 
 
 def test_saving_twice_writes_the_same_bytes(detr_adapter):

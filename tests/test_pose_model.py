@@ -13,7 +13,7 @@ from conftest import POSE, Payload, use_task
 TASK = POSE
 use_task(TASK)
 
-from common.bases import save_model  # noqa: E402
+from common.bases import save_lora, save_model  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
@@ -31,12 +31,10 @@ from model import (  # noqa: E402
     input_size,
     keypoint_errors,
     keypoint_loss,
-    load_adapter,
     load_base,
-    load_model,
+    load_checkpoint,
     lora_targets,
     origin,
-    save_lora,
     soft_argmax,
     with_head,
 )
@@ -153,7 +151,7 @@ def trained(base_folder, kind):
     losses = train(model, batch)
     still = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     folder = base_folder.parent / "adapter"
-    save_lora(folder, model, processor, origin("lora", facts, FACTS))
+    save_lora(folder, model, processor, origin("lora", model, facts, FACTS))
     return SimpleNamespace(
         model=model, plain=plain, before=before, at_start=at_start, still=still, losses=losses, folder=folder, batch=batch,
         after=coords(model, batch[0]),
@@ -404,12 +402,12 @@ def test_rank_zero_moves_the_head_alone(tmp_path):
 
 @pytest.mark.parametrize("merge, tolerance", [(False, 1e-6), (True, 1e-4)])
 def test_a_loaded_adapter_answers_as_the_trained_one(trained, merge, tolerance, kind):
-    model, _, facts = load_adapter(trained.folder, merge=merge)
+    model, _, facts = load_checkpoint(trained.folder, merge=merge)
     torch.testing.assert_close(coords(model, trained.batch[0]), trained.after, atol=tolerance, rtol=0)
     assert facts["task"] == "pose" and facts["method"] == "lora"
     assert model.facts["names"] == NAMES and KeypointSet.from_json(model.facts) == POINTS
     assert any("lora_" in name for name, _ in model.named_parameters()) != merge
-    assert not load_adapter(trained.folder, merge=merge)[0].training
+    assert not load_checkpoint(trained.folder, merge=merge)[0].training
 
 
 def test_plain_peft_loads_the_same_adapter(trained, base_folder):
@@ -430,8 +428,8 @@ def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(base_folder, kind, h
     train(model, batch, steps=2)
     after = coords(model, batch[0])
     assert (after - before).abs().max() > 1e-3
-    save_model(tmp_path / "best", model, processor, origin("full", facts, FACTS))
-    loaded, _, found = load_model(tmp_path / "best")
+    save_model(tmp_path / "best", model, processor, origin("full", model, facts, FACTS))
+    loaded, _, found = load_checkpoint(tmp_path / "best")
     assert torch.equal(coords(loaded, batch[0]), after) and found["method"] == "full" and loaded.facts == model.facts
     assert fingerprint(loaded.state_dict()) == fingerprint(model.state_dict())
     # The backbone is the library's own folder format.
@@ -444,21 +442,19 @@ def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(base_folder, kind, h
     # It is a base, too, with a head of its own.
     again, _, _ = load_base(str(tmp_path / "best"))
     assert torch.equal(coords(with_head(again, POINTS, head, input_size(again, 0)), batch[0]), after)
-    with pytest.raises(UserError, match="is a checkpoint of pose \\(full\\), not of pose \\(lora\\)|holds no adapter"):
-        load_adapter(tmp_path / "best")
 
 
 def test_an_adapter_of_another_base_is_refused(trained, kind, tmp_path):
     other = save_base(tmp_path / "other", kind, seed=7)
     with pytest.raises(UserError, match="was trained on the base .* an adapter fits no other base"):
-        load_adapter(trained.folder, base=str(other))
+        load_checkpoint(trained.folder, base=str(other))
 
 
 @pytest.fixture
 def adapter(tmp_path):
     """A saved adapter (untrained) without a manifest, so that its files can be tampered with."""
     model, processor, facts = prepare(save_base(tmp_path / "base"))
-    save_lora(tmp_path / "adapter", add_lora(model, "qv"), processor, origin("lora", facts, FACTS))
+    save_lora(tmp_path / "adapter", add_lora(model, "qv"), processor, origin("lora", model, facts, FACTS))
     (tmp_path / "adapter" / "manifest.json").unlink()
     return tmp_path / "adapter"
 
@@ -493,7 +489,7 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(adapter, name, change, to
     save_file(tensors, file)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a warning would be a second line for the user to read
-        refused(lambda: load_adapter(adapter), told)
+        refused(lambda: load_checkpoint(adapter), told)
 
 
 def refused(call, told):
@@ -505,7 +501,7 @@ def refused(call, told):
 def test_a_pickle_in_place_of_the_adapter_is_refused(adapter):
     (adapter / "adapter_model.safetensors").unlink()
     torch.save({BIAS: torch.zeros(5)}, adapter / "adapter_model.bin")
-    refused(lambda: load_adapter(adapter), "adapter_model.bin is a pickle")
+    refused(lambda: load_checkpoint(adapter), "adapter_model.bin is a pickle")
 
 
 def test_a_changed_file_of_a_sealed_checkpoint_is_refused(trained):
@@ -513,7 +509,7 @@ def test_a_changed_file_of_a_sealed_checkpoint_is_refused(trained):
     whole = file.read_text()
     try:
         file.write_text(whole.replace("left_hand", "left_hard"))
-        refused(lambda: load_adapter(trained.folder), "keypoints.json")
+        refused(lambda: load_checkpoint(trained.folder), "keypoints.json")
     finally:
         file.write_text(whole)
 
@@ -545,7 +541,7 @@ def test_a_keypoints_json_that_does_not_describe_keypoints_is_refused(adapter, w
         change = json.dumps({key: value for key, value in facts.items() if value is not ...})
     file.write_text(change)
     told = "keypoint_head.conv" if what == "other names" else "keypoints.json"
-    refused(lambda: load_adapter(adapter), told)
+    refused(lambda: load_checkpoint(adapter), told)
 
 
 def test_saving_twice_writes_the_same_bytes(adapter):
@@ -586,7 +582,7 @@ def test_a_head_file_that_does_not_fit_is_named_in_one_line(tmp_path, damage):
 
     model, processor, facts = prepare(save_base(tmp_path / "base"))
     folder = tmp_path / "best"
-    save_model(folder, model, processor, origin("full", facts, FACTS))
+    save_model(folder, model, processor, origin("full", model, facts, FACTS))
     (folder / "manifest.json").unlink()
     file, tensors = folder / HEAD_FILE, load_file(folder / HEAD_FILE)
     if damage == "cut":
@@ -605,9 +601,9 @@ def test_a_head_file_that_does_not_fit_is_named_in_one_line(tmp_path, damage):
     told = {"missing": "conv.bias is missing, expected \\(5,\\)", "reshaped": "conv.bias is \\(6,\\), expected \\(5,\\)"}
     told |= {"other": "stray is \\(1,\\), expected no such tensor"}
     told = f"{HEAD_FILE} {told.get(damage) and 'does not fit keypoints.json: ' + told[damage] or 'cannot be read'}"
-    refused(lambda: load_model(folder), told)
+    refused(lambda: load_checkpoint(folder), told)
     file.unlink()
-    refused(lambda: load_model(folder), f"holds no {HEAD_FILE}")
+    refused(lambda: load_checkpoint(folder), f"holds no {HEAD_FILE}")
 
 
 def test_a_model_that_is_no_vit_is_refused_with_what_there_is(tmp_path):

@@ -1,4 +1,4 @@
-"""Scores a fully fine-tuned classifier: accuracy, F1, top-5, calibration, and its most confident mistakes.
+"""Scores a fine-tuned classifier: accuracy, F1, top-5, calibration, and its most confident mistakes.
 
     python eval.py                                           # the newest outputs/classification/full, on its validation data
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/pictures --split test
@@ -29,39 +29,30 @@ class EvalConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: the run folder
 
 
-def load_full(config):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=EvalConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
     from common.class_metrics import calibration, class_report, classification_metrics, softmax, worst_first
-    from common.folders import newest_best
+    from common.folders import eval_places, newest_best
     from common.plots import draw_calibration
     from common.runtime import start_accelerator
     from common.vision.pages import draw_page
     from common.vision.scoring import predict
     from data import load_for_eval
     from metrics import draw_evaluation
+    from model import load_checkpoint
 
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("classification", method))
-    model, processor, origin = load(config)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
     labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     metrics = classification_metrics(labels, logits, classes)
 
-    checkpoint = Path(config.checkpoint).expanduser()
-    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
-    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
-    write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
+    file, folder = eval_places(config)
+    about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
+    write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     text, table = class_report(labels, logits, classes)
     write_text(folder / "report.txt", text)
     write_json(folder / "report.json", table)

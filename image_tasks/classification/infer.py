@@ -1,4 +1,4 @@
-"""Says what your pictures show, with a fully fine-tuned classifier.
+"""Says what your pictures show, with a fine-tuned classifier.
 
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -27,14 +27,8 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: outputs/classification/predictions/<method>
 
 
-def load_full(config):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=InferConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     if config.top_k < 1 or config.batch_size < 1:
@@ -47,24 +41,24 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     from common.batches import EvalBatches
     from common.checkpoint import write_json
     from common.class_metrics import softmax
-    from common.folders import newest_best
+    from common.folders import newest_best, predictions_folder
     from common.runtime import progress, start_accelerator
     from common.samples import Faults
     from common.vision.labelled import collate, pictures_only
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
     from common.vision.preprocess import Preprocess
+    from model import load_checkpoint
 
     paths = find_pictures(config.input)
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("classification", method))
-    model, processor, origin = load(config)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     model, classes = accelerator.prepare_model(model, evaluation_mode=True), origin["classes"]
     faults = Faults()
     dataset = pictures_only(paths, classes, Preprocess(processor), faults)
     faults.report()
-    root = Path(config.output_dir or project_root() / "outputs/classification/predictions" / method).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    root = predictions_folder(config, origin)
 
     results, seconds = [], 0.0
     print(f"{'picture':40} {'class':24} {'probability':>11} {'ms':>8}")

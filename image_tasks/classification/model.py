@@ -7,8 +7,17 @@ import torch
 from torch import nn
 
 # needs: timm, torchvision  (timm: bases called timm/<name>; torchvision: image processors)
-from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
-from common.peft_adapters import find_targets, load_adapter_files
+from common.bases import (
+    base_source,
+    class_tensors,
+    describe_base,
+    load_pretrained,
+    load_under,
+    make_origin,
+    open_checkpoint,
+    with_saved_adapter,
+)
+from common.peft_adapters import find_targets
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -42,18 +51,17 @@ def load_base(name: str):
     return model, processor, describe_base(name, model)
 
 
-def class_layers(model) -> list[str]:
-    """Names of the layers whose size is the number of classes (classifier, timm_model.head ...). They train whole."""
+def build(config):
+    """A classifier with new weights."""
     from transformers import AutoModelForImageClassification
 
-    shapes = []
-    for more in (0, 1):
-        config = copy.deepcopy(model.config)
-        config.id2label = dict(enumerate(map(str, range(model.config.num_labels + more))))
-        with torch.device("meta"):  # shapes without weights
-            tensors = AutoModelForImageClassification.from_config(config).state_dict()
-        shapes.append({key: tensor.shape for key, tensor in tensors.items()})
-    return sorted({key.rsplit(".", 1)[0] for key, shape in shapes[0].items() if shape != shapes[1][key]})
+    return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+
+
+def class_layers(model) -> list[str]:
+    """Names of the layers whose size is the number of classes (classifier, timm_model.head ...). They train whole."""
+    with torch.device("meta"):  # shapes without weights
+        return sorted({name.rsplit(".", 1)[0] for name in class_tensors(build, model)})
 
 
 def with_classes(base, classes: list[str]):
@@ -62,8 +70,6 @@ def with_classes(base, classes: list[str]):
     A base that knows all of the classes keeps its rows for them. Else the head is new: a few old rows among new ones would
     outweigh them.
     """
-    from transformers import AutoModelForImageClassification
-
     known = [base.config.id2label[i] for i in range(base.config.num_labels)]
     model = base
     if known != classes:
@@ -73,7 +79,7 @@ def with_classes(base, classes: list[str]):
         config.label2id = {label: i for i, label in enumerate(classes)}
         if hasattr(config, "label_names"):  # what timm's wrapper writes in place of the two
             config.label_names = classes
-        model = AutoModelForImageClassification.from_config(config)
+        model = build(config)
         tensors, new = base.state_dict(), model.state_dict()
         for key in tensors:
             if key.rsplit(".", 1)[0] in heads:
@@ -89,26 +95,20 @@ def with_classes(base, classes: list[str]):
     return model
 
 
-def origin(method: str, classes: list[str], base: dict, config) -> dict:
-    """What origin.json says of a checkpoint."""
+def origin(method: str, model, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint of the model."""
+    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
     return make_origin("classification", method, base, config, classes=classes)
 
 
-def load_model(folder: Path):
-    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
-    folder, facts = open_checkpoint(folder, "classification", "full")
-    model, processor, _ = load_base(str(folder.resolve()))
-    return model.eval(), processor, facts
+def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+    """(model in eval mode on the device, image processor, origin) of a checkpoint, fully trained or an adapter.
 
-
-def load_adapter(folder: Path, base: str = "", merge: bool = True):
-    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
-
-    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
     """
-    folder, facts = open_checkpoint(folder, "classification", "lora")
-    model, processor, found = load_base(base or facts["base"]["name"])
-    check_same_base(folder, facts, found)
-    model = with_classes(model, facts["classes"])
-    model = load_adapter_files(model, folder, class_layers(model))
-    return (model.merge_and_unload() if merge else model).eval(), processor, facts
+    folder, about = open_checkpoint(folder, "classification")
+    model, processor = load_under(folder, about, load_base, base)
+    if about["method"] == "lora":
+        model = with_classes(model, about["classes"])
+        model = with_saved_adapter(model, folder, class_layers(model), merge)
+    return model.eval().to(device), processor, about

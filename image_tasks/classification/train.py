@@ -47,7 +47,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders
     from metrics import draw_results
-    from model import load_base, load_model, origin, with_classes
+    from model import load_base, load_checkpoint, origin, with_classes
 
     with Run(config, task="classification", method="full") as run:
         base, processor, base_facts = load_base(config.model)
@@ -57,6 +57,7 @@ def main(argv=None):
 
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes)
+        about = origin("full", model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
@@ -69,12 +70,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_model(run.best, run.unwrap(model), processor, origin("full", classes, base_facts, config))
+                save_model(run.best, run.unwrap(model), processor, about)
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            best, _, _ = load_model(run.best)
-            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
+            best, _, _ = load_checkpoint(run.best, device=run.device)
+            draw_results(best, val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

@@ -45,7 +45,7 @@ def main(argv=None):
     from peft import LoraConfig, get_peft_model
     from torch.nn.functional import cross_entropy
 
-    from common.bases import save_adapter, train_mode
+    from common.bases import save_lora, train_mode
     from common.optim import build_optimizer
     from common.peft_adapters import freeze_adapters, train_whole
     from common.run import Run
@@ -53,7 +53,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders
     from metrics import draw_results
-    from model import class_layers, load_adapter, load_base, lora_targets, origin, with_classes
+    from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes
 
     with Run(config, task="classification", method="lora" if config.lora_r else "head") as run:
         base, processor, base_facts = load_base(config.model)
@@ -63,6 +63,7 @@ def main(argv=None):
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
         model = with_classes(base, classes)
+        about = origin("lora", model, base_facts, config)
         head = class_layers(model)
         lora = LoraConfig(
             r=max(1, config.lora_r),
@@ -86,12 +87,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_adapter(run.best, run.unwrap(model), processor, origin("lora", classes, base_facts, config))
+                save_lora(run.best, run.unwrap(model), processor, about)
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            best, _, _ = load_adapter(run.best, base=config.model)
-            draw_results(best.to(run.device), val_loader.dataset, run.history, run.folder)
+            best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+            draw_results(best, val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

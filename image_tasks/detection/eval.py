@@ -1,4 +1,4 @@
-"""Scores a fully fine-tuned detector: COCO average precision, curves, and its best and worst pictures.
+"""Scores a fine-tuned detector: COCO average precision, curves, and its best and worst pictures.
 
     python eval.py                                           # the newest outputs/detection/full, on its validation data
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/boxes --split test
@@ -29,37 +29,28 @@ class EvalConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: the run folder
 
 
-def load_full(config):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=EvalConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
-    from common.folders import newest_best
+    from common.folders import eval_places, newest_best
     from common.runtime import start_accelerator
     from data import load_for_eval
     from metrics import coco_eval, coco_metrics, draw_page, draw_per_class, draw_precision_recall, predict, worst_first
+    from model import load_checkpoint
 
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("detection", method))
-    model, processor, origin = load(config)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), processor, loader)
     samples = loader.dataset.samples
     scored = coco_eval(samples, found, classes)
     metrics = {"val_loss": loss, **coco_metrics(scored, classes)}
 
-    checkpoint = Path(config.checkpoint).expanduser()
-    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
-    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
-    write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
+    file, folder = eval_places(config)
+    about = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
+    write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     if scored:
         draw_precision_recall(scored, classes, folder / "precision_recall.png")
         draw_per_class(metrics, folder / "per_class.png")

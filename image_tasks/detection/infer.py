@@ -1,4 +1,4 @@
-"""Finds objects in your pictures with a fully fine-tuned detector.
+"""Finds objects in your pictures with a fine-tuned detector.
 
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --threshold 0.3
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -26,14 +26,8 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: outputs/detection/predictions/<method>
 
 
-def load_full(config):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=InferConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     if not 0 <= config.threshold <= 1:
@@ -43,23 +37,23 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
 
     from common.batches import EvalBatches
     from common.checkpoint import write_json
-    from common.folders import newest_best
+    from common.folders import newest_best, predictions_folder
     from common.runtime import progress, start_accelerator
     from common.samples import Faults
     from common.vision.pictures import decode, find_pictures
     from data import Preprocess, collate, pictures_only
     from metrics import detect, draw_boxes, xywh
+    from model import load_checkpoint
 
     pictures = find_pictures(config.input)
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("detection", method))
-    model, processor, origin = load(config)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     model, classes = accelerator.prepare_model(model, evaluation_mode=True), origin["classes"]
     faults = Faults()
     dataset = pictures_only(pictures, Preprocess(processor, origin["image_size"]), faults)
     faults.report()
-    root = Path(config.output_dir or project_root() / "outputs/detection/predictions" / method).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    root = predictions_folder(config, origin)
 
     results, seconds, shapes = [], 0.0, [dataset.shape(i) for i in range(len(dataset))]
     print(f"{'picture':40} {'objects':>7} {'ms':>8}")

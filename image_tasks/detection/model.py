@@ -7,8 +7,17 @@ import torch
 from torch import nn
 
 # needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
-from common.bases import base_source, check_same_base, describe_base, load_pretrained, make_origin, open_checkpoint
-from common.peft_adapters import find_targets, is_within, load_adapter_files
+from common.bases import (
+    base_source,
+    class_tensors,
+    describe_base,
+    load_pretrained,
+    load_under,
+    make_origin,
+    open_checkpoint,
+    with_saved_adapter,
+)
+from common.peft_adapters import find_targets, is_within
 from common.runtime import process_index, say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -50,40 +59,24 @@ def load_base(name: str):
     return model, processor, describe_base(name, model)
 
 
+def build(config):
+    """A detector with new weights."""
+    from transformers import AutoModelForObjectDetection
+
+    return AutoModelForObjectDetection.from_config(config, trust_remote_code=False)
+
+
 def with_classes(base, classes: list[str], most_boxes: int = 0):
     """The base with a class head for `classes`; every other weight is kept. most_boxes: in one picture, to warn of too many.
 
     Rows of class layers are copied by class name; a class that the base does not know starts as the mean of those that it
     does: the head keeps its notion of "some object" against "no object".
     """
-    from transformers import AutoModelForObjectDetection
-
     known = [base.config.id2label[i] for i in range(len(base.config.id2label))]
     queries = getattr(base.config, "num_queries", most_boxes)
     if queries < most_boxes:
         say(f"note: this base finds at most {queries} objects in a picture, and one of yours has {most_boxes}")
-    model = base
-    if known != classes:
-        config = copy.deepcopy(base.config)
-        config.id2label = dict(enumerate(classes))
-        config.label2id = {label: i for i, label in enumerate(classes)}
-        model = AutoModelForObjectDetection.from_config(config)
-        lowered = [label.lower() for label in known]
-        rows = [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
-        # Class layers are those that a class more would change; shapes alone do not tell where the number of classes stays.
-        probe = copy.deepcopy(config)
-        probe.id2label = dict(enumerate([*known, "one more"]))
-        wider, theirs = AutoModelForObjectDetection.from_config(probe).state_dict(), base.state_dict()
-        changed = [key for key in theirs if wider[key].shape != theirs[key].shape]
-        for key in changed:
-            theirs[key] = pick_rows(theirs[key], rows, len(known))
-        model.load_state_dict(theirs)
-        new = [c for c, row in zip(classes, rows, strict=True) if row is None]
-        parts = sorted({key.rsplit(".", 1)[0] for key in changed})
-        say(
-            f"new class head ({', '.join(parts)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
-            + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
-        )
+    model = base if known == classes else with_class_head(base, known, classes)
     for name, parameter in model.named_parameters():
         if is_within(name, ("backbone",)):
             parameter.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
@@ -93,6 +86,27 @@ def with_classes(base, classes: list[str], most_boxes: int = 0):
         model.get_input_embeddings = nn.Identity
     if not hasattr(model.loss_function, "weighed"):
         model.loss_function = weighed_over_processes(model.loss_function)
+    return model
+
+
+def with_class_head(base, known: list[str], classes: list[str]):
+    """A new model for `classes` with the weights of a base that knows `known`."""
+    config = copy.deepcopy(base.config)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {label: i for i, label in enumerate(classes)}
+    model = build(config)
+    lowered = [label.lower() for label in known]
+    rows = [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
+    tensors, changed = base.state_dict(), class_tensors(build, base)
+    for name in changed:
+        tensors[name] = pick_rows(tensors[name], rows, len(known))
+    model.load_state_dict(tensors)
+    new = [c for c, row in zip(classes, rows, strict=True) if row is None]
+    layers = sorted({name.rsplit(".", 1)[0] for name in changed})
+    say(
+        f"new class head ({', '.join(layers)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
+        + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
+    )
     return model
 
 
@@ -143,26 +157,20 @@ def backbone_groups(model, lr: float, lr_backbone: float) -> list[dict]:
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 
-def origin(method: str, classes: list[str], base: dict, config) -> dict:
-    """What origin.json says of a checkpoint."""
-    facts = {"classes": classes, "image_size": config.image_size, "data_format": config.data_format}
-    return make_origin("detection", method, base, config, **facts)
+def origin(method: str, model, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint of the model."""
+    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    data = {"image_size": config.image_size, "data_format": config.data_format}
+    return make_origin("detection", method, base, config, classes=classes, **data)
 
 
-def load_model(folder: Path):
-    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
-    folder, facts = open_checkpoint(folder, "detection", "full")
-    model, processor, _ = load_base(str(folder.resolve()))
-    return model.eval(), processor, facts
+def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+    """(model in eval mode on the device, image processor, origin) of a checkpoint, fully trained or an adapter.
 
-
-def load_adapter(folder: Path, base: str = "", merge: bool = True):
-    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
-
-    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
     """
-    folder, facts = open_checkpoint(folder, "detection", "lora")
-    model, processor, found = load_base(base or facts["base"]["name"])
-    check_same_base(folder, facts, found)
-    model = load_adapter_files(with_classes(model, facts["classes"]), folder, HEADS)
-    return (model.merge_and_unload() if merge else model).eval(), processor, facts
+    folder, about = open_checkpoint(folder, "detection")
+    model, processor = load_under(folder, about, load_base, base)
+    if about["method"] == "lora":
+        model = with_saved_adapter(with_classes(model, about["classes"]), folder, HEADS, merge)
+    return model.eval().to(device), processor, about

@@ -42,7 +42,7 @@ def main(argv=None):
     from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
-    from model import backbone_groups, load_base, load_model, origin, with_classes
+    from model import backbone_groups, load_base, load_checkpoint, origin, with_classes
 
     with Run(config, task="detection", method="full") as run:
         base, processor, base_facts = load_base(config.model)
@@ -51,6 +51,7 @@ def main(argv=None):
 
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes, data_facts["most_boxes"])
+        about = origin("full", model, base_facts, config)
         groups = backbone_groups(model, config.lr, config.lr_backbone)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
@@ -63,12 +64,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, processor, val_loader, classes), best="map"):
-                save_model(run.best, run.unwrap(model), processor, origin("full", classes, base_facts, config))
+                save_model(run.best, run.unwrap(model), processor, about)
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            best, _, _ = load_model(run.best)
-            draw_predictions(best.to(run.device), processor, val_loader.dataset, classes, run.folder / "predictions")
+            best, _, _ = load_checkpoint(run.best, device=run.device)
+            draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
         run.finish()
 
 

@@ -42,13 +42,13 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
-    from common.bases import save_adapter, train_mode
+    from common.bases import save_lora, train_mode
     from common.optim import build_optimizer
     from common.peft_adapters import freeze_adapters, train_whole
     from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
-    from model import HEADS, load_adapter, load_base, lora_targets, origin, with_classes
+    from model import HEADS, load_base, load_checkpoint, lora_targets, origin, with_classes
 
     with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
         base, processor, base_facts = load_base(config.model)
@@ -57,6 +57,7 @@ def main(argv=None):
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The heads train whole.
         model = with_classes(base, classes, data_facts["most_boxes"])
+        about = origin("lora", model, base_facts, config)
         lora = LoraConfig(
             r=max(1, config.lora_r),
             lora_alpha=config.lora_alpha,
@@ -78,12 +79,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, processor, val_loader, classes), best="map"):
-                save_adapter(run.best, run.unwrap(model), processor, origin("lora", classes, base_facts, config))
+                save_lora(run.best, run.unwrap(model), processor, about)
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            best, _, _ = load_adapter(run.best, base=config.model)
-            draw_predictions(best.to(run.device), processor, val_loader.dataset, classes, run.folder / "predictions")
+            best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+            draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
         run.finish()
 
 

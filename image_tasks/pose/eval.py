@@ -1,4 +1,4 @@
-"""Scores a fully fine-tuned pose model: pixel error, PCK, NME and OKS average precision, curves, and its worst pictures.
+"""Scores a fine-tuned pose model: pixel error, PCK, NME and OKS average precision, curves, and its worst pictures.
 
     python eval.py                                           # the newest outputs/pose/full, on its validation data
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/points --split test
@@ -29,37 +29,28 @@ class EvalConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: the run folder
 
 
-def load_full(config):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=EvalConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
-    from common.folders import newest_best
+    from common.folders import eval_places, newest_best
     from common.runtime import start_accelerator
     from data import Preprocess, load_for_eval
     from metrics import draw_page, draw_pck_curve, draw_per_keypoint, pose_metrics, predict, worst_first
+    from model import load_checkpoint
 
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("pose", method))
-    model, processor, origin = load(config)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     preprocess = Preprocess(processor, model.facts["input_size"])
     loader, points, name = load_for_eval(config, preprocess, model.facts, origin)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     dataset = loader.dataset
     metrics = {"val_loss": loss, **pose_metrics(dataset, found, points)}
 
-    checkpoint = Path(config.checkpoint).expanduser()
-    run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
-    file, folder = root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), root / f"eval_{config.split}"
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}
-    write_json(file, {**facts, "config": asdict(config), "metrics": metrics})
+    file, folder = eval_places(config)
+    about = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}
+    write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     draw_pck_curve(dataset, found, points, folder / "pck_curve.png")
     draw_per_keypoint(metrics, folder / "per_keypoint.png")
     draw_page(dataset, found, points, range(min(9, len(dataset))), folder / "predictions.png")

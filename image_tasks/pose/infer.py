@@ -1,4 +1,4 @@
-"""Finds keypoints in your pictures with a fully fine-tuned pose model.
+"""Finds keypoints in your pictures with a fine-tuned pose model.
 
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --boxes ../../outputs/detection/predictions/full/predictions.json
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse, project_root  # noqa: E402
+from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -29,14 +29,8 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: outputs/pose/predictions/<method>
 
 
-def load_full(config):
-    from model import load_model
-
-    return load_model(Path(config.checkpoint).expanduser())
-
-
-def main(argv=None, settings=InferConfig, method="full", load=load_full):
-    config = parse(settings, argv)
+def main(argv=None, method="full", doc=None):
+    config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     for name in ("threshold", "box_threshold"):
@@ -46,25 +40,25 @@ def main(argv=None, settings=InferConfig, method="full", load=load_full):
     import torch
 
     from common.checkpoint import write_json
-    from common.folders import newest_best
+    from common.folders import newest_best, predictions_folder
     from common.runtime import progress, start_accelerator
     from common.samples import Faults
     from common.vision.pictures import decode, find_pictures
     from data import Preprocess, eval_loader, figures_only
     from formats import KeypointSet, place_boxes
     from metrics import detect, draw_poses
+    from model import load_checkpoint
 
     pictures, faults = find_pictures(config.input), Faults()
     framed = place_boxes(pictures, config.boxes, config.box_threshold, faults)
     accelerator = start_accelerator(config)
     config.checkpoint = config.checkpoint or str(newest_best("pose", method))
-    model, processor, _ = load(config)
+    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     points = KeypointSet.from_json(model.facts)
     model = accelerator.prepare_model(model, evaluation_mode=True)
     dataset = figures_only(framed, Preprocess(processor, model.facts["input_size"]), points, faults)
     faults.report()
-    root = Path(config.output_dir or project_root() / "outputs/pose/predictions" / method).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    root = predictions_folder(config, origin)
 
     poses, results, seconds = {path: [] for path in pictures}, [], 0.0
     for batch in progress(eval_loader(dataset, config.batch_size), "looking"):

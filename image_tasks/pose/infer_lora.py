@@ -1,26 +1,10 @@
-"""Finds keypoints in your pictures with a LoRA-tuned pose model, as infer.py does with a fully tuned one.
+"""Finds keypoints in your pictures with the newest LoRA-tuned pose model, as infer.py does with the newest fully tuned one.
 
 python infer_lora.py --input photo.jpg                   # or a folder, or a glob in quotes: "shots/*.png"
 python infer_lora.py --input shots/ --no-merge           # adapter beside the weights: the same keypoints, slower
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from infer import InferConfig, cli, main
-
-
-@dataclass
-class InferLoraConfig(InferConfig):
-    model: str = ""  # where the adapter's base is, if not under the name that the adapter was trained with
-    merge: bool = True  # add the adapter into the base's weights: the same outputs, without the detour
-
-
-def load_lora(config):
-    from model import load_adapter
-
-    return load_adapter(Path(config.checkpoint).expanduser(), config.model, config.merge)
-
+from infer import cli, main
 
 if __name__ == "__main__":
-    cli(main, settings=InferLoraConfig, method="lora", load=load_lora)
+    cli(main, method="lora", doc=__doc__)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 # needs: torchvision, scipy  (image processors; scipy: VitPose's)
-from common.bases import ORIGIN, base_source, check_same_base, load_pretrained, make_origin, open_checkpoint
-from common.checkpoint import atomic_folder, fingerprint, read_json, write_json
+from common.bases import base_source, load_pretrained, load_under, make_origin, open_checkpoint, with_saved_adapter
+from common.checkpoint import check_holds, fingerprint, read_json, write_json
 from common.config import UserError
-from common.peft_adapters import find_targets, is_within, load_adapter_files, save_adapter_files
+from common.peft_adapters import find_targets, is_within
 from common.runtime import process_index, say
 from formats import KEYPOINT_FILE, KeypointSet
 
@@ -96,6 +96,10 @@ class KeypointModel(nn.Module):
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in self.keypoint_head.state_dict().items()}, folder / HEAD_FILE
         )
+        self.save_extra(folder)
+
+    def save_extra(self, folder: Path) -> None:
+        """What an adapter's folder needs, too: the keypoints, and the settings of the head."""
         write_json(folder / KEYPOINT_FILE, self.facts)
 
 
@@ -171,7 +175,7 @@ class AnyBackbone:
     def from_pretrained(source, **options):
         import transformers
 
-        kind = transformers.AutoConfig.from_pretrained(source, local_files_only=True).model_type
+        kind = transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False).model_type
         if kind == "vitpose":
             model, info = transformers.VitPoseForPoseEstimation.from_pretrained(source, **options)
             if model.config.backbone_config.num_experts > 1:
@@ -311,39 +315,22 @@ def read_head(folder: Path, facts: dict, width: int) -> nn.Module:
     return head
 
 
-def origin(method: str, base: dict, config) -> dict:
-    """What origin.json says of a checkpoint."""
+def origin(method: str, model: KeypointModel, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint. What the model itself knows is in its keypoints.json."""
     return make_origin("pose", method, base, config, data_format=config.data_format)
 
 
-def save_lora(folder: Path, model, processor, facts: dict) -> None:
-    """A PEFT adapter folder with the head in adapter_model.safetensors; keypoints.json, image processor, origin.json."""
-    with atomic_folder(folder) as aside:
-        model.peft_config["default"].base_model_name_or_path = facts["base"]["name"]
-        save_adapter_files(model, aside)
-        processor.save_pretrained(aside)
-        write_json(aside / KEYPOINT_FILE, model.base_model.model.facts)
-        write_json(aside / ORIGIN, facts)
+def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+    """(model in eval mode on the device, image processor, origin) of a checkpoint, fully trained or an adapter.
 
-
-def load_model(folder: Path):
-    """(model in eval mode, image processor, origin) of a fully trained checkpoint."""
-    folder, facts = open_checkpoint(folder, "pose", "full")
-    if not (folder / HEAD_FILE).is_file():
-        raise UserError(f"{folder} holds no {HEAD_FILE}")
-    model, processor, _ = load_base(str(folder.resolve()))
-    return model.eval(), processor, facts
-
-
-def load_adapter(folder: Path, base: str = "", merge: bool = True):
-    """(base with its adapter in eval mode, image processor, origin); base: where it is, if not under its recorded name.
-
-    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
     """
-    folder, facts = open_checkpoint(folder, "pose", "lora")
-    keypoints = read_facts(folder)
-    known, processor, found = load_base(base or facts["base"]["name"])
-    check_same_base(folder, facts, found)
-    head = new_head(keypoints["head"], known.backbone.config.hidden_size, len(keypoints["names"]))
-    model = load_adapter_files(KeypointModel(known.backbone, head, keypoints), folder, (HEAD,))
-    return (model.merge_and_unload() if merge else model.base_model.model).eval(), processor, facts
+    folder, about = open_checkpoint(folder, "pose")
+    if about["method"] == "full":
+        check_holds(folder, HEAD_FILE)  # without it the folder would be a base whose head is still to come
+    model, processor = load_under(folder, about, load_base, base)
+    if about["method"] == "lora":
+        keypoints = read_facts(folder)
+        head = new_head(keypoints["head"], model.backbone.config.hidden_size, len(keypoints["names"]))
+        model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge)
+    return model.eval().to(device), processor, about

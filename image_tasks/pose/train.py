@@ -42,7 +42,7 @@ def main(argv=None):
     from common.run import Run
     from data import Preprocess, build_loaders
     from metrics import draw_results, evaluate
-    from model import input_size, keypoint_loss, load_base, load_model, origin, with_head
+    from model import input_size, keypoint_loss, load_base, load_checkpoint, origin, with_head
 
     with Run(config, task="pose", method="full") as run:
         base, processor, base_facts = load_base(config.model)
@@ -52,6 +52,7 @@ def main(argv=None):
 
         # 1. The base with a head for these keypoints. Every weight trains.
         model = with_head(base, points, config.head, size)
+        about = origin("full", model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
@@ -64,12 +65,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
-                save_model(run.best, run.unwrap(model), processor, origin("full", base_facts, config))
+                save_model(run.best, run.unwrap(model), processor, about)
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            best, _, _ = load_model(run.best)
-            draw_results(best.to(run.device), val_loader.dataset, points, run.history, run.folder)
+            best, _, _ = load_checkpoint(run.best, device=run.device)
+            draw_results(best, val_loader.dataset, points, run.history, run.folder)
         run.finish()
 
 

@@ -43,12 +43,13 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from peft import LoraConfig, get_peft_model
 
+    from common.bases import save_lora
     from common.optim import build_optimizer
     from common.peft_adapters import freeze_adapters, train_whole
     from common.run import Run
     from data import Preprocess, build_loaders
     from metrics import draw_results, evaluate
-    from model import input_size, keypoint_loss, load_adapter, load_base, lora_targets, origin, save_lora, with_head
+    from model import input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, with_head
 
     with Run(config, task="pose", method="lora" if config.lora_r else "head") as run:
         base, processor, base_facts = load_base(config.model)
@@ -58,6 +59,7 @@ def main(argv=None):
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
         model = with_head(base, points, config.head, size)
+        about = origin("lora", model, base_facts, config)
         lora = LoraConfig(
             r=max(1, config.lora_r),
             lora_alpha=config.lora_alpha,
@@ -80,12 +82,12 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
-                save_lora(run.best, run.unwrap(model), processor, origin("lora", base_facts, config))
+                save_lora(run.best, run.unwrap(model), processor, about)
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            best, _, _ = load_adapter(run.best, base=config.model)
-            draw_results(best.to(run.device), val_loader.dataset, points, run.history, run.folder)
+            best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+            draw_results(best, val_loader.dataset, points, run.history, run.folder)
         run.finish()
 
 

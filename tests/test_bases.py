@@ -1,0 +1,119 @@
+"""What checkpoints of all tasks share: which one is taken, what it may hold, and that no base runs code of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CLASSIFICATION, ROOT
+
+from common import folders
+from common.bases import class_tensors, make_origin, open_checkpoint, save_lora, train_mode
+from common.config import UserError
+from common.folders import eval_places, newest_best, predictions_folder
+
+CONFIG = SimpleNamespace(data_dir="", batch_size=4, seed=0)
+
+
+def leave_run(root, name, method, age):
+    """A run folder as newest_best sees it, so many seconds old."""
+    best = root / "outputs" / "toy" / name / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    (root / "outputs" / "toy" / name / "summary.json").write_text(json.dumps({"method": method}))
+    os.utime(best, (1e9 - age, 1e9 - age))
+    return best
+
+
+def test_the_newest_run_of_either_kind_is_taken_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
+    with pytest.raises(UserError, match="no lora run in .*toy: train first"):
+        newest_best("toy", "lora")
+    full = leave_run(tmp_path, "mine", "full", age=0)
+    leave_run(tmp_path, "lora", "lora", age=2)
+    dora = leave_run(tmp_path, "dora", "dora", age=1)
+    assert newest_best("toy", "lora") == dora and newest_best("toy", "full") == full
+    assert f"checkpoint: {dora}" in capsys.readouterr().out
+    head = leave_run(tmp_path, "head", "head", age=0)
+    assert newest_best("toy", "lora") == head
+
+
+def test_results_go_beside_the_checkpoint_or_where_they_are_wanted(tmp_path, monkeypatch):
+    config = SimpleNamespace(checkpoint=str(tmp_path / "run" / "checkpoints" / "best"), output_dir="", split="val")
+    assert eval_places(config) == (tmp_path / "run" / "eval.json", tmp_path / "run" / "eval_val")
+    config = SimpleNamespace(checkpoint=str(tmp_path / "model"), output_dir="", split="test")
+    assert eval_places(config) == (tmp_path / "model" / "eval_test.json", tmp_path / "model" / "eval_test")
+    config.output_dir = str(tmp_path / "out")
+    file, folder = eval_places(config)
+    assert file.parent == tmp_path / "out" and folder.is_dir()
+    assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "out"
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
+    config.output_dir = ""
+    assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "outputs" / "toy" / "predictions" / "lora"
+
+
+@pytest.mark.parametrize("origin", [{}, [], {"task": "toy", "method": "dora"}, {"task": "other", "method": "full"}], ids=str)
+def test_a_folder_of_another_origin_is_refused(tmp_path, origin):
+    (tmp_path / "origin.json").write_text(json.dumps(origin))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"is a checkpoint of \w+ \(\w+\), not of toy"):
+        open_checkpoint(tmp_path, "toy")
+
+
+def test_one_kind_may_be_asked_for(tmp_path):
+    (tmp_path / "origin.json").write_text(json.dumps(make_origin("toy", "full", {"name": "b", "sha256": ""}, CONFIG)))
+    (tmp_path / "model.safetensors").touch()
+    assert open_checkpoint(str(tmp_path), "toy", "full")[1] == open_checkpoint(tmp_path, "toy")[1]
+    with pytest.raises(UserError, match=r"is a checkpoint of toy \(full\), not of toy \(lora\)"):
+        open_checkpoint(tmp_path, "toy", "lora")
+
+
+def test_what_else_a_model_needs_lies_beside_its_adapter(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    class Model(torch.nn.Sequential):
+        def save_extra(self, folder):
+            (folder / "extra.json").write_text("{}")
+
+    model = get_peft_model(Model(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    processor = SimpleNamespace(save_pretrained=lambda folder: None)
+    save_lora(tmp_path / "best", model, processor, make_origin("toy", "lora", {"name": "b", "sha256": ""}, CONFIG))
+    assert (tmp_path / "best" / "extra.json").is_file() and "extra.json" in (tmp_path / "best" / "manifest.json").read_text()
+    assert open_checkpoint(tmp_path / "best", "toy")[1]["method"] == "lora"
+
+
+# ---- what relies on the libraries' inner workings: a failure here says that one of them has changed ------------------------
+
+
+def test_the_library_builds_class_layers_from_the_number_of_labels():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ViTConfig(**small, image_size=32, patch_size=16, id2label={i: str(i) for i in range(16)})  # as many as channels
+    found = class_tensors(ViTForImageClassification._from_config, ViTForImageClassification(config))
+    assert found == ["classifier.weight", "classifier.bias"]
+
+
+def test_train_mode_keeps_every_kind_of_batch_norm_in_eval():
+    from timm.layers import BatchNormAct2d
+
+    kinds = [torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm, BatchNormAct2d]
+    model = torch.nn.Sequential(torch.nn.Dropout(), *(kind(4) for kind in kinds))
+    train_mode(model)
+    assert [layer.training for layer in model] == [True] + [False] * len(kinds)
+
+
+def test_a_base_with_code_of_its_own_is_refused_without_a_question(tmp_path):
+    """transformers would ask on the terminal, and run the code after a y."""
+    code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
+    names = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    for file in ("config.json", "preprocessor_config.json"):
+        maps = names if file == "config.json" else {"AutoImageProcessor": "own.Processor"}
+        (tmp_path / file).write_text(json.dumps({"model_type": "of_their_own", "auto_map": maps}))
+    (tmp_path / "own.py").write_text(code)
+    load = f"import sys; sys.path[:0] = [{str(CLASSIFICATION)!r}, {str(ROOT)!r}]; from model import load_base; "
+    load += f"load_base({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", load], input="y\ny\n", capture_output=True, text=True, timeout=120)
+    assert "UserError" in done.stderr and "can be loaded safely" in done.stderr and not (tmp_path / "ran").exists()
