@@ -1,16 +1,10 @@
-"""LoRA on any model: a layer's weight W stays frozen beside a trained update (alpha / r) B A of rank r (arXiv 2106.09685).
+"""LoRA on any model: which layers get an adapter; on, merged, and off again; an adapter's tensors and figures.
 
     table = inject_lora(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=["head"]))
     optimizer = AdamW(p for p in model.parameters() if p.requires_grad)       # adapters and the head; all else is frozen
     merged = merge_lora(model, inplace=False)                                 # a plain model of the base's classes
 
-common/lora_files.py saves and loads adapters in PEFT's format. PEFT 0.21 covers most models and trains what it covers well;
-these layers are for what it has no exact answer to (tests/test_lora.py shows each):
-- a dilated Conv1d crashes in its first forward pass: A is built without the dilation. Other padding modes than zeros are lost
-  in the same way, without a crash;
-- grouped convolutions have an A across all groups, which no grouped weight can take: they cannot be merged;
-- ConvTranspose1d has no LoRA layer;
-- merging into a layer under weight_norm loses the update in silence: the weight is computed anew from g and v.
+common/lora_layers.py has the layers, common/lora_files.py saves and loads adapters in PEFT's format.
 """
 
 import copy
@@ -22,13 +16,20 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.functional import embedding
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
-from torch.nn.utils.weight_norm import WeightNorm
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from common.config import UserError
-from common.fast_lora import conv_pays, lora_conv, lora_linear
+from common.lora_layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose1d,
+    LoRAEmbedding,
+    LoRALayer,
+    LoRALinear,
+    base_weight,
+    weight_home,
+)
 from common.runtime import say
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -58,15 +59,12 @@ class LoRAConfig:
     use_rslora: bool = False
 
     def __post_init__(self):
-        for where, r in [("r", self.r), *((f"rank_pattern of {name!r}", r) for name, r in self.rank_pattern.items())]:
+        for where, r in {"all layers": self.r, **self.rank_pattern}.items():
             if type(r) is not int or not 1 <= r <= MAX_RANK:
-                raise UserError(f"LoRA: {where} is {r!r}, but must be a whole number from 1 to {MAX_RANK}")
-        for where, a in [
-            ("lora_alpha", self.lora_alpha),
-            *((f"alpha_pattern of {n!r}", a) for n, a in self.alpha_pattern.items()),
-        ]:
-            if type(a) not in (int, float) or not 0 < a < math.inf:
-                raise UserError(f"LoRA: {where} is {a!r}, but must be a positive number")
+                raise UserError(f"LoRA: the rank of {where} is {r!r}, but must be a whole number from 1 to {MAX_RANK}")
+        for where, alpha in {"all layers": self.lora_alpha, **self.alpha_pattern}.items():
+            if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+                raise UserError(f"LoRA: lora_alpha of {where} is {alpha!r}, but must be a positive number")
         if type(self.lora_dropout) not in (int, float) or not 0 <= self.lora_dropout < 1:
             raise UserError(f"LoRA: lora_dropout is {self.lora_dropout!r}, but must be at least 0 and below 1")
         for where in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save"):
@@ -78,214 +76,6 @@ class LoRAConfig:
                     raise UserError(f"LoRA: {where} holds {pattern!r}, which is no name and no pattern: {error}") from None
         if isinstance(self.modules_to_save, str):
             self.modules_to_save = [self.modules_to_save]
-
-
-# Layers ----------------------------------------------------------------------------------------------------------------
-
-
-class LoRALayer(nn.Module):
-    """base_layer(x) + (alpha / r) B(A(dropout(x))), with A and B alone to train.
-
-    A starts Kaiming-uniform (a = sqrt 5, as layers of torch do), B at zero: the start is the base, bit for bit. Both are fp32,
-    also on a base in half precision. A layer type of your own says how to build the pair and what its product is in the
-    shape of the base's weight (`make_pair`, `product`); lora_A.weight has r * groups rows. r is not capped by the layer's
-    own rank, so that the number of parameters is the formula's.
-    """
-
-    def __init__(self, base_layer: nn.Module, r: int, lora_alpha: float, lora_dropout: float = 0.0, use_rslora: bool = False):
-        super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        self.groups = getattr(base_layer, "groups", 1)
-        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        self.kept = {}  # the base's own parameters while the update is merged, else nothing
-        self.add_pair()
-        weight = base_weight(base_layer)
-        for parameter in self.adapter().values():
-            parameter.data = parameter.data.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-
-    def add_pair(self) -> None:
-        self.lora_A, self.lora_B = self.make_pair(self.base_layer)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
-
-    def make_pair(self, base) -> tuple[nn.Module, nn.Module]:
-        """(A, B): modules without a bias, each with a `weight`."""
-        raise NotImplementedError
-
-    def product(self) -> torch.Tensor:
-        """B A in the shape of the base's weight: (out, in / groups, kernel...). A (groups * r, ...), B (out, r, 1...)."""
-        down = self.lora_A.weight.reshape(self.groups, self.r, -1)
-        up = self.lora_B.weight.reshape(self.groups, -1, self.r)
-        return (up @ down).reshape(base_weight(self.base_layer).shape)
-
-    def branch(self, x, *args, **kwargs):
-        """The update's share of the output."""
-        hidden = self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype)))
-        return self.lora_B(hidden * self.scaling, *args, **kwargs)
-
-    def forward(self, x, *args, **kwargs):
-        y = self.base_layer(x, *args, **kwargs)
-        return y if self.kept else (y + self.branch(x, *args, **kwargs)).to(y.dtype)
-
-    def goes_fast(self, x) -> bool:
-        """Whether a form of common/fast_lora.py may stand in: no dropout, nothing of the base to train, no hook, one dtype."""
-        base, dropout = self.base_layer, self.training and isinstance(self.lora_dropout, nn.Dropout)
-        hooks = base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
-        one_dtype = x.dtype == self.lora_A.weight.dtype or torch.is_autocast_enabled(x.device.type)
-        return one_dtype and not (self.kept or dropout or hooks or any(p.requires_grad for p in base.parameters()))
-
-    def parts(self) -> tuple:
-        """(W, bias, A, B, alpha / r), as common/fast_lora.py takes them."""
-        return self.base_layer.weight, self.base_layer.bias, self.lora_A.weight, self.lora_B.weight, self.scaling
-
-    def adapter(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters by name: lora_A.weight, lora_B.weight."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("base_layer.")}
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight with the update in it: code that reads it instead of calling the layer is adapted, too."""
-        weight = base_weight(self.base_layer)
-        return weight if self.kept else (weight + self.scaling * self.product()).to(weight.dtype)
-
-    @property
-    def bias(self):
-        return self.base_layer.bias
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Puts W + (alpha / r) B A in the base's place; under weight_norm v becomes that sum and g its norm, which is exact.
-
-        New parameters stand in for the base's, which are kept: a weight that another layer shares stays as it is.
-        """
-        owner, names, dim = weight_home(self.base_layer)
-        weight = self.weight
-        values = (weight,) if dim is None else (torch.norm_except_dim(weight, 2, dim), weight)
-        self.kept = {name: getattr(owner, name) for name in names}
-        self.place(
-            owner, dim, {name: nn.Parameter(value, requires_grad=False) for name, value in zip(names, values, strict=True)}
-        )
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the base's own parameters back."""
-        owner, _, dim = weight_home(self.base_layer)
-        for name, parameter in self.kept.items():
-            parameter.data = parameter.data.to(getattr(owner, name).device)  # the model may have moved meanwhile
-        self.place(owner, dim, self.kept)
-        self.kept = {}
-
-    def place(self, owner, dim, parameters: dict) -> None:
-        for name, parameter in parameters.items():
-            setattr(owner, name, parameter)
-        if dim is not None and owner is self.base_layer:  # the old weight_norm keeps the last product as an attribute
-            owner.weight = base_weight(owner)
-
-
-class LoRALinear(LoRALayer):
-    """A (r, in), B (out, r): r (in + out) parameters."""
-
-    def make_pair(self, base):
-        return nn.Linear(base.in_features, self.r, bias=False), nn.Linear(self.r, base.out_features, bias=False)
-
-    def forward(self, x):
-        return lora_linear(x, *self.parts()) if self.goes_fast(x) else super().forward(x)
-
-
-class LoRAConv(LoRALayer):
-    """A: the base's own convolution to r channels for each group; B: 1 x 1 to the outputs. r (in * kernel + out) parameters.
-
-    A has the base's stride, padding (its mode, too), dilation and groups, so that B A is a convolution like the base.
-    """
-
-    def make_pair(self, base):
-        kind, width = type_before_parametrizations(base), self.groups * self.r
-        space = (base.kernel_size, base.stride, base.padding, base.dilation, base.groups)
-        down = kind(base.in_channels, width, *space, bias=False, padding_mode=base.padding_mode)
-        return down, kind(width, base.out_channels, 1, groups=base.groups, bias=False)
-
-    def forward(self, x):
-        base = self.base_layer
-        numbers = isinstance(base.padding, tuple)  # not "same" or "valid"
-        plain = numbers and base.padding_mode == "zeros" and base.groups == 1 and set(base.dilation) == {1}
-        if plain and self.goes_fast(x) and x.dim() == base.weight.dim() and conv_pays(x, base):
-            return lora_conv(x, *self.parts(), base.stride, base.padding)
-        return super().forward(x)
-
-
-class LoRAConv1d(LoRAConv):
-    """LoRAConv of an nn.Conv1d."""
-
-
-class LoRAConv2d(LoRAConv):
-    """LoRAConv of an nn.Conv2d."""
-
-
-class LoRAConv3d(LoRAConv):
-    """LoRAConv of an nn.Conv3d."""
-
-
-class LoRAConvTranspose1d(LoRALayer):
-    """A: 1 x 1 to r channels for each group; B: the base's own transposed convolution. r (in + out * kernel) parameters.
-
-    The other order, first in space, takes r (in * kernel + stride * out) multiplications for an input frame instead of
-    r (in + out * kernel): 1.8 times as many in RVC's upsamplers, and as many more parameters.
-    """
-
-    def make_pair(self, base):
-        width = self.groups * self.r
-        space = (base.kernel_size, base.stride, base.padding, base.output_padding)
-        up = nn.ConvTranspose1d(width, base.out_channels, *space, base.groups, bias=False, dilation=base.dilation)
-        return nn.Conv1d(base.in_channels, width, 1, groups=base.groups, bias=False), up
-
-    def product(self):
-        """(in, out / groups, kernel), as transposed convolutions have it. A (groups * r, in / groups, 1), B (groups * r, ...)."""
-        down = self.lora_A.weight.reshape(self.groups, self.r, -1).mT
-        up = self.lora_B.weight.reshape(self.groups, self.r, -1)
-        return (down @ up).reshape(base_weight(self.base_layer).shape)
-
-
-class LoRAEmbedding(LoRALayer):
-    """A (r, rows) starts at zero and B (width, r) at random, as in PEFT: only rows that are looked up ever change."""
-
-    def add_pair(self):
-        rows, width = self.base_layer.weight.shape
-        self.lora_embedding_A = nn.Parameter(torch.zeros(self.r, rows))
-        self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r))
-
-    def product(self):
-        return (self.lora_embedding_B @ self.lora_embedding_A).T
-
-    def branch(self, x):
-        rows = embedding(x, self.lora_embedding_A.T, self.base_layer.padding_idx)  # (..., r)
-        return rows * self.scaling @ self.lora_embedding_B.T
-
-
-def weight_home(layer) -> tuple[nn.Module, tuple[str, ...], int | None]:
-    """(module, names, dim): which parameters make a layer's weight: the weight alone, or g and v of weight_norm over dim.
-
-    Both of torch's forms of weight_norm. UserError where the weight is computed in another way.
-    """
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return layer, ("weight_g", "weight_v"), hook.dim
-    if is_parametrized(layer, "weight"):
-        steps = layer.parametrizations.weight
-        if len(steps) == 1 and isinstance(steps[0], _WeightNorm):
-            return steps, ("original0", "original1"), steps[0].dim
-    elif layer._parameters.get("weight") is not None:
-        return layer, ("weight",), None
-    raise UserError(f"LoRA: the weight of {layer} is computed by something other than weight_norm, so it cannot be merged")
-
-
-def base_weight(layer) -> torch.Tensor:
-    """The weight that a layer computes with. The old weight_norm keeps it as an attribute that loading leaves behind."""
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm) and hook.name == "weight":
-            return hook.compute_weight(layer)
-    return layer.weight
 
 
 LORA_TYPES = {
@@ -352,7 +142,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[dict]:
     by their exact type: a subclass may compute something else. UserError, before anything is changed, for a pattern that
     fits nothing, with the candidates. A layer that the model uses in several places gets one adapter.
     """
-    if lora_layers(model):
+    if adapted_layers(model):
         raise UserError("LoRA: the model has adapters already; call remove_lora first")
     tensors = dict([*model.named_parameters(), *model.named_buffers()])  # a shared one under its first name only
     tensors = {name: tensors[name] for name in all_tensors(model).keys() & tensors.keys()}  # not buffers that nobody saves
@@ -408,21 +198,21 @@ def replace_modules(model, new: dict[nn.Module, nn.Module]) -> None:
 def remove_lora(model) -> None:
     """Takes the adapters off: the model is the base again, bit for bit, with its parameters still frozen."""
     unmerge_lora(model)
-    replace_modules(model, {layer: layer.base_layer for layer in lora_layers(model).values()})
+    replace_modules(model, {layer: layer.base_layer for layer in adapted_layers(model).values()})
     tensors = all_tensors(model)
     for name, tensor in getattr(model, "lora_whole", {}).items():
         tensors[name].data.copy_(tensor)
     model.lora_whole = {}
 
 
-def lora_layers(model) -> dict[str, LoRALayer]:
+def adapted_layers(model) -> dict[str, LoRALayer]:
     """The adapted layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def lora_parameters(model) -> list[nn.Parameter]:
     """The adapters' parameters, without what trains whole beside them."""
-    return [p for layer in lora_layers(model).values() for p in layer.adapter().values()]
+    return [p for layer in adapted_layers(model).values() for p in layer.adapter().values()]
 
 
 def freeze_base_params(model) -> None:
@@ -444,20 +234,20 @@ def merge_lora(model, inplace: bool = True):
         # Tensors with a history cannot be copied, and the old weight_norm leaves such a one after every forward pass.
         computed = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor) and not t.is_leaf]
         model = copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
-    layers = [layer for layer in lora_layers(model).values() if not layer.kept]
+    layers = [layer for layer in adapted_layers(model).values() if not layer.kept]
     for layer in layers:
         weight_home(layer.base_layer)
     for layer in layers:
         layer.merge()
     if not inplace:
-        replace_modules(model, {layer: layer.base_layer for layer in lora_layers(model).values()})
+        replace_modules(model, {layer: layer.base_layer for layer in adapted_layers(model).values()})
         model.lora_whole = {}
     return model
 
 
 def unmerge_lora(model) -> None:
     """Undoes merge_lora(inplace=True): every weight is the base's again, bit for bit."""
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         if layer.kept:
             layer.unmerge()
 
@@ -472,7 +262,7 @@ def all_tensors(model) -> dict[str, torch.Tensor]:
 
 def trained_tensors(model) -> dict[str, torch.Tensor]:
     """The tensors of the adapters, and all that trains whole: modules_to_save, and whatever else was left to train."""
-    adapters = {f"{name}.{key}": p for name, layer in lora_layers(model).items() for key, p in layer.adapter().items()}
+    adapters = {f"{name}.{key}": p for name, layer in adapted_layers(model).items() for key, p in layer.adapter().items()}
     tensors, whole = all_tensors(model), getattr(model, "lora_whole", {})
     named = {**adapters, **{name: tensors[name] for name in whole}}
     known = {id(tensor) for tensor in named.values()}
@@ -491,7 +281,7 @@ def load_lora_state_dict(model, state: dict, strict: bool = True) -> list[str]:
     UserError, with nothing changed, for the first tensor that is missing, unexpected or of another shape. strict=False: such
     tensors are skipped, printed, and returned as sentences.
     """
-    if any(layer.kept for layer in lora_layers(model).values()):
+    if any(layer.kept for layer in adapted_layers(model).values()):
         raise UserError("LoRA: the model is merged; call unmerge_lora before loading other tensors")
     given = {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in state.items()}
     own = trained_tensors(model)
@@ -525,7 +315,7 @@ def coverage(model) -> list[dict]:
             "alpha": layer.lora_alpha,
             "parameters": sum(p.numel() for p in layer.adapter().values()),
         }
-        for name, layer in lora_layers(model).items()
+        for name, layer in adapted_layers(model).items()
     ]
 
 

@@ -16,11 +16,11 @@ from common.lora import (
     ADAPTER_PREFIX,
     LoRAConfig,
     adaptable_layers,
+    adapted_layers,
     add_lora,
     all_tensors,
     is_within,
     load_lora_state_dict,
-    lora_layers,
     lora_state_dict,
     remove_lora,
 )
@@ -39,7 +39,7 @@ HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others
 
 def adapter_config(model, base: str = "") -> dict:
     """The content of adapter_config.json: layers by full names; the commonest r and alpha, the others by layer."""
-    layers = lora_layers(model)
+    layers = adapted_layers(model)
     if not layers:
         raise UserError("LoRA: the model has no adapters to save")
     r, alpha = (Counter(getattr(layer, key) for layer in layers.values()).most_common(1)[0][0] for key in ("r", "lora_alpha"))

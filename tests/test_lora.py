@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from common import lora
+from common import lora_layers
 from common.config import UserError
 from common.lora import (
     ADAPTER_FILE,
@@ -23,12 +23,12 @@ from common.lora import (
     LoRAConvTranspose1d,
     LoRALayer,
     LoRALinear,
+    adapted_layers,
     count_parameters,
     describe_lora,
     freeze_base_params,
     inject_lora,
     load_lora_state_dict,
-    lora_layers,
     lora_parameters,
     lora_state_dict,
     merge_lora,
@@ -128,7 +128,7 @@ def quiet():
 PEFT_LAYERS = {
     "linear": (lambda: nn.Linear(12, 20), (3, 5, 12)),
     "conv1d": (lambda: nn.Conv1d(12, 20, 5, stride=2, padding=1), (3, 12, 17)),
-    "conv1d same": (lambda: nn.Conv1d(12, 20, 4, padding="same"), (3, 12, 17)),
+    "conv1d same": (lambda: nn.Conv1d(12, 20, 5, padding="same"), (3, 12, 17)),
     "conv2d": (lambda: nn.Conv2d(12, 20, (3, 5), stride=(1, 2), padding=(2, 1)), (3, 12, 9, 8)),
     "conv3d": (lambda: nn.Conv3d(4, 6, 3, padding=1), (2, 4, 5, 6, 7)),
     "embedding": (lambda: nn.Embedding(30, 8, padding_idx=2), None),
@@ -179,7 +179,7 @@ def test_forward_and_gradients_are_those_of_peft(make, shape, rslora):
 
 
 def test_what_peft_cannot_do_is_still_so():
-    """The reasons for layers of our own, in the docstring of common/lora.py: when PEFT mends one, this says so."""
+    """The reasons for layers of our own, in the docstring of common/lora_layers.py: when PEFT mends one, this says so."""
     x = torch.randn(2, 8, 32)
     with pytest.raises(RuntimeError, match="must match"):
         peft_of(nn.Conv1d(8, 8, 3, padding=3, dilation=3))(x)
@@ -283,7 +283,7 @@ def test_dropout_acts_on_the_branch_and_in_training_only():
     assert distance(output(model), output(adapted())) < 1e-6
     model.train()
     assert not torch.equal(output(model), output(model))
-    for layer in lora_layers(model).values():
+    for layer in adapted_layers(model).values():
         for parameter in layer.adapter().values():
             parameter.data.zero_()
     assert torch.equal(output(model), output(model)), "the frozen layer sees its whole input"
@@ -317,8 +317,8 @@ def test_the_fast_forms_are_used_and_change_nothing(make, kind, shape, monkeypat
     layer, x = shake(kind(make(), 4, 8)), torch.randn(shape)
     used = []
     for form in ("lora_linear", "lora_conv"):
-        function = getattr(lora, form)
-        monkeypatch.setattr(lora, form, lambda *a, function=function, form=form: used.append(form) or function(*a))
+        function = getattr(lora_layers, form)
+        monkeypatch.setattr(lora_layers, form, lambda *a, function=function, form=form: used.append(form) or function(*a))
     results = []
     for signal_in in (x.clone().requires_grad_(), x.clone().requires_grad_()):
         y = layer(signal_in)
@@ -479,14 +479,14 @@ def test_freezing_again_undoes_what_was_unfrozen():
 def test_targets_by_name_part_pattern_function_and_kind(targets, names):
     model = toy()
     table = inject_lora(model, LoRAConfig(target_modules=targets, modules_to_save=["head"]))
-    assert {row["name"] for row in table} == set(lora_layers(model)) == names
+    assert {row["name"] for row in table} == set(adapted_layers(model)) == names
 
 
 @pytest.mark.parametrize("exclude", [["blocks"], r"blocks\.\d", lambda name, module: name.startswith("blocks")])
 def test_excluded_layers_stay_as_they_are(exclude):
     model = toy()
     inject_lora(model, LoRAConfig(target_modules="all-conv", exclude_modules=exclude))
-    assert set(lora_layers(model)) == {"conv", "grouped", "up"}
+    assert set(adapted_layers(model)) == {"conv", "grouped", "up"}
 
 
 def test_ranks_and_alphas_by_pattern():
@@ -529,11 +529,11 @@ def test_a_pattern_that_fits_nothing_is_an_error_with_the_candidates(options, wo
 @pytest.mark.parametrize(
     "options, word",
     [
-        (dict(r=0), "r is 0"),
+        (dict(r=0), "rank of all layers is 0"),
         (dict(r=3_000_000), "4096"),
         (dict(r=2.0), "2.0"),
         (dict(r=True), "True"),
-        (dict(rank_pattern={"fc": -1}), "'fc'"),
+        (dict(rank_pattern={"fc": -1}), "fc is -1"),
         (dict(lora_alpha=0), "lora_alpha"),
         (dict(lora_alpha=math.nan), "nan"),
         (dict(alpha_pattern={"fc": "much"}), "much"),
@@ -555,7 +555,7 @@ def test_adapters_go_on_exact_types_only_and_once():
 
     model = nn.Sequential(nn.Linear(4, 4), Special(4, 4), nn.MultiheadAttention(4, 2))
     inject_lora(model, LoRAConfig(target_modules="all-linear"))
-    assert set(lora_layers(model)) == {"0"}
+    assert set(adapted_layers(model)) == {"0"}
     with pytest.raises(UserError, match="adapters already"):
         inject_lora(model, LoRAConfig())
 
@@ -589,11 +589,28 @@ def test_a_merged_copy_is_a_plain_model_that_loads_into_the_base_class(norm):
     y = model(signal())  # with a history, which the old weight_norm keeps on the module
     before = bits(model)
     merged = merge_lora(model, inplace=False)
-    assert same(bits(model), before) and lora_layers(model)
+    assert same(bits(model), before) and adapted_layers(model)
     plain = toy(norm, seed=5)
     plain.load_state_dict(merged.state_dict(), strict=True)
     assert distance(output(plain), y) < 1e-5 and distance(output(merged), y) < 1e-5
     assert {type(m) for m in merged.modules()} == {type(m) for m in plain.modules()} or norm is NORMS["new"]
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, None])
+@pytest.mark.parametrize("norm", ["old", "new"])
+def test_merging_is_exact_whatever_the_norm_is_over(norm, dim):
+    for layer in (nn.Conv1d(4, 6, 3), nn.ConvTranspose1d(4, 6, 3, stride=2)):
+        with quiet():
+            function = nn.utils.weight_norm if norm == "old" else nn.utils.parametrizations.weight_norm
+            model = One(function(layer, dim=dim))
+        inject_lora(model, LoRAConfig(r=2, lora_alpha=4, target_modules="all"))
+        shake(model)
+        x, before = torch.randn(2, 4, 9), bits(model)
+        y = model(x)
+        merge_lora(model)
+        assert distance(model(x), y) < 1e-5
+        unmerge_lora(model)
+        assert same(bits(model), before) and torch.equal(model(x), y)
 
 
 def test_merging_leaves_a_layer_alone_that_shares_the_weight():
@@ -682,8 +699,8 @@ def test_folder_round_trip(norm, half, tmp_path):
     other = toy(norm)
     assert load_adapter(other, tmp_path / "a") == [] and not other.training
     assert distance(output(other), output(model)) < (2e-3 if half else 1e-7)
-    assert {name: (m.r, m.scaling) for name, m in lora_layers(other).items()} == {
-        name: (m.r, m.scaling) for name, m in lora_layers(model).items()
+    assert {name: (m.r, m.scaling) for name, m in adapted_layers(other).items()} == {
+        name: (m.r, m.scaling) for name, m in adapted_layers(model).items()
     }
     numbers = sum(tensor.numel() for tensor in lora_state_dict(model).values())
     assert 0 <= (tmp_path / "a" / ADAPTER_FILE).stat().st_size - (2 if half else 4) * numbers < 4000
@@ -848,7 +865,7 @@ def test_what_does_not_fit_is_skipped_when_told_so(tmp_path, capsys):
     model = toy()
     skipped = load_adapter(model, tmp_path / "a", strict=False)
     assert len(skipped) == 4, skipped  # fc's B; up has another rank, so neither of its matrices has a place
-    assert all(text in capsys.readouterr().out for text in ["fc.lora_B.weight"]) and "up" not in lora_layers(model)
+    assert all(text in capsys.readouterr().out for text in ["fc.lora_B.weight"]) and "up" not in adapted_layers(model)
     assert torch.equal(model.conv.weight, adapted(modules_to_save=["head"]).conv.weight)
 
 
