@@ -101,9 +101,20 @@ def load_adapter(model, folder: Path, strict: bool = True) -> list[str]:
     folder = open_model_folder(Path(folder), ADAPTER_FILE)
     config, tensors = read_adapter(folder)
     remove_lora(model)
+    try:
+        faults = put_adapter(model, config, tensors, strict)
+    except UserError as error:
+        remove_lora(model)
+        raise UserError(f"the adapter in {folder}: {error}") from None
+    model.eval()
+    return faults
+
+
+def put_adapter(model, config: dict, tensors: dict, strict: bool) -> list[str]:
+    """Builds the layers that the content of an adapter folder is for, and fills them."""
     settings, faults = settings_in_file(model, config, tensors)
     if faults and strict:
-        raise UserError(f"the adapter in {folder} does not fit this model: {faults[0]} ({len(faults)} such layers)")
+        raise UserError(f"{faults[0]} ({len(faults)} such layers)")
     for fault in faults:
         say(f"adapter: skipped, {fault}")
     own = all_tensors(model)
@@ -113,13 +124,7 @@ def load_adapter(model, folder: Path, strict: bool = True) -> list[str]:
         inside = {name for name in own if is_within(name, [part])}
         whole |= inside if strict or inside & whole else set()
     add_lora(model, settings, sorted(whole))
-    try:
-        faults += load_lora_state_dict(model, tensors, strict)
-    except UserError as error:
-        remove_lora(model)
-        raise UserError(f"{folder / ADAPTER_FILE}: {error}") from None
-    model.eval()
-    return faults
+    return faults + load_lora_state_dict(model, tensors, strict)
 
 
 def read_adapter(folder: Path) -> tuple[dict, dict]:
@@ -191,7 +196,7 @@ def plain_names(patterns) -> dict:
     names = {}
     for key, value in (patterns or {}).items() if isinstance(patterns or {}, dict) else [(str(patterns), None)]:
         if not re.fullmatch(r"\^?(?:[\w.-]|\\\W)+\$?", key):
-            raise UserError(f"the adapter's config has {key!r} as a pattern: only names of layers are taken from a file")
+            raise UserError(f"the config has {key!r} as a pattern: only names of layers are taken from a file")
         names[re.sub(r"\\(.)", r"\1", key.removesuffix("$"))] = value
     return names
 
