@@ -1,5 +1,6 @@
 """A script's settings: a dataclass becomes flags and a strict YAML file, and errors become one readable line."""
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -94,27 +95,32 @@ def field_comments(cls) -> dict[str, str]:
 def convert(kind, value):
     """`value` (text from a flag, or a YAML value) as `kind`; ValueError says what was expected."""
     if typing.get_origin(kind) is Literal:
-        if isinstance(value, bool):  # YAML reads off and on as false and true
-            value = "on" if value else "off"
-        if value not in typing.get_args(kind):
-            raise ValueError("one of " + ", ".join(map(str, typing.get_args(kind))))
-        return value
+        return convert_choice(typing.get_args(kind), value)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         return None if value is None or value == "" else convert(kinds[0], value)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind is bool:
+        fits = isinstance(value, bool)
+    elif kind is str:
+        fits = isinstance(value, str)
+    elif kind is int and isinstance(value, float):
+        fits = value.is_integer()
+    else:  # YAML reads 1e-4 as text: a string is good for a number when it parses as one
+        fits = isinstance(value, (int, float, str)) and not isinstance(value, bool)
     try:
-        if kind is bool or isinstance(value, bool):
-            fits = kind is bool and isinstance(value, bool)
-        elif kind is int and isinstance(value, float):
-            fits = value == int(value)
-        else:  # YAML reads 1e-4 as text: a string is good for a number when it parses as one
-            fits = isinstance(value, (int, float, str)) and (kind is not str or isinstance(value, str))
         if fits:
             return kind(value)
     except (ValueError, OverflowError):
         pass
-    raise ValueError(names[kind])
+    raise ValueError({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
+
+
+def convert_choice(choices, value):
+    if isinstance(value, bool):  # YAML reads off and on as false and true
+        value = "on" if value else "off"
+    if value not in choices:
+        raise ValueError("one of " + ", ".join(map(str, choices)))
+    return value
 
 
 def read_yaml(path: Path, kinds: dict) -> dict:
@@ -157,55 +163,66 @@ def parse(cls, argv=None, doc: str | None = None):
 
     Each dataclass field becomes `--name_with_underscores` (dashes work too; booleans also as `--no_name`). A default
     made by `setting(real, demo)` takes its demo value when the base is the demo: with `--model demo`, or with neither
-    --data_dir nor --model.
+    --data_dir nor --model. doc: the help's text, if not the docstring of the module that has the dataclass.
     """
-    import argparse
+    kinds, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+    parser = make_parser(cls, doc or sys.modules[cls.__module__].__doc__)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    given = {**(read_yaml(Path(path), kinds) if path else {}), **given}
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
+    if missing:
+        parser.error(f"--{missing[0]} is needed")
+    demo = given["model"] == "demo" if given.get("model") else not given.get("data_dir")
+    defaults = {f.name: f.metadata["demo"] for f in fields if demo and "demo" in f.metadata}
+    if given.get("model") == "":
+        del given["model"]
+    return cls(**{**defaults, **given})
 
-    kinds, comments, fields = typing.get_type_hints(cls), field_comments(cls), dataclasses.fields(cls)
+
+def make_parser(cls, doc: str | None):
+    """An argparse parser with --config and a flag for each field of the dataclass; it returns what was given, no defaults."""
     parser = argparse.ArgumentParser(
-        description=doc or sys.modules[cls.__module__].__doc__,
+        description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [--setting value ...]",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    kinds, comments = typing.get_type_hints(cls), field_comments(cls)
+    for f in dataclasses.fields(cls):
+        add_flag(parser, f, kinds[f.name], comments[f.name])
+    return parser
 
-    def typed(kind):
-        def read(text):
-            try:
-                return convert(kind, text)
-            except ValueError as error:
-                raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
 
-        return read
+def add_flag(parser, f: dataclasses.Field, kind, comment: str) -> None:
+    """Adds the flag of a field, under its name with underscores and with dashes; a boolean's --no_name is not listed."""
+    names = list(dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"]))
+    default = "" if f.default in ("", None, dataclasses.MISSING) else f"default: {f.default}"
+    if "demo" in f.metadata:
+        default += f"; demo: {f.metadata['demo']}"
+    text = (comment + (f" ({default})" if default else "")).replace("%", "%%")
+    options = dict(dest=f.name, default=argparse.SUPPRESS)
+    if kind is bool:
+        parser.add_argument(*names, action="store_true", help=text, **options)
+        negative = sorted({name.replace("--", f"--no{mark}", 1) for name in names for mark in "_-"})
+        parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **options)
+    else:
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else f.name.upper()
+        parser.add_argument(*names, type=reader(kind), metavar=metavar, help=text, **options)
 
-    for f in fields:
-        names = sorted({f"--{f.name}", f"--{f.name.replace('_', '-')}"}, key=lambda name: "-" in name[2:])
-        default = "" if f.default in ("", None, dataclasses.MISSING) else f"default: {f.default}"
-        if "demo" in f.metadata:
-            default += f"; demo: {f.metadata['demo']}"
-        text = (comments[f.name] + (f" ({default})" if default else "")).replace("%", "%%")
-        options = dict(dest=f.name, default=argparse.SUPPRESS)
-        if kinds[f.name] is bool:
-            parser.add_argument(*names, action="store_true", help=text, **options)
-            negative = sorted({n.replace("--", f"--no{mark}", 1) for n in names for mark in "_-"})
-            parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **options)
-        else:
-            choices = typing.get_args(kinds[f.name]) if typing.get_origin(kinds[f.name]) is Literal else ()
-            metavar = "{" + ",".join(map(str, choices)) + "}" if choices else f.name.upper()
-            parser.add_argument(*names, type=typed(kinds[f.name]), metavar=metavar, help=text, **options)
 
-    given = vars(parser.parse_args(argv))
-    path = given.pop("config", None)
-    given = {**(read_yaml(Path(path), kinds) if path else {}), **given}
-    demo = given["model"] == "demo" if given.get("model") else not given.get("data_dir")
-    defaults = {f.name: f.metadata["demo"] for f in fields if demo and "demo" in f.metadata}
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
-    if missing:
-        parser.error(f"--{missing[0]} is needed")
-    if given.get("model") == "":
-        del given["model"]
-    return cls(**{**defaults, **given})
+def reader(kind):
+    """convert, for argparse: its errors name the text."""
+
+    def read(text):
+        try:
+            return convert(kind, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
+
+    return read
 
 
 def write_yaml(config, path: Path) -> None:

@@ -1,18 +1,16 @@
-"""Pictures of a run. matplotlib is imported when one is drawn, with a backend that needs no screen."""
+"""Pictures of a run. matplotlib is imported when one is drawn, and needs no screen: a notebook's own settings stay."""
 
 from pathlib import Path
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 4.0):
     """(figure, 2-D array of axes) without a screen. width, height: inches of one panel."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawing, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained", dpi=120
-    )
+    drawing = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=120)
+    FigureCanvasAgg(drawing)  # not by pyplot, which would choose a backend for the whole process, and keep the figure
+    axes = drawing.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
@@ -20,11 +18,8 @@ def figure(rows: int = 1, columns: int = 1, width: float = 6.0, height: float = 
 
 
 def save_figure(drawing, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
     path.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(path)
-    plt.close(drawing)
 
 
 def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: list[int], path: Path) -> None:

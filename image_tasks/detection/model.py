@@ -115,32 +115,46 @@ def weighed_over_processes(family_loss):
 
     Box terms (and the class terms of DETR's successors) are sums divided by a batch's number of boxes, plain DETR's class
     term is a mean over queries in which no object weighs eos_coefficient: a process with few boxes would count too much.
+    Without gradient, in evaluation, the loss is that of this process's own pictures.
     """
-    from transformers.loss import loss_for_object_detection as library
+    from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
-    # The library's own division takes the mean of the box counts over processes and divides by their number once more, so
-    # box terms would count double with two processes. Without it, it divides by the batch's own count, as we expect below.
-    library.is_accelerate_available = lambda: False
-    softmax = family_loss is library.ForObjectDetectionLoss
+    softmax = family_loss is ForObjectDetectionLoss  # plain DETR's, the one with a class term that is no sum over boxes
 
     def loss_function(logits, labels, device, pred_boxes, config, *args, **kwargs):
         loss, parts, auxiliary = family_loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
         world = process_index()[1]
-        if world > 1 and torch.is_grad_enabled():
-            boxes = float(sum(len(label["class_labels"]) for label in labels))
-            queries = logits.shape[0] * logits.shape[1]
-            matched = sum(min(len(label["class_labels"]), logits.shape[1]) for label in labels)
-            unmatched = config.eos_coefficient * (queries - matched) if softmax else 0.0
-            mine = torch.tensor([boxes, matched + unmatched], device=logits.device)
-            every = mine.clone()
-            torch.distributed.all_reduce(every)
-            share = mine.clamp(min=1) / (every / world).clamp(min=1)
-            classes = sum(value for name, value in parts.items() if name.startswith("loss_ce")) if softmax else 0.0
-            loss = share[0] * (loss - classes) + share[1] * classes
-        return loss, parts, auxiliary
+        if world == 1:
+            return loss, parts, auxiliary
+        boxes = float(sum(len(label["class_labels"]) for label in labels))
+        matched = float(sum(min(len(label["class_labels"]), logits.shape[1]) for label in labels))
+        unmatched = config.eos_coefficient * (logits.shape[0] * logits.shape[1] - matched) if softmax else 0.0
+        own = torch.tensor([boxes, matched + unmatched], device=logits.device)
+        mean = own.clone()
+        torch.distributed.all_reduce(mean)
+        mean = mean / world
+        wanted = (mean if torch.is_grad_enabled() else own).clamp(min=1)
+        by_boxes = library_divisor(family_loss, own[0], mean[0], world).clamp(min=1) / wanted[0]
+        by_queries = own[1].clamp(min=1) / wanted[1]
+        share = {name: by_queries if softmax and name.startswith("loss_ce") else by_boxes for name in parts}
+        classes = sum(value for name, value in parts.items() if softmax and name.startswith("loss_ce"))
+        loss = by_boxes * (loss - classes) + by_queries * classes
+        return loss, {name: share[name] * value for name, value in parts.items()}, auxiliary
 
     loss_function.weighed = True
     return loss_function
+
+
+def library_divisor(family_loss, own, mean, world: int):
+    """What transformers (5.17 to 5.24) divides box terms by with several processes, before it takes at least 1.
+
+    own: this batch's number of boxes; mean: that of all processes. Three ways, by the file that holds the family's loss: the
+    first two as one would expect, the third divides the mean by the number of processes once more.
+    """
+    family = family_loss.__module__.rpartition(".")[2]
+    if family in ("loss_rt_detr", "loss_d_fine", "loss_deimv2"):
+        return own
+    return mean if family in ("loss_lw_detr", "loss_rf_detr") else mean / world
 
 
 def pick_rows(tensor: torch.Tensor, rows: list[int | None], known: int) -> torch.Tensor:
