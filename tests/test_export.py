@@ -1,18 +1,29 @@
 """scripts/export.py: a copied script runs outside the project and does what the original does, both as files and as one file."""
 
 import ast
+import builtins
+import contextlib
+import io
+import json
+import os
+import runpy
 import subprocess
+import symtable
 import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from conftest import ROOT, Script
+from conftest import ROOT, import_for_scripts, in_child, of_project, show
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from export import export, find_clashes, follow_imports, import_lines, requirements, single_file  # noqa: E402
-
 from common.config import UserError  # noqa: E402
+from export import export, packages_of_modules, requirements  # noqa: E402
+from local_imports import follow_imports  # noqa: E402
+from single_file import find_clashes, import_lines, single_file  # noqa: E402
 
 FINDER = """
 # Runs without installing: the nearest parent folder that holds common/ goes on the path.
@@ -69,6 +80,7 @@ if __name__ == "__main__":
 )
 
 PROJECT = {
+    "common/__init__.py": "",
     "common/config.py": '''"""Settings.
 
 Two paragraphs.
@@ -167,7 +179,7 @@ def test_a_copy_prints_what_the_original_prints(tmp_path, one_file):
     assert "πTrueπTrue" in original
     (tmp_path / "project").rename(tmp_path / "away")  # nothing of the project is in reach
     assert run(tmp_path / "copy" / "train.py", cwd=tmp_path) == original
-    modules = {"data.py", "model.py", "common/config.py", "common/plots.py", "common/runtime.py"}
+    modules = {"data.py", "model.py", "common/__init__.py", "common/config.py", "common/plots.py", "common/runtime.py"}
     assert set(names) == {"train.py", "demo_base/weights.bin", "requirements.txt"} | (set() if one_file else modules)
 
 
@@ -178,12 +190,12 @@ def test_one_file_keeps_text_and_drops_what_is_not_needed(tmp_path):
     assert '    text = """keep\n\n\n    this import os\nfrom nowhere"""\n' in text
     assert "    rate: float = 0.5  # size of a step\n" in text and "# Two paragraphs." in text
     assert text.count("if __name__") == 1 and text.endswith('if __name__ == "__main__":\n    cli(main)\n')
-    assert "ROOT" not in text and "Runs without installing" not in text and "noqa" not in text
+    assert "HERE" in text and "ROOT" not in text and "Runs without installing" not in text and "noqa" not in text
     assert "    if config.rate > 1:\n        pass\n    else:\n        # nothing to draw\n\n        print(" in text
     assert "    try:\n        pass\n    except ImportError:\n        raise\n" in text
     assert "    import json\n\n    if config" in text  # no pile of blank lines where imports went
     imported = {n.module for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom)}
-    assert imported == {"dataclasses", "math", "pathlib", "PIL"}
+    assert imported == {"dataclasses", "math", "pathlib", "PIL"} and text.count("\nimport os\n") == 1
     places = [text.index(f"# {name} ---") for name in ("common/config.py", "common/runtime.py", "common/plots.py", "train.py")]
     assert places == sorted(places)
 
@@ -196,9 +208,9 @@ def test_imports_of_the_finder_go_where_nothing_else_uses_them(tmp_path):
 
 def test_requirements_name_what_is_imported_with_the_bounds_of_the_project(tmp_path):
     script = make_project(tmp_path / "project")
-    assert requirements(follow_imports(script)) == ["pillow>=10.1", "pyyaml>=6", "scipy", "TIMM>=1,<2"]
-    export(script, tmp_path / "copy", one_file=True)
-    assert (tmp_path / "copy" / "requirements.txt").read_text() == "pillow>=10.1\npyyaml>=6\nscipy\nTIMM>=1,<2\n"
+    for one_file in (False, True):
+        export(script, tmp_path / str(one_file), one_file)
+        assert (tmp_path / str(one_file) / "requirements.txt").read_text() == "pillow>=10.1\npyyaml>=6\nscipy\nTIMM>=1,<2\n"
 
 
 def test_requirements_that_are_there_stay(tmp_path):
@@ -339,30 +351,313 @@ def test_import_lines_are_in_the_order_of_isort():
     ]
 
 
+# What one file leaves out ----------------------------------------------------------------------------------------------
+
+MODEL = '''"""Models.
+
+How they are built.
+"""
+
+from fractions import Fraction
+from math import tau
+
+# needs: flask  (for what is left of this module)
+from common.runtime import twice
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+# More than one can count.
+MANY = 3
+
+
+def third():
+    """A third."""
+    return Fraction(1, MANY)
+
+
+# ---- the model -----------------------------------------------------------------------------------------------------
+
+KINDS = {}
+FEW = 2
+
+
+def kept(function):
+    KINDS[function.__name__] = function
+    return function
+
+
+# Found by its name, not by a reference.
+@kept
+def registered():
+    return FEW
+
+
+class Model:
+    def __init__(self, name: "Text"):
+        self.name = twice(globals()["by_name"](name))
+
+    def never_called(self):
+        return third
+
+
+def by_name(name):
+    MANY = name  # a local one
+    return MANY
+
+
+class Text:
+    pass
+
+
+def unreached():
+    return tau, also_unreached
+
+
+def also_unreached():
+    return unreached
+'''
+
+
+def test_one_file_holds_what_is_reached_and_no_more(tmp_path):
+    text = single_file(follow_imports(make_project(tmp_path, model=MODEL)))
+    for there in (
+        "def kept",
+        "def registered",
+        "FEW = 2",
+        "def third",
+        "MANY = 3",
+        "def by_name",
+        "class Text",
+        "# Found by",
+        "flask",
+    ):
+        assert there in text
+    for gone in ("unreached", "tau", "KINDS = 0"):
+        assert gone not in text
+    assert "# How they are built." in text and text.count("# ---- numbers ---") == 1
+    assert "πTrueπTrue" in run_copy(tmp_path / "tasks" / "shapes" / "train.py", tmp_path)
+
+
+def test_comments_and_imports_go_with_the_code_they_served(tmp_path):
+    model = MODEL.replace("        return third\n", "        return 3\n").replace("MANY = 3\n", 'MANY = "Model"\n')
+    model += "\n\ndef also_long():\n" + "    assert True\n" * 40
+    text = single_file(follow_imports(make_project(tmp_path, model=model)))
+    for gone in ("---- numbers", "third", 'MANY = "', "More than", "A third", "fractions", "How they are built", "also_long"):
+        assert gone not in text
+    assert "# Models.\n\n\n# needs: flask" in text and text.count("# ---- the model ---") == 1 and "FEW = 2" in text
+    assert "\n\n\n\n" not in text[text.index("# common/runtime.py") :]
+
+
+def test_a_module_of_which_nothing_is_reached_leaves_no_trace(tmp_path):
+    data = (
+        PROJECT["tasks/shapes/data.py"]
+        .replace("    import yaml\n", "    yaml = Image = 1\n")
+        .replace("    from PIL import Image\n", "")
+    )
+    script = make_project(
+        tmp_path / "project", data=data + "\n\ndef unreached():\n    from common.unused import unused\n\n    return unused\n"
+    )
+    unused = script.parents[2] / "common" / "unused.py"
+    unused.write_text("# needs: rasterio\nimport flask\n\nunused = flask\n")
+    text = single_file(follow_imports(script))
+    assert "unused" not in text and "flask" not in text
+    export(script, tmp_path / "copy", one_file=True)
+    assert (tmp_path / "copy" / "requirements.txt").read_text() == "scipy\nTIMM>=1,<2\n"
+    export(script, tmp_path / "files")
+    assert "rasterio" in (tmp_path / "files" / "requirements.txt").read_text()
+
+
+def test_statements_that_do_more_than_define_a_name_stay(tmp_path):
+    model = PROJECT["tasks/shapes/model.py"]
+    model = (
+        "TABLE = {}\nTABLE['x'] = sorted\na = 1; b = print\nfor c in (1, 2):\n    TABLE[c] = b\n\n\ndef gone():\n    pass\n\n\n"
+        + model
+    )
+    text = single_file(follow_imports(make_project(tmp_path, model=model)))
+    assert "TABLE = {}\nTABLE['x'] = sorted\na = 1; b = print\nfor c in" in text and "gone" not in text
+
+
+def test_without_the_demo_its_drawing_goes_and_the_script_says_what_it_needs(tmp_path):
+    data = '''"""Data."""
+
+
+def demo_data():
+    """Draws it."""
+    from synthetic import make_demo_data
+
+    return once(make_demo_data)
+
+
+def once(make):
+    return make()
+
+
+def load(text):
+    return demo_data() if text == "π" else text
+'''
+    config = PROJECT["common/config.py"] + "\n\nclass UserError(Exception):\n    pass\n"
+    train = TRAIN.replace(
+        "    python train.py\n",
+        "    python train.py              # demo: on pictures that it draws\n    python train.py --data_dir x\n",
+    )
+    script = make_project(tmp_path / "project", data=data, config=config, train=train)
+    (script.parent / "synthetic.py").write_text("import random\n\n\ndef make_demo_data():\n    return str(random.random() < 2)\n")
+    modules = follow_imports(script)
+    whole, text = single_file(modules), single_file(modules, demo=False)
+    assert "make_demo_data" in whole and "# demo: on pictures" in whole
+    for gone in ("synthetic", "make_demo_data", "random", "def once", "# demo"):
+        assert gone not in text
+    assert '    """Draws it."""\n    raise UserError("' in text and "    python train.py --data_dir x\n" in text
+    assert "TrueTrue" in run_copy(script, tmp_path)
+    export(script, tmp_path / "bare", one_file=True, demo=False)
+    result = subprocess.run([sys.executable, str(tmp_path / "bare" / "train.py")], capture_output=True, text=True)
+    assert "without the demo" in result.stderr and "--data_dir" in result.stderr
+
+
 # The real scripts ------------------------------------------------------------------------------------------------------
 
 NAMES = [f"{name}{lora}.py" for name in ("train", "eval", "infer") for lora in ("", "_lora")]
-FOLDERS = [*sorted(ROOT.glob("image_tasks/*")), ROOT / "fine_tuning", ROOT / "medical_sam3d", ROOT / "voice_rvc"]
+FOLDERS = sorted({file.parent for pattern in ("*/train.py", "*/*/train.py") for file in ROOT.glob(pattern)})
 SCRIPTS = [folder / name for folder in FOLDERS for name in NAMES if (folder / name).is_file()]
+TOOLS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "\nif __name__ ==" in path.read_text()]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_script_can_be_taken_out(script, tmp_path):
-    def ask(folder):  # in a fork: one file imports all packages at its top, which takes a fresh process seconds
-        return Script(folder, script.name, ["--help"], tmp_path / "log").wait().stdout
+def each(scripts):
+    return pytest.mark.parametrize("script", scripts, ids=lambda path: str(path.relative_to(ROOT)))
 
-    original = ask(script.parent)
-    for one_file in (False, True) if script.stem.endswith("_lora") else (True,):  # the twins share all that could differ
-        folder = tmp_path / ("one" if one_file else "many")
-        export(script, folder, one_file, demo=False)
-        assert ask(folder) == original
-        assert not (folder / "common").exists() or not one_file
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with another package named common in it, which says so when it is imported."""
+    folder = tmp_path_factory.mktemp("export")
+    (folder / "foreign" / "common").mkdir(parents=True)
+    (folder / "foreign" / "common" / "__init__.py").write_text("print('another common')\n")
+    return folder
+
+
+@cache
+def copies(folder: Path, place: Path) -> dict[str, Path]:
+    """The scripts in a folder of the project, taken out: "train.py one" -> the folder of the copy.
+
+    Kinds: many files, one file, and one file without the demo (bare).
+    """
+    made = {}
+    for script in [path for path in SCRIPTS if path.parent == folder]:
+        for kind in ("many", "one", "bare"):
+            made[f"{script.name} {kind}"] = copy = place / "_".join(folder.parts[-2:]) / f"{script.stem}_{kind}"
+            if kind == "many":
+                export(script, copy, demo=False)
+            else:
+                copy.mkdir(parents=True)
+                (copy / script.name).write_text(single_file(follow_imports(script), demo=kind == "one"), encoding="utf-8")
+    return made
+
+
+def asked_of(name: str) -> str:
+    """The kind of single file that is asked for --help: of twins one has the demo, the other not."""
+    return "bare" if name.endswith("_lora.py") else "one"
+
+
+@cache
+def helps(folder: Path, place: Path) -> dict[str, tuple[int, str]]:
+    """(exit code, output) of `--help` of the scripts in a folder and of their copies, all from one fork.
+
+    Kinds: those of `copies`, which run beside another package named common; the script itself alone, and beside another common.
+    """
+    scripts = [path.name for path in [*SCRIPTS, *TOOLS] if path.parent == folder]
+    runs = {f"{name} {kind}": folder for name in scripts for kind in ("alone", "beside")}
+    runs |= {key: copy for key, copy in copies(folder, place).items() if key.split()[1] in ("many", asked_of(key.split()[0]))}
+    import_for_scripts()  # one file imports all packages at its top, which takes a fresh process seconds
+    answers = place / "answers.json"
+    code, log = in_child(ask_all, runs, place / "foreign", answers, log=place / "log.txt")
+    assert code == 0, show(log)
+    return {key: tuple(answer) for key, answer in json.loads(answers.read_text()).items()}
+
+
+def ask_all(runs: dict[str, Path], foreign: Path, file: Path) -> None:
+    answers, elsewhere = {}, [path for path in sys.path if not path.startswith(str(ROOT))]
+    packages = set(sys.modules) - {"common", *of_project()}
+    for key, folder in runs.items():
+        name, kind = key.split()
+        for module in set(sys.modules) - packages:
+            if module == "common" or (getattr(sys.modules[module], "__file__", None) or "").startswith(
+                (str(ROOT), str(folder.parent))
+            ):
+                del sys.modules[module]
+        if kind in ("one", "bare"):  # one file stands beside another common even where that was imported before
+            sys.modules["common"] = ModuleType("common")
+        sys.path[:] = [str(folder), *([] if kind == "alone" else [str(foreign)]), *elsewhere]  # as with PYTHONPATH
+        sys.argv, said = [name, "--help"], io.StringIO()
+        os.chdir(folder)
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            try:
+                runpy.run_path(str(folder / name), run_name="__main__")
+                code = 0
+            except SystemExit as leaving:
+                code = leaving.code or 0
+            except Exception as error:
+                code = repr(error)
+        if not folder.is_relative_to(ROOT):
+            assert not of_project(), (key, of_project())
+        answers[key] = code, said.getvalue()
+    file.write_text(json.dumps(answers))
+
+
+@each(SCRIPTS)
+def test_every_script_can_be_taken_out(script, place):
+    kind = asked_of(script.name)
+    alone, many, one = (helps(script.parent, place)[f"{script.name} {which}"] for which in ("alone", "many", kind))
+    code, text = alone
+    assert code == 0 and "--config" in text and many == alone
+    if kind == "bare":  # it promises no demo
+        text = "".join(line for line in text.splitlines(keepends=True) if "  # demo" not in line)
+    assert one == (0, text)
+
+
+@each([*SCRIPTS, *TOOLS])
+def test_another_package_named_common_is_not_imported_in_place_of_ours(script, place):
+    said = helps(script.parent, place)
+    assert said[f"{script.name} beside"] == said[f"{script.name} alone"]
+    assert said[f"{script.name} alone"][0] == 0
+
+
+def test_another_package_named_common_on_pythonpath(place):
+    """As a user would meet it: in processes of their own."""
+    script = SCRIPTS[0]
+    for folder in (script.parent, copies(script.parent, place)[f"{script.name} many"]):
+        env = {**os.environ, "PYTHONPATH": str(place / "foreign")}
+        result = subprocess.run([sys.executable, script.name, "--help"], cwd=folder, env=env, capture_output=True, text=True)
+        assert result.returncode == 0 and "--config" in result.stdout and "another common" not in result.stdout, result.stderr
+
+
+@each(SCRIPTS)
+def test_one_file_defines_all_that_it_uses_and_uses_all_that_it_imports(script, place):
+    kind = asked_of(script.name)
+    text = (copies(script.parent, place)[f"{script.name} {kind}"] / script.name).read_text(encoding="utf-8")
+    top = symtable.symtable(text, script.name, "exec")
+    tables, used = [top], set()
+    for table in tables:
+        tables += table.get_children()
+        used |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (s.is_global() or table is top)}
+    bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    assert not used - bound - set(dir(builtins)) - {"__file__"}
+    assert not {s.get_name() for s in top.get_symbols() if s.is_imported()} - used
+
+
+@pytest.mark.skipif(not find_spec("ruff"), reason="ruff is not installed; the test above finds most of what it would")
+def test_one_file_passes_ruff(place):
+    for folder in FOLDERS:
+        copies(folder, place)
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", place], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout
 
 
 def test_requirements_of_the_project_name_what_its_scripts_need():
     listed = {line.split(" #")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
-    needed = {line: script.relative_to(ROOT) for script in SCRIPTS for line in requirements(follow_imports(script))}
-    assert not {line: script for line, script in needed.items() if line not in listed}
+    modules = {module for script in SCRIPTS for module in follow_imports(script)}
+    assert not set(requirements(packages_of_modules(modules), ROOT)) - listed
 
 
 def test_as_a_command(tmp_path):
