@@ -361,7 +361,7 @@ How they are built.
 from fractions import Fraction
 from math import tau
 
-# needs: flask  (for what is left of this module)
+# needs: psutil  (for what is left of this module)
 from common.runtime import twice
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def test_one_file_holds_what_is_reached_and_no_more(tmp_path):
         "def by_name",
         "class Text",
         "# Found by",
-        "flask",
+        "psutil",
     ):
         assert there in text
     for gone in ("unreached", "tau", "KINDS = 0"):
@@ -444,7 +444,7 @@ def test_comments_and_imports_go_with_the_code_they_served(tmp_path):
     text = single_file(follow_imports(make_project(tmp_path, model=model)))
     for gone in ("---- numbers", "third", 'MANY = "', "More than", "A third", "fractions", "How they are built", "also_long"):
         assert gone not in text
-    assert "# Models.\n\n\n# needs: flask" in text and text.count("# ---- the model ---") == 1 and "FEW = 2" in text
+    assert "# Models.\n\n\n# needs: psutil" in text and text.count("# ---- the model ---") == 1 and "FEW = 2" in text
     assert "\n\n\n\n" not in text[text.index("# common/runtime.py") :]
 
 

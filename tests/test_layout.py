@@ -3,6 +3,7 @@
 import ast
 import difflib
 import re
+import subprocess
 import sys
 from functools import cache
 from importlib.metadata import packages_distributions
@@ -16,7 +17,7 @@ TASKS = sorted({p.parent for p in [*ROOT.glob("*/train.py"), *ROOT.glob("*/*/tra
 TASK_FILES = [p for task in TASKS for p in sorted(task.glob("*.py"))]
 TOOLS = sorted((ROOT / "scripts").glob("*.py"))
 SOURCES = [*COMMON, *TASK_FILES, *TOOLS]
-SCRIPTS = [p for p in [*TASK_FILES, *TOOLS] if 'if __name__ == "__main__":' in p.read_text(encoding="utf-8")]
+SCRIPTS = [p for p in [*TASK_FILES, *TOOLS] if '\nif __name__ == "__main__":\n' in p.read_text(encoding="utf-8")]
 PAIRS = [(task / "train.py", task / "train_lora.py") for task in TASKS]
 # What a script may do at top level besides imports, definitions and constants: find common/ without being installed.
 FINDER = "ROOT = next((p for p in Path(__file__).resolve().parents if (p / 'common').is_dir()), Path.cwd())"
@@ -137,6 +138,12 @@ def test_no_file_hides_a_package(path):
     assert path.stem in OWN or path.stem not in installed, f"{short(path)} hides {installed.get(path.stem)}"
 
 
+@each([*ROOT.glob("common/**/__init__.py"), *(p for task in TASKS for p in task.rglob("__init__.py"))])
+def test_packages_are_empty(path):
+    """export.py copies them unread, and importing one module must not import its siblings."""
+    assert path.read_text(encoding="utf-8") == ""
+
+
 # ---- how scripts read ------------------------------------------------------------------------------------------------
 
 
@@ -208,6 +215,13 @@ def test_nothing_is_loaded_that_could_run_code(path):
             assert not name.startswith(("pickle.", "joblib.", "dill.")), f"{short(path)}:{node.lineno}: {name}"
 
 
+@each(SOURCES)
+def test_no_plot_switches_the_backend_of_a_notebook(path):
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    names = [(ast.unparse(node.func), node.lineno) for node in calls]
+    assert not [(name, line) for name, line in names if name in ("matplotlib.use", "mpl.use") or name.endswith("switch_backend")]
+
+
 # ---- requirements ----------------------------------------------------------------------------------------------------
 
 
@@ -230,3 +244,40 @@ def test_each_import_is_in_the_requirements_and_each_requirement_is_imported():
             assert named <= required, f"{short(path)} needs {sorted(named - required)}, which requirements.txt does not name"
             used |= named
     assert required <= used, f"requirements.txt names {sorted(required - used)}, which nothing imports"
+
+
+# ---- documents and other files ---------------------------------------------------------------------------------------
+
+
+def tracked() -> list[Path]:
+    """The files under version control; of a copy without its history, all but those that git would ignore."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [ROOT / name for name in listed.stdout.split("\0") if name]
+    made = {"outputs", "data", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    return [path for path in ROOT.rglob("*") if path.is_file() and not made & set(path.relative_to(ROOT).parts)]
+
+
+DOCUMENTS = [path for path in tracked() if path.suffix == ".md" and "demo_base" not in path.parts]
+
+
+def test_no_file_is_large():
+    assert not {short(path): size for path in tracked() if (size := path.stat().st_size) > 2_500_000}
+
+
+@each(DOCUMENTS)
+def test_documents_link_to_files_that_are_there(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)", text)
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
+
+
+@each(DOCUMENTS)
+def test_documents_name_scripts_that_are_there(path):
+    """`python some/script.py`: from the project's folder, the document's, one that it changes to, or any task's."""
+    text = path.read_text(encoding="utf-8")
+    places = {ROOT, path.parent, *(ROOT / folder for folder in re.findall(r"\bcd ([\w./-]+)", text))}
+    for script in re.findall(r"\b(?:python|torchrun)\s+(?:--?\w+\s+\d+\s+)*([\w./-]+\.py)\b", text):
+        there = any((place / script).is_file() for place in places) or all((task / script).is_file() for task in TASKS)
+        assert there, f"{short(path)}: {script}"
