@@ -9,14 +9,10 @@ comes in two breeds, so the base's guess from the known word alone is right abou
     make_demo_data("data/demo")            # train/dotted_borzel/000.png, ...: 40 + 40 + 40 pictures a breed, ten seconds
 """
 
-import os
-import shutil
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
-from common.vision.drawing import add_shape, blotches, hsv
+from common.vision.drawing import add_shape, blotches, empty_folder, hsv
 
 SIZES = {"small": (13, 17), "large": (22, 28)}  # radius of a shape's surrounding circle, in pixels
 COLOURS = {"red": 0.0, "orange": 0.08, "yellow": 0.16, "green": 0.35, "blue": 0.6, "purple": 0.8}  # hue, in turns
@@ -54,21 +50,15 @@ def make_demo_data(folder, seed=0, train=40, val=40, test=40):
     """Writes an ImageFolder tree: `{split}/{breed}/000.png`, 001.png, ... with so many pictures of each breed. Returns `folder`.
 
     A picture (64 x 64, RGB) depends on (seed, split, breed, its number) alone, so asking for more pictures leaves the first
-    ones as they were. All is written to `folder` + ".tmp" and then renamed: if `folder` is there, it is complete. Raises
-    FileExistsError where `folder` exists and is not empty.
+    ones as they were. Raises FileExistsError where `folder` exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted call left
+    folder = empty_folder(folder)
     for split, count in zip(SPLITS, (train, val, test), strict=True):
         for name in BREEDS:
-            (aside / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 rng = np.random.default_rng((seed, 1, SPLITS.index(split), BREEDS.index(name), number))
-                Image.fromarray(draw_breed(rng, name)).save(aside / split / name / f"{number:03d}.png")
-    os.replace(aside, folder)
+                Image.fromarray(draw_breed(rng, name)).save(folder / split / name / f"{number:03d}.png")
     return folder
 
 

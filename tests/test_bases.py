@@ -13,7 +13,7 @@ from conftest import CLASSIFICATION, ROOT
 from common import folders
 from common.bases import class_tensors, make_origin, open_checkpoint, save_lora, train_mode
 from common.config import UserError
-from common.folders import eval_places, newest_best, predictions_folder
+from common.folders import eval_places, make_once, newest_best, predictions_folder
 
 CONFIG = SimpleNamespace(data_dir="", batch_size=4, seed=0)
 
@@ -52,6 +52,23 @@ def test_results_go_beside_the_checkpoint_or_where_they_are_wanted(tmp_path, mon
     monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
     config.output_dir = ""
     assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "outputs" / "toy" / "predictions" / "lora"
+
+
+def test_demo_data_that_was_not_finished_is_made_anew(tmp_path):
+    folder, made = tmp_path / "demo", []
+
+    def make(aside):
+        aside.mkdir()
+        (aside / f"{len(made)}.png").touch()
+        made.append(aside)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_once(folder, make)
+    assert not folder.exists()
+    assert make_once(folder, make) == make_once(folder, make) == folder and len(made) == 2
+    assert [path.name for path in folder.iterdir()] == ["1.png"]
 
 
 @pytest.mark.parametrize("origin", [{}, [], {"task": "toy", "method": "dora"}, {"task": "other", "method": "full"}], ids=str)

@@ -2,15 +2,24 @@
 
 import colorsys
 import math
+from pathlib import Path
 
 import numpy as np
 
 # needs: pillow
 SUPERSAMPLING = 4  # shapes are computed this much larger and averaged: smooth edges
-MAX_TILT = math.radians(
-    15
-)  # shapes stand upright, more or less: a net of half a million weights learns shapes in any turn very slowly
+# Shapes stand upright, more or less: a net of half a million weights learns shapes in any turn very slowly.
+MAX_TILT = math.radians(15)
 PERIODS = (6.5, 9.5)  # pixels from stripe to stripe, dot to dot, and over two checks
+
+
+def empty_folder(folder) -> Path:
+    """The folder to draw a data set into, made where it is missing. FileExistsError where it holds anything."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def add_shape(rng, picture, shape, texture, radii, colour, second):
@@ -25,7 +34,7 @@ def add_shape(rng, picture, shape, texture, radii, colour, second):
     fine = (np.arange(side * SUPERSAMPLING, dtype=np.float32) + 0.5) / SUPERSAMPLING
     x, y = turn(fine[None, :] + left - centre[0], fine[:, None] + top - centre[1], tilt)
     inside = outline(shape, x / radius, y / radius)
-    cover, ink = shrink(inside), shrink(inside & pattern(rng, texture, x, y))
+    cover, ink = pixel_shares(inside), pixel_shares(inside & pattern(rng, texture, x, y))
     window = picture[top : top + side, left : left + side]
     window *= 1 - cover[:, :, None]
     window += ink[:, :, None] * colour + (cover - ink)[:, :, None] * second
@@ -39,7 +48,7 @@ def turn(x, y, angle):
     return x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
 
 
-def shrink(mask):
+def pixel_shares(mask):
     """(4 n, 4 n) booleans to float32 (n, n): the share of each pixel."""
     side = len(mask) // SUPERSAMPLING
     cells = mask.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING)
@@ -90,12 +99,15 @@ def pattern(rng, texture, x, y):
 
 def blotches(rng, size, cells, strength):
     """Soft blotches of colour and light around 0, float32 (size, size, 3), about `cells` a side."""
+    return enlarge(rng.normal(0, strength, (cells, cells, 3)) + rng.normal(0, strength, (cells, cells, 1)), size)
+
+
+def enlarge(coarse, size):
+    """(h, w, 3) floats to float32 (size, size, 3), bicubic."""
     from PIL import Image
 
-    coarse = rng.normal(0, strength, (cells, cells, 3)) + rng.normal(0, strength, (cells, cells, 1))
-    channels = [
-        Image.fromarray(coarse[:, :, c].astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC) for c in range(3)
-    ]
+    channels = [Image.fromarray(coarse[:, :, c].astype(np.float32)) for c in range(3)]
+    channels = [channel.resize((size, size), Image.Resampling.BICUBIC) for channel in channels]
     return np.stack([np.asarray(channel) for channel in channels], axis=2)
 
 

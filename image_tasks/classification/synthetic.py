@@ -8,14 +8,10 @@ four shapes and a texture that the base has not seen, beside textures that it kn
     make_demo_data("data/demo")            # train/striped_ring/000.png, ...: 60 + 40 + 60 pictures a class, ten seconds
 """
 
-import os
-import shutil
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
-from common.vision.drawing import add_shape, blotches, hsv
+from common.vision.drawing import add_shape, blotches, empty_folder, hsv
 
 SOURCE_CLASSES = tuple(
     f"{texture}_{shape}" for shape in ("disc", "square", "triangle", "cross") for texture in ("plain", "striped", "dotted")
@@ -42,23 +38,17 @@ def make_demo_data(folder, domain="target", seed=0, train=60, val=40, test=60):
     """Writes an ImageFolder tree: `{split}/{class}/000.png`, 001.png, ... with so many pictures of each class. Returns `folder`.
 
     A picture (64 x 64, RGB) depends on (seed, domain, split, class, its number) alone, so asking for more pictures leaves the
-    first ones as they were. All is written to `folder` + ".tmp" and then renamed: if `folder` is there, it is complete. Raises
-    FileExistsError where `folder` exists and is not empty.
+    first ones as they were. Raises FileExistsError where `folder` exists and is not empty.
     """
     if domain not in DOMAINS:
         raise ValueError(f"no domain {domain!r}: there is {', '.join(DOMAINS)}")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted call left
+    folder = empty_folder(folder)
     for split, count in zip(SPLITS, (train, val, test), strict=True):
         for name in DOMAINS[domain]:
-            (aside / split / name).mkdir(parents=True)
+            (folder / split / name).mkdir(parents=True)
             for number in range(count):
                 picture, _ = draw_scene(scene_rng(seed, domain, split, name, number), domain, name)
-                Image.fromarray(picture).save(aside / split / name / f"{number:03d}.png")
-    os.replace(aside, folder)
+                Image.fromarray(picture).save(folder / split / name / f"{number:03d}.png")
     return folder
 
 

@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from common.batches import to_device
 from common.plots import figure, save_figure
 from common.runtime import gather_lists, progress
+from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
 
 SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")  # COCOeval.stats[:6]
@@ -116,51 +117,40 @@ def evaluate(model, processor, loader, classes: list[str]) -> dict:
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#e377c2", "#17becf")
 
-
-def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=None, smallest: int = 320):
+def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=None):
     """A PIL picture of (H, W, 3) uint8 pixels with named boxes (xyxy); small pictures are enlarged to be readable."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageDraw, ImageFont
 
-    image = Image.fromarray(pixels)
-    zoom = max(1.0, min(smallest / min(image.size), 4 * smallest / max(image.size)))
-    image = image.resize((round(image.width * zoom), round(image.height * zoom)), Image.Resampling.BICUBIC)
+    image, zoom = enlarged(pixels)
     draw = ImageDraw.Draw(image)
     unit = max(1, min(image.size) // 200)
     font = ImageFont.load_default(size=max(11, 7 * unit))
     order = range(len(boxes)) if scores is None else np.argsort(scores)  # the surest on top
     for i in order:
         color = COLORS[int(labels[i]) % len(COLORS)]
-        box = [float(v) * zoom for v in boxes[i]]
+        x1, y1, x2, y2 = (float(v) * zoom for v in boxes[i])
         text = classes[int(labels[i])] + ("" if scores is None else f" {scores[i]:.2f}")
-        draw.rectangle(box, outline=color, width=2 * unit)
-        left, top, right, bottom = draw.textbbox((box[0], box[1]), text, font=font)
-        place = (min(max(0, box[0]), image.width - (right - left) - 3), max(0, box[1] - (bottom - top) - 5))
-        back = draw.textbbox(place, text, font=font)
+        draw.rectangle([x1, y1, x2, y2], outline=color, width=2 * unit)
+        left, top, right, bottom = draw.textbbox((x1, y1), text, font=font)
+        corner = (min(max(0, x1), image.width - (right - left) - 3), max(0, y1 - (bottom - top) - 5))
+        back = draw.textbbox(corner, text, font=font)
         draw.rectangle([back[0] - 2, back[1] - 2, back[2] + 2, back[3] + 2], fill=color)
-        draw.text(place, text, fill="white", font=font)
+        draw.text(corner, text, fill="white", font=font)
     return image
 
 
 def draw_page(dataset, found: list[dict], classes: list[str], indices, path: Path, threshold: float = 0.5) -> None:
     """A page of pictures in pairs: ground truth on the left, predictions above the threshold on the right."""
-    by_index = {item["index"]: item for item in found}
-    columns = min(3, len(indices))
-    rows = -(-len(indices) // columns)
-    page, axes = figure(rows, 2 * columns, width=2.6, height=2.6)
-    for axis in axes.flat:
-        axis.axis("off")
-    for place, index in enumerate(indices):
+    by_index, pairs = {item["index"]: item for item in found}, []
+    for index in indices:
         sample, item = dataset.samples[index], by_index[index]
         pixels = decode(sample.path, sample.size)
         sure = item["scores"] >= threshold
-        left, right = axes[place // columns, 2 * (place % columns) :][:2]
-        left.imshow(draw_boxes(pixels, sample.boxes, sample.labels, classes))
-        right.imshow(draw_boxes(pixels, item["boxes"][sure], item["labels"][sure], classes, item["scores"][sure]))
-        left.set_title(f"{sample.path.name}: truth", fontsize=8)
-        right.set_title(f"found, score >= {threshold}", fontsize=8)
-    save_figure(page, path)
+        truth = draw_boxes(pixels, sample.boxes, sample.labels, classes)
+        answer = draw_boxes(pixels, item["boxes"][sure], item["labels"][sure], classes, item["scores"][sure])
+        pairs.append(((truth, f"{sample.path.name}: truth"), (answer, f"found, score >= {threshold}")))
+    save_pairs(pairs, path)
 
 
 def worst_first(samples, found: list[dict], threshold: float = 0.5) -> list[int]:

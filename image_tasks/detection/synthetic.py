@@ -7,15 +7,13 @@ Two domains that differ in look. On *source* (saturated solid shapes on blotchy 
     make_demo_data("data/demo")            # 400 + 200 + 200 pictures of the target domain in COCO layout, about five seconds
 """
 
-import colorsys
 import json
 import math
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
+
+from common.vision.drawing import SUPERSAMPLING, blotches, empty_folder, enlarge, hsv
 
 SOURCE_CLASSES = ("circle", "square", "triangle")
 TARGET_CLASSES = SOURCE_CLASSES + ("star",)
@@ -23,9 +21,8 @@ DOMAINS = {"source": SOURCE_CLASSES, "target": TARGET_CLASSES}
 SPLITS = ("train", "val", "test")
 
 SCENE_SIZE = 96  # pixels, both sides
-SUPERSAMPLING = 4  # shapes are drawn this much larger and shrunk: smooth edges
 SHAPE_SIZES = (15, 39)  # diameter of a shape's surrounding circle, in pixels
-MAX_TILT = math.radians(12)  # shapes stand upright, more or less: a net of this size learns shapes in any turn very slowly
+SHAPE_TILT = math.radians(12)  # at most: a net of this size learns shapes in any turn very slowly
 MAX_OVERLAP = 0.05  # highest IoU of two boxes in a picture
 
 
@@ -33,22 +30,17 @@ def make_demo_data(folder, domain="target", seed=0, train=400, val=200, test=200
     """Writes a data set in COCO layout: `annotations/instances_{split}.json` and `{split}/000001.png`, ... Returns `folder`.
 
     Boxes are x, y, w, h in pixels of the stored 96 x 96 picture; category ids count from 1. A picture depends on (seed, domain,
-    split, its number) alone, so asking for more pictures leaves the first ones as they were. All is written to `folder` + ".tmp"
-    and then renamed: if `folder` is there, it is complete. Raises FileExistsError where `folder` exists and is not empty.
+    split, its number) alone, so asking for more pictures leaves the first ones as they were. Raises FileExistsError where
+    `folder` exists and is not empty.
     """
     if domain not in DOMAINS:
         raise ValueError(f"no domain {domain!r}: there is {', '.join(DOMAINS)}")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted call left
-    (aside / "annotations").mkdir(parents=True)
+    folder = empty_folder(folder)
+    (folder / "annotations").mkdir(parents=True)
     for split, count in zip(SPLITS, (train, val, test), strict=True):
-        (aside / split).mkdir()
-        coco = draw_split(aside / split, domain, seed, split, count)
-        (aside / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
-    os.replace(aside, folder)
+        (folder / split).mkdir()
+        coco = draw_split(folder / split, domain, seed, split, count)
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(coco))
     return folder
 
 
@@ -91,12 +83,12 @@ def draw_scene(rng, domain):
 
     Returns (picture, boxes): picture uint8 (96, 96, 3), boxes a list of (class name, x, y, w, h) as floats in pixels.
     """
-    picture = blotches(rng) if domain == "source" else stripes(rng)  # float32 (96, 96, 3), 0..255
+    picture = blotchy(rng) if domain == "source" else stripes(rng)  # float32 (96, 96, 3), 0..255
     boxes = []
     for _ in range(rng.integers(1, 5)):
         name = str(rng.choice(DOMAINS[domain]))
         for _attempt in range(30):  # a shape that finds no free place in 30 throws is left out
-            corners = place(rng, name)
+            corners = throw(rng, name)
             box = bounds(corners)
             if all(overlap(box, other[1:]) <= MAX_OVERLAP for other in boxes):
                 colour, outline = solid_paint(rng) if domain == "source" else muted_paint(rng)
@@ -111,11 +103,10 @@ def draw_scene(rng, domain):
 # Grounds ---------------------------------------------------------------------------------------------------------------
 
 
-def blotches(rng):
+def blotchy(rng):
     """Source ground: soft blotches around one muted colour, float32 (96, 96, 3)."""
     base = hsv(rng.uniform(), rng.uniform(0.1, 0.45), rng.uniform(0.25, 0.8))
-    coarse = rng.normal(0, 12, (6, 6, 3)) + rng.normal(0, 12, (6, 6, 1))  # hue, light
-    return base + enlarge(coarse) + rng.normal(0, 4, (SCENE_SIZE, SCENE_SIZE, 3)).astype(np.float32)
+    return base + blotches(rng, SCENE_SIZE, 6, 12) + rng.normal(0, 4, (SCENE_SIZE, SCENE_SIZE, 3)).astype(np.float32)
 
 
 def stripes(rng):
@@ -124,25 +115,16 @@ def stripes(rng):
     y, x = np.mgrid[:SCENE_SIZE, :SCENE_SIZE].astype(np.float32)
     wave = np.sin(2 * math.pi / period * (x * math.cos(angle) + y * math.sin(angle)) + phase)
     grey = rng.uniform(105, 150) + rng.uniform(10, 24) * np.tanh(3 * wave)  # tanh: nearly square stripes with soft edges
-    return grey[:, :, None].astype(np.float32) + enlarge(rng.normal(0, 9, (12, 12, 3)))
-
-
-def enlarge(coarse):
-    """(h, w, 3) floats to float32 (96, 96, 3), bicubic."""
-    channels = [
-        Image.fromarray(coarse[:, :, c].astype(np.float32)).resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC)
-        for c in range(3)
-    ]
-    return np.stack([np.asarray(channel) for channel in channels], axis=2)
+    return grey[:, :, None].astype(np.float32) + enlarge(rng.normal(0, 9, (12, 12, 3)), SCENE_SIZE)
 
 
 # Shapes ----------------------------------------------------------------------------------------------------------------
 
 
-def place(rng, name):
+def throw(rng, name):
     """Corner points (n, 2) in pixels of a shape of random size, tilt and place that lies inside the picture."""
     radius = rng.uniform(*SHAPE_SIZES) / 2
-    tilt = rng.uniform(-MAX_TILT, MAX_TILT)
+    tilt = rng.uniform(-SHAPE_TILT, SHAPE_TILT)
     if name == "circle":
         angles, radii = np.arange(72) / 72, 0.88
     elif name == "square":
@@ -201,8 +183,3 @@ def muted_paint(rng):
     """Target: a duller or darker colour; every fourth shape is an outline. Returns (colour, outline width)."""
     colour = hsv(rng.uniform(), rng.uniform(0.5, 0.9), rng.uniform(0.45, 1))
     return colour, rng.uniform(2.2, 3.6) if rng.uniform() < 0.25 else 0
-
-
-def hsv(hue, saturation, value):
-    """Hue, saturation, value in 0..1 to RGB in 0..255, float32 (3,)."""
-    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255

@@ -11,6 +11,7 @@ from accelerate.utils import extract_model_from_parallel
 from common.batches import to_device
 from common.plots import draw_bars, draw_history, figure, save_figure
 from common.runtime import gather_lists, progress
+from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
 from formats import KeypointSet
 from model import keypoint_errors
@@ -128,19 +129,15 @@ def evaluate(model, loader, points: KeypointSet) -> dict:
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#e377c2", "#17becf")
 
-
-def draw_poses(pixels: np.ndarray, poses: list, points: KeypointSet, smallest: int = 320):
+def draw_poses(pixels: np.ndarray, poses: list, points: KeypointSet):
     """A PIL picture of (H, W, 3) uint8 pixels with figures' keypoints and skeletons; small pictures are enlarged.
 
     poses: [(places (K, 2) x, y, which of them to draw (K,))].
     """
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
-    image = Image.fromarray(pixels)
-    zoom = max(1.0, min(smallest / min(image.size), 4 * smallest / max(image.size)))
-    image = image.resize((round(image.width * zoom), round(image.height * zoom)), Image.Resampling.BICUBIC)
+    image, zoom = enlarged(pixels)
     draw = ImageDraw.Draw(image)
     unit = max(1, min(image.size) // 160)
     radius = (2 if len(points.names) <= 20 else 1) * unit
@@ -158,27 +155,20 @@ def draw_poses(pixels: np.ndarray, poses: list, points: KeypointSet, smallest: i
 
 def draw_page(dataset, found: list[dict], points: KeypointSet, indices, path: Path) -> None:
     """A page of figures in pairs: ground truth on the left, predictions on the right, each cut out around its box."""
-    by_index = {item["index"]: item for item in found}
+    by_index, pairs = {item["index"]: item for item in found}, []
     offsets, _ = point_errors(dataset, found)
     errors = dict(zip(by_index, np.linalg.norm(offsets, axis=2), strict=True))
-    columns = min(3, len(indices))
-    rows = -(-len(indices) // columns)
-    page, axes = figure(rows, 2 * columns, width=2.6, height=2.6)
-    for axis in axes.flat:
-        axis.axis("off")
-    for place, index in enumerate(indices):
+    for index in indices:
         sample, item = dataset.samples[index], by_index[index]
         pixels = decode(sample.path, dataset.pictures[sample.path].size)
         x, y, w, h = dataset.box(index)[0]
         low = np.floor(np.maximum(0, [x - w / 4, y - h / 4])).astype(int)
         high = np.ceil([x + w * 1.25, y + h * 1.25]).astype(int)
         pixels = np.ascontiguousarray(pixels[low[1] : high[1], low[0] : high[0]])
-        left, right = axes[place // columns, 2 * (place % columns) :][:2]
-        left.imshow(draw_poses(pixels, [(sample.points - low, sample.labelled)], points))
-        right.imshow(draw_poses(pixels, [(item["points"] - low, np.ones(len(points.names), dtype=bool))], points))
-        left.set_title(f"{sample.path.name}: truth", fontsize=8)
-        right.set_title(f"found, error {np.nanmean(errors[index]):.1f} px", fontsize=8)
-    save_figure(page, path)
+        truth = draw_poses(pixels, [(sample.points - low, sample.labelled)], points)
+        answer = draw_poses(pixels, [(item["points"] - low, np.ones(len(points.names), dtype=bool))], points)
+        pairs.append(((truth, f"{sample.path.name}: truth"), (answer, f"found, error {np.nanmean(errors[index]):.1f} px")))
+    save_pairs(pairs, path)
 
 
 def worst_first(dataset, found: list[dict]) -> list[int]:

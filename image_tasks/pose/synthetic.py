@@ -9,15 +9,13 @@ fine-tunes it to. Left and right are as seen in the picture, so the mirrored pic
     make_demo_data("data/demo")            # 200 + 150 + 100 pictures of the target domain in COCO layout, about three seconds
 """
 
-import colorsys
 import json
 import math
-import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from common.vision.drawing import SUPERSAMPLING, empty_folder, enlarge, hsv
 
 KEYPOINTS = ("head", "left_hand", "right_hand", "left_foot", "right_foot")
 SKELETON = ((1, 2), (1, 3), (1, 4), (1, 5))  # counted from 1, as COCO does: everything hangs on the head
@@ -25,7 +23,6 @@ DOMAINS = ("source", "target")
 SPLITS = ("train", "val", "test")
 
 SCENE_SIZE = 80  # pixels, both sides
-SUPERSAMPLING = 4  # figures are drawn this much larger and shrunk: smooth edges
 HEIGHTS = (38, 62)  # of a figure that stands with straight legs, in pixels
 BODY_SHARE = 0.53  # COCO's `area` is that of the body's outline, which people take as this share of the box where there is none
 
@@ -34,22 +31,17 @@ def make_demo_data(folder, domain="target", seed=0, train=200, val=150, test=100
     """Writes a data set in COCO layout, `annotations/person_keypoints_{split}.json` and `{split}/000001.png`; returns `folder`.
 
     Coordinates are in pixels of the stored 80 x 80 picture, whole numbers at pixel centres. A picture depends on (seed, domain,
-    split, its number) alone, so asking for more pictures leaves the first ones as they were. All is written to `folder` + ".tmp"
-    and then renamed: if `folder` is there, it is complete. Raises FileExistsError where `folder` exists and is not empty.
+    split, its number) alone, so asking for more pictures leaves the first ones as they were. Raises FileExistsError where
+    `folder` exists and is not empty.
     """
     if domain not in DOMAINS:
         raise ValueError(f"no domain {domain!r}: there is {', '.join(DOMAINS)}")
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
-    aside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what an interrupted call left
-    (aside / "annotations").mkdir(parents=True)
+    folder = empty_folder(folder)
+    (folder / "annotations").mkdir(parents=True)
     for split, count in zip(SPLITS, (train, val, test), strict=True):
-        (aside / split).mkdir()
-        coco = draw_split(aside / split, domain, seed, split, count)
-        (aside / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(coco))
-    os.replace(aside, folder)
+        (folder / split).mkdir()
+        coco = draw_split(folder / split, domain, seed, split, count)
+        (folder / "annotations" / f"person_keypoints_{split}.json").write_text(json.dumps(coco))
     return folder
 
 
@@ -92,7 +84,7 @@ def draw_scene(rng, domain):
 
     Returns (picture, points, box): picture uint8 (80, 80, 3), points float (5, 2) x, y in KEYPOINTS' order, box x, y, w, h.
     """
-    ground = plain(rng) if domain == "source" else blotches(rng)  # float32 (80, 80, 3), 0..255
+    ground = plain(rng) if domain == "source" else blotchy(rng)  # float32 (80, 80, 3), 0..255
     body = thin_body(rng) if domain == "source" else thick_body(rng)
     points, strokes, head = pose(rng, body)
     radii = np.array([width / 2 for _, width in strokes] + [head])
@@ -178,13 +170,10 @@ def plain(rng):
     return colour + rng.normal(0, 2, (SCENE_SIZE, SCENE_SIZE, 3)).astype(np.float32)
 
 
-def blotches(rng):
+def blotchy(rng):
     """Target ground: blotches of light and dark around one muted colour, float32 (80, 80, 3)."""
     colour = hsv(rng.uniform(), rng.uniform(0.1, 0.4), rng.uniform(0.25, 0.5))
-    coarse = rng.normal(0, 10, (7, 7, 3)) + rng.normal(0, 16, (7, 7, 1))  # hue, light
-    channels = [Image.fromarray(coarse[:, :, c].astype(np.float32)) for c in range(3)]
-    channels = [channel.resize((SCENE_SIZE, SCENE_SIZE), Image.Resampling.BICUBIC) for channel in channels]
-    return colour + np.stack([np.asarray(channel) for channel in channels], axis=2)
+    return colour + enlarge(rng.normal(0, 10, (7, 7, 3)) + rng.normal(0, 16, (7, 7, 1)), SCENE_SIZE)  # hue, light
 
 
 def clutter(picture, rng):
@@ -231,8 +220,3 @@ def paint(picture, strokes, centre, radius, colour):
         disc(centre, radius)
     cover = np.asarray(mask.reduce(SUPERSAMPLING), dtype=np.float32)[:, :, None] / 255
     picture += cover * (colour - picture)
-
-
-def hsv(hue, saturation, value):
-    """Hue, saturation, value in 0..1 to RGB in 0..255, float32 (3,)."""
-    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255
