@@ -31,12 +31,12 @@ class Predictor:
         """
         import torch
 
-        from common.vision.preprocess import Preprocess
+        from common.vision.preprocess import ClassifierPreprocess
 
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         self.model, processor, self.origin = load_checkpoint(checkpoint, base, merge, device)
-        self.device, self.classes, self.preprocess = device, self.origin["classes"], Preprocess(processor)
+        self.device, self.classes, self.preprocess = device, self.origin["classes"], ClassifierPreprocess(processor)
 
     def predict(self, image, top_k: int = 5) -> list[tuple[str, float]]:
         """[(class name, probability), ...] of one picture, the most probable first."""

@@ -11,7 +11,7 @@ from common.class_metrics import calibration, class_report, classification_metri
 from common.plots import draw_calibration
 from common.vision.labelled import LabelledPictures, Sample, eval_loader
 from common.vision.pages import draw_answer, draw_page
-from common.vision.preprocess import Preprocess
+from common.vision.preprocess import ClassifierPreprocess
 from common.vision.scoring import evaluate, logits_of, predict
 
 CLASSES = ["cat", "dog", "fish"]
@@ -138,7 +138,7 @@ def make_mixed(folder):
         width, height = [(90, 60), (60, 90), (70, 70), (140, 50), (31, 30)][i % 5]
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         samples.append(Sample(folder / f"{i}.png", f"{i}.png", (i * i) % 3))
-    return model, LabelledPictures(samples, CLASSES, Preprocess(processor), [None] * 11)
+    return model, LabelledPictures(samples, CLASSES, ClassifierPreprocess(processor), [None] * 11)
 
 
 @pytest.fixture(scope="module")

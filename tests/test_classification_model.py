@@ -18,7 +18,7 @@ from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
-from common.vision.preprocess import Preprocess  # noqa: E402
+from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
 from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
@@ -272,7 +272,7 @@ def test_a_linear_probe_trains_the_head_alone(small_base):
 def test_a_loaded_adapter_answers_as_the_trained_one_merged_or_not(trained, capsys):
     model, processor, facts = load_checkpoint(trained.folder, merge=False)
     torch.testing.assert_close(outputs(model, trained.pixels), trained.after, atol=1e-5, rtol=1e-5)
-    assert not model.training and facts["classes"] == NEW and Preprocess(processor).shape == (32, 32)
+    assert not model.training and facts["classes"] == NEW and ClassifierPreprocess(processor).shape == (32, 32)
     merged, _, _ = load_checkpoint(trained.folder)
     torch.testing.assert_close(outputs(merged, trained.pixels), trained.after, atol=1e-4, rtol=1e-4)
     assert not [name for name, _ in merged.named_parameters() if "lora_" in name]

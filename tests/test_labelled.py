@@ -27,7 +27,7 @@ from common.vision.labelled import (
     read_dataset,
 )
 from common.vision.pictures import decode
-from common.vision.preprocess import Preprocess
+from common.vision.preprocess import ClassifierPreprocess
 
 CLASSES = ["bird", "cat", "dog"]
 COLORS = {"bird": (0, 0, 250), "cat": (250, 0, 0), "dog": (0, 250, 0)}
@@ -348,7 +348,7 @@ def more_processors():
 
 
 def check_preprocess(processor):
-    preprocess = Preprocess(processor)
+    preprocess = ClassifierPreprocess(processor)
     for height, width in PICTURES:
         for kind in ("noise", "smooth"):
             pixels = random_picture(height, width, kind)
@@ -386,7 +386,7 @@ def test_an_image_processor_that_does_something_unknown_is_refused(oddity):
     if oddity == "any width":  # then pictures of different shapes would not make a batch
         processor = hf.BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
     with pytest.raises(UserError, match="image processor .* prepares pictures in a way that is not known here"):
-        Preprocess(processor)
+        ClassifierPreprocess(processor)
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------------
@@ -430,7 +430,7 @@ def test_the_cache_respects_its_limit(tmp_path):
     splits, *_ = read(make(tmp_path, "folders val"))
     picture = 3 * 16 * 16
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (99 * picture, 9)):
-        _, cache, used = load_pictures(splits["train"], Preprocess(processor()), Faults(), limit, "test")
+        _, cache, used = load_pictures(splits["train"], ClassifierPreprocess(processor()), Faults(), limit, "test")
         assert sum(entry is not None for entry in cache) == kept and used <= limit
 
 
@@ -450,7 +450,7 @@ def photo(tmp_path_factory):
 
 
 def augmented(samples, seed=0, **changes):
-    preprocess, config = Preprocess(processor(32, 32)), settings("", **changes)
+    preprocess, config = ClassifierPreprocess(processor(32, 32)), settings("", **changes)
     augmentation = make_augmentation(config, preprocess)
     return LabelledPictures(samples, ["a", "b"], preprocess, [None] * len(samples), augmentation, config.mixup, seed)
 
@@ -571,7 +571,7 @@ def test_augmented_pictures_have_the_shape_that_the_model_sees(photo):
     from transformers import DeiTImageProcessor
 
     base = DeiTImageProcessor(size={"shortest_edge": 37}, crop_size={"height": 24, "width": 32})
-    preprocess, config = Preprocess(base), settings("", **EVERYTHING)
+    preprocess, config = ClassifierPreprocess(base), settings("", **EVERYTHING)
     for changes in (EVERYTHING, PLAIN):
         augmentation = make_augmentation(SimpleNamespace(**{**vars(config), **changes}), preprocess)
         pixels = np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ from common.config import UserError
 from common.runtime import process_index, say
 from common.samples import SPLIT_NAMES, Faults, cache_limit, load_all, split_off
 from common.vision.pictures import IMAGE_ENDINGS, decode
-from common.vision.preprocess import Preprocess
+from common.vision.preprocess import ClassifierPreprocess
 
 COLUMNS = {
     "path": ("path", "file", "file_name", "filename", "image"),
@@ -202,7 +202,7 @@ class LabelledPictures(torch.utils.data.Dataset):
         return {"pixels": pixels, "target": target, "index": index}
 
 
-def make_augmentation(config, preprocess: Preprocess):
+def make_augmentation(config, preprocess: ClassifierPreprocess):
     """uint8 (3, H, W) -> uint8 in the shape that the model sees: random crop, flip, RandAugment, as the settings say."""
     from torchvision.transforms import v2
 
@@ -225,7 +225,7 @@ def collate(items: list[dict]) -> dict:
     }
 
 
-def load_pictures(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str):
+def load_pictures(samples: list[Sample], preprocess: ClassifierPreprocess, faults: Faults, cache_bytes: int, text: str):
     """(usable samples, cache, bytes used): every picture is decoded once, and kept resized while there is room."""
 
     def load(sample: Sample):
@@ -244,7 +244,7 @@ def labelled_loaders(config, processor, source: Path):
     if not 0 < config.crop <= 1 or config.mixup < 0 or not 0 <= config.randaugment <= 30:
         raise UserError("--crop must lie above 0 and up to 1, --mixup must not be negative, --randaugment must lie in 0 .. 30")
     rank, world = process_index()
-    faults, preprocess = Faults(), Preprocess(processor)
+    faults, preprocess = Faults(), ClassifierPreprocess(processor)
     splits, classes, layout = read_dataset(source, config.seed, faults)
     limit = cache_limit(config.cache)
     train, train_cache, used = load_pictures(splits["train"], preprocess, faults, limit, "training")
@@ -305,14 +305,14 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     for sample in splits[config.split]:
         sample.label = classes.index(names[sample.label])
-    preprocess = Preprocess(processor)
+    preprocess = ClassifierPreprocess(processor)
     samples, cache, _ = load_pictures(splits[config.split], preprocess, faults, cache_limit("auto"), config.split)
     faults.report()
     dataset = LabelledPictures(samples, classes, preprocess, cache)
     return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), classes, data_dir or "demo"
 
 
-def pictures_only(paths: list[Path], classes: list[str], preprocess: Preprocess, faults: Faults) -> LabelledPictures:
+def pictures_only(paths: list[Path], classes: list[str], preprocess: ClassifierPreprocess, faults: Faults) -> LabelledPictures:
     """The pictures as a data set without labels; those that cannot be decoded are left out and named."""
     samples = [Sample(path, path.name, 0) for path in paths]
     samples, cache, _ = load_pictures(samples, preprocess, faults, cache_limit("auto"), "input")

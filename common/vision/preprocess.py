@@ -7,36 +7,51 @@ import torch
 from common.config import UserError
 
 
-class Preprocess:
-    """How a base wants its pictures: resized (and cropped), scaled; read from its image processor and checked against it."""
+def mean_and_std(processor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, standard deviation), each (3, 1, 1), by which an image processor of transformers scales values of 0 to 1."""
+    if not processor.do_normalize or processor.image_mean is None:
+        return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return mean, std
+
+
+class ClassifierPreprocess:
+    """How a classifier wants its pictures: resized (and cropped), scaled; read from its image processor and checked against it.
+
+    size: [height, width], or [shortest edge]; crop: (height, width) of the middle that is seen, or None for all of it.
+    """
 
     def __init__(self, processor):
+        if hasattr(processor, "data_config"):
+            self.read_timm(processor.data_config)
+        else:
+            self.read_transformers(processor)
+        self.check(processor)
+
+    def read_transformers(self, processor) -> None:
         from torchvision.transforms.v2 import InterpolationMode
 
-        facts = processor.data_config if hasattr(processor, "data_config") else processor  # the first: a timm model's
-        if facts is processor:
-            size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
-            short, fixed = size.get("shortest_edge"), (size.get("height"), size.get("width"))
-            self.crop = (crop["height"], crop["width"]) if crop and getattr(processor, "do_center_crop", False) else None
-            percent = getattr(processor, "crop_pct", None)
-            if percent and short:  # ConvNeXt's way: below 384 pixels it crops from something larger, above it does not crop
-                self.crop = (short, short) if short < 384 else None
-                short, fixed = (int(short / percent), None) if short < 384 else (None, (short, short))
-            mean, std, name = processor.image_mean, processor.image_std, processor.resample
-            mode = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}[int(name)]
-            if not processor.do_normalize or mean is None:
-                mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-            self.reverse, self.half = bool(getattr(processor, "do_flip_channel_order", False)), int
-        else:
-            height, width = facts["input_size"][1:]
-            larger = int(height / facts["crop_pct"]), int(width / facts["crop_pct"])
-            short, fixed = (None, larger) if facts["crop_mode"] == "squash" else (min(larger), larger)
-            self.crop, self.reverse, self.half = (height, width), False, round
-            mean, std, mode = facts["mean"], facts["std"], facts["interpolation"]
-        self.size = [short] if short else list(fixed)
-        self.mode = InterpolationMode(mode if mode != "random" else "bicubic")
-        self.mean, self.std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-        self.check(processor)
+        size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+        short = size.get("shortest_edge")
+        self.size = [short] if short else [size.get("height"), size.get("width")]
+        self.crop = (crop["height"], crop["width"]) if crop and getattr(processor, "do_center_crop", False) else None
+        percent = getattr(processor, "crop_pct", None)
+        if percent and short:  # ConvNeXt's way: below 384 pixels it crops from something larger, above it does not crop
+            self.size, self.crop = ([int(short / percent)], (short, short)) if short < 384 else ([short, short], None)
+        modes = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+        self.mode = InterpolationMode(modes[int(processor.resample)])
+        self.mean, self.std = mean_and_std(processor)
+        self.reverse, self.half = bool(getattr(processor, "do_flip_channel_order", False)), int
+
+    def read_timm(self, config: dict) -> None:
+        from torchvision.transforms.v2 import InterpolationMode
+
+        height, width = config["input_size"][1:]
+        larger = [int(height / config["crop_pct"]), int(width / config["crop_pct"])]
+        self.size = larger if config["crop_mode"] == "squash" else [min(larger)]
+        self.crop, self.reverse, self.half = (height, width), False, round
+        self.mode = InterpolationMode(config["interpolation"] if config["interpolation"] != "random" else "bicubic")
+        self.mean, self.std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
 
     def check(self, processor) -> None:
         """UserError unless this class prepares a picture as the processor itself does, to about two grey levels of 255."""

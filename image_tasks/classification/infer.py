@@ -47,7 +47,7 @@ def main(argv=None, method="full", doc=None):
     from common.vision.labelled import collate, pictures_only
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
-    from common.vision.preprocess import Preprocess
+    from common.vision.preprocess import ClassifierPreprocess
     from model import load_checkpoint
 
     paths = find_pictures(config.input)
@@ -56,7 +56,7 @@ def main(argv=None, method="full", doc=None):
     model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     model, classes = accelerator.prepare_model(model, evaluation_mode=True), origin["classes"]
     faults = Faults()
-    dataset = pictures_only(paths, classes, Preprocess(processor), faults)
+    dataset = pictures_only(paths, classes, ClassifierPreprocess(processor), faults)
     faults.report()
     root = predictions_folder(config, origin)
 

@@ -14,6 +14,7 @@ from common.folders import make_once
 from common.runtime import process_index, say
 from common.samples import Faults, cache_limit, load_all
 from common.vision.pictures import decode
+from common.vision.preprocess import mean_and_std
 from formats import Sample, make_sample, read_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -31,8 +32,7 @@ class Preprocess:
 
     def __init__(self, processor, image_size: int = 0):
         self.size = {"height": image_size, "width": image_size} if image_size else dict(processor.size)
-        self.mean = torch.tensor(processor.image_mean if processor.do_normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
-        self.std = torch.tensor(processor.image_std if processor.do_normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+        self.mean, self.std = mean_and_std(processor)
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture as the model sees it: fixed, or by shortest and longest edge, keeping the ratio."""

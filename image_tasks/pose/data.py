@@ -14,6 +14,7 @@ from common.folders import make_once
 from common.runtime import process_index, say
 from common.samples import Faults, cache_limit, load_all
 from common.vision.pictures import decode
+from common.vision.preprocess import mean_and_std
 from formats import KeypointSet, Sample, read_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -32,8 +33,7 @@ class Preprocess:
 
     def __init__(self, processor, size: tuple[int, int]):
         self.size = tuple(size)
-        self.mean = torch.tensor(processor.image_mean if processor.do_normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
-        self.std = torch.tensor(processor.image_std if processor.do_normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+        self.mean, self.std = mean_and_std(processor)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Values from 0 to 1, (3, h, w) -> with the base's mean and standard deviation."""
