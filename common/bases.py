@@ -53,7 +53,9 @@ def base_source(name: str, demo_base: Path, example: str, download: bool = True)
     """Where a base is loaded from: the demo's folder for "demo", a local folder, or a hub name (fetched if it must be)."""
     source = demo_base if name == "demo" else Path(name).expanduser()
     if not source.is_dir():
-        if name == "demo" or source.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if name == "demo":  # a copy that was taken out of the project with --no_demo
+            raise UserError(f"this copy came without the demo: name your own data with --data_dir; the base is then {example}")
+        if source.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
             raise UserError(f"--model: there is no folder {source}; give a folder, a hub name ({example}) or demo")
         source = fetch(name, download)
     return source

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, import_for_scripts, in_child, of_project, show
+from conftest import ROOT, Script, import_for_scripts, in_child, of_project, show
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -642,6 +642,15 @@ def test_one_file_defines_all_that_it_uses_and_uses_all_that_it_imports(script, 
     bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
     assert not used - bound - set(dir(builtins)) - {"__file__"}
     assert not {s.get_name() for s in top.get_symbols() if s.is_imported()} - used
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_a_copy_without_the_demo_says_that_it_needs_data(folder, place):
+    copy = copies(folder, place)["train_lora.py bare"]
+    done = Script(copy, "train_lora.py", ["--output_dir", place / "runs"], place / "bare").wait(expect=2)
+    assert done.stderr.startswith("error: this copy came without the demo: name your own data with --data_dir")
+    text = (copy / "train_lora.py").read_text(encoding="utf-8")
+    assert "make_demo_data" not in text and "synthetic.py" not in text
 
 
 @pytest.mark.skipif(not find_spec("ruff"), reason="ruff is not installed; the test above finds most of what it would")
