@@ -56,10 +56,30 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        if getattr(self, "lora_r", 0) < 0:
-            raise UserError(f"--lora_r is {self.lora_r}, but must be at least 0")
         if not 0 < self.lr < math.inf:
             raise UserError(f"--lr is {self.lr}, but must be a positive number")
+
+
+@dataclass
+class LoraTrainConfig(TrainConfig):
+    """Settings that every LoRA train script has besides; a script says again what it sets otherwise or names for itself."""
+
+    lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the head alone
+    lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
+    lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data; slower
+    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
+    lora_last_k: int = 0  # adapters in the last K blocks alone, which saves the backward pass of all before; 0: in all
+    frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights in half the memory; with --precision bf16
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lora_r", "lora_last_k"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout is {self.lora_dropout}, but must be at least 0 and below 1")
+        if self.frozen_dtype == "bf16" and self.precision != "bf16":
+            raise UserError("--frozen_dtype bf16 goes with --precision bf16: in other arithmetic its rounding would show")
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""Adapters on any model through PEFT: find the layers, count what trains, save and load strictly."""
+"""Adapters on any model through PEFT: find the layers, add the adapter, save and load strictly.
+
+What relies on PEFT's internals is here, and tests/test_peft_adapters.py says which of it broke.
+"""
 
 import json
 import re
@@ -6,13 +9,21 @@ import tempfile
 import warnings
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from common.checkpoint import read_json
 from common.config import UserError
+from common.fast_lora import conv_pays, lora_conv, lora_linear
 from common.lora import ADAPTER_FILE, is_within
 from common.runtime import say
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# The names of attention's query and value projections differ between architectures: the first set that is there counts.
+QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
 # Parts of layer names of ViT and its relatives today, and as transformers 4 had them (some kept those well into 5).
 OLD_NAMES = (
     (".layers.", ".encoder.layer."),
@@ -28,14 +39,32 @@ OLD_NAMES = (
 )
 
 
-def find_targets(model, wanted, kinds, exclude=()) -> list[str]:
-    """Full names of the modules of the given kinds that adapters go on, for LoraConfig(target_modules=...).
+def choose_targets(model, which: str, exclude=(), last_k: int = 0) -> list[str]:
+    """Full names of the layers that get adapters, for LoraConfig(target_modules=...).
+
+    which: qv (attention's query and value), all-linear, all (convolutions, too), or a regular expression for the end of a layer's
+    name. exclude: parts that train whole (heads). last_k: the last K blocks alone. UserError where nothing is hit.
+    """
+    if which == "qv":
+        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+        fitting = next((names for names in QUERY_VALUE if set(names) <= ends), QUERY_VALUE[0])
+        return find_targets(model, fitting, (nn.Linear,), exclude, last_k)
+    if which == "all-linear":
+        return find_targets(model, "*", (nn.Linear,), exclude, last_k)
+    # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
+    grouped = [name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS) and module.groups > 1]
+    return find_targets(model, "*" if which == "all" else [which], (nn.Linear, *CONVOLUTIONS), (*exclude, *grouped), last_k)
+
+
+def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0) -> list[str]:
+    """Full names of the modules of exactly these kinds that adapters go on.
 
     wanted: "*" for all of these kinds, or a list of patterns, each a regular expression for the end of a module's name
     ("q_proj", "encoder.*fc1"). exclude: names that start a part of the model to leave alone, such as a head that trains
-    whole. Prints how many layers each pattern hit; UserError, with the candidates, where one hit none.
+    whole. last_k: see `in_last_blocks`. Prints how many layers each pattern hit; UserError, with the candidates, where one
+    hit none.
     """
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and not is_within(name, exclude)]
+    names = [name for name, module in model.named_modules() if is_adaptable(module, kinds) and not is_within(name, exclude)]
     if wanted == "*":
         hits = {}
         for name in names:
@@ -51,10 +80,153 @@ def find_targets(model, wanted, kinds, exclude=()) -> list[str]:
             raise UserError(f"no layer's name ends in {pattern!r}; there are: {', '.join(sorted(ends))}")
     if not names:
         raise UserError("the model has no layer that an adapter could go on")
-    coverage = ", ".join(f"{pattern} {len(found)}" for pattern, found in hits.items())
-    chosen = sorted({name for found in hits.values() for name in found})
-    say(f"LoRA on {len(chosen)} layers: {coverage}")
-    return chosen
+    chosen = {name for found in hits.values() for name in found}
+    chosen = in_last_blocks([name for name in names if name in chosen], last_k)
+    counts = {pattern: len(chosen & set(found)) for pattern, found in hits.items()}
+    coverage = ", ".join(f"{pattern} {count}" for pattern, count in counts.items() if count)
+    say(f"LoRA on {len(chosen)} layers: {coverage}" + (f", in the last {last_k} blocks" if last_k else ""))
+    return sorted(chosen)
+
+
+def is_adaptable(module, kinds) -> bool:
+    """Whether an adapter's W + s B A means what the module computes: exactly these kinds, or bitsandbytes' linear layer.
+
+    Subclasses may compute something else with their weight (weight-standardised convolutions in timm and BiT) or be passed by
+    (the out_proj of torch's MultiheadAttention).
+    """
+    quantized = nn.Linear in kinds and isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes")
+    return type(module) in kinds or quantized
+
+
+def in_last_blocks(names: list[str], last_k: int) -> set[str]:
+    """Of layer names in the model's order: those in the last K blocks, and what comes after them. 0: all of them.
+
+    A block is what holds layers in an outermost list: "vit.layers.11" of "vit.layers.11.mlp.fc1"; a backbone's stages come first,
+    an encoder's layers before a decoder's. What comes before the first adapter is run without gradients: nothing in it trains.
+    """
+    if not last_k:
+        return set(names)
+    block_of = {name: found[0] for name in names if (found := re.match(r"(?:[^.]*[^.\d][^.]*\.)+?\d+(?=\.)", name))}
+    blocks = list(dict.fromkeys(block_of.values()))
+    if last_k > len(blocks):
+        raise UserError(f"--lora_last_k {last_k}: adapters would go into {len(blocks)} blocks altogether; 0 means all of them")
+    first = next(i for i, name in enumerate(names) if block_of.get(name) == blocks[-last_k])
+    return set(names[first:])
+
+
+# ---- adding ----------------------------------------------------------------------------------------------------------
+
+
+def add_adapter(model, adapter, whole=(), trains: bool = True, frozen_dtype: str = "fp32"):
+    """The PEFT model of a base: frozen, but for the adapter and the parts in `whole` (heads).
+
+    adapter: PEFT's settings (LoraConfig ...). trains: False leaves the adapter at its start, where it adds zero, so that `whole`
+    trains alone. frozen_dtype: see `store_frozen_in_bf16`. Plain LoRA layers compute by common/fast_lora.py from here on; what
+    is saved is the same.
+    """
+    from peft import get_peft_model
+
+    model = get_peft_model(without_word_embeddings(model), adapter)
+    train_whole(model, whole)
+    if not trains:
+        freeze_adapters(model)
+    if frozen_dtype == "bf16":
+        store_frozen_in_bf16(model)
+    return with_fast_layers(model)
+
+
+def without_word_embeddings(model):
+    """PEFT looks for layers that share weights with the word embeddings; some vision models of transformers raise when asked."""
+    try:
+        getattr(model, "get_input_embeddings", nn.Identity)()
+    except NotImplementedError:
+        model.get_input_embeddings = nn.Identity
+    return model
+
+
+def store_frozen_in_bf16(model) -> None:
+    """Frozen matrices and kernels in half the memory, for training under bf16 autocast (--precision bf16).
+
+    Outputs and gradients stay as they were, to the bit: autocast rounds these very weights at every use, and so need not any
+    more. Norms, embeddings, biases and all that trains stay float32.
+    """
+    size = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in (nn.Linear, *CONVOLUTIONS) and not weight.requires_grad:
+            module.weight.data = weight.data.bfloat16()
+            size += weight.numel()
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    say(f"{size:,} frozen weights are kept in bf16" + ("; that saves time on few CPUs, memory on all" if on_cpu else ""))
+
+
+def with_fast_layers(model):
+    """The PEFT model, its plain LoRA layers on the fast forward by an attribute of each: `del layer.forward` undoes it."""
+    from peft.tuners.lora import layer as peft_layers
+
+    kinds = (peft_layers.Linear, peft_layers.Conv1d, peft_layers.Conv2d, peft_layers.Conv3d)
+    for layer in model.modules():
+        if type(layer) in kinds:
+            layer.forward = partial(fast_forward, layer)  # unlike a closure, it follows its layer through deepcopy and pickle
+    return model
+
+
+def fast_forward(layer, x, *args, **kwargs):
+    """A PEFT layer's forward: one function of common/fast_lora.py, or PEFT's own where that does not cover the case."""
+    parts = None if args or kwargs else plain_lora(layer, x)
+    if parts and type(layer.base_layer) is nn.Linear:
+        return lora_linear(x, *parts)
+    if parts and x.dim() == parts[0].dim() and conv_pays(x, layer.base_layer):
+        return lora_conv(x, *parts, layer.base_layer.stride, layer.base_layer.padding)
+    return type(layer).forward(layer, x, *args, **kwargs)
+
+
+def plain_lora(layer, x):
+    """(weight, bias, A, B, scaling) if W x + b + scaling B A x is all that the layer computes on x now, else None.
+
+    Not with several adapters, or disabled or merged ones; DoRA and its kin; active dropout; bases that train, are quantized or
+    parametrized, or are convolutions with groups, dilation or another padding than zeros; hooks; mixed dtypes without autocast.
+    """
+    base, names = layer.base_layer, layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] not in layer.lora_A or layer.lora_variant:
+        return None
+    down, up, dropout = layer.lora_A[names[0]], layer.lora_B[names[0]], layer.lora_dropout[names[0]]
+    if type(base) not in (nn.Linear, *CONVOLUTIONS) or not type(base) is type(down) is type(up) or up.bias is not None:
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (base, down, up)):
+        return None
+    if type(dropout) is not nn.Identity and not (type(dropout) is nn.Dropout and not dropout.training):
+        return None
+    if type(base) is not nn.Linear and not is_plain_convolution(base):
+        return None
+    tensors = (base.weight, base.bias, down.weight, up.weight)
+    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    of_one_dtype = torch.is_autocast_enabled(x.device.type) or all(t is None or t.dtype == x.dtype for t in tensors)
+    if not frozen or not of_one_dtype or any(type(t) not in (nn.Parameter, type(None)) for t in tensors):
+        return None
+    return *tensors, layer.scaling[names[0]]
+
+
+def is_plain_convolution(conv) -> bool:
+    plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
+    return plain and not isinstance(conv.padding, str)
+
+
+def train_whole(model, parts) -> None:
+    """Unfreezes the parts of a PEFT model with these names (heads), to train beside the adapter."""
+    for name, parameter in model.named_parameters():
+        if is_within(name, parts):
+            parameter.requires_grad_(True)
+
+
+def freeze_adapters(model) -> None:
+    """Leaves the adapter of a PEFT model at its start, where it adds zero."""
+    for name, parameter in model.named_parameters():
+        if in_adapter(model, name):
+            parameter.requires_grad_(False)
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
 
 
 def adapter_state(model) -> dict:
@@ -85,20 +257,6 @@ def save_adapter_files(model, folder: Path) -> None:
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in adapter_state(model).items()}, folder / ADAPTER_FILE)
 
 
-def train_whole(model, parts) -> None:
-    """Unfreezes the parts of a PEFT model with these names (heads), to train beside the adapter."""
-    for name, parameter in model.named_parameters():
-        if is_within(name, parts):
-            parameter.requires_grad_(True)
-
-
-def freeze_adapters(model) -> None:
-    """Leaves the adapter of a PEFT model at its start, where it adds zero."""
-    for name, parameter in model.named_parameters():
-        if in_adapter(model, name):
-            parameter.requires_grad_(False)
-
-
 @contextmanager
 def in_names_of_today(folder: Path, model):
     """Yields the adapter folder, or a copy of it in which layers go by the names of today, if it was saved under older ones.
@@ -109,7 +267,6 @@ def in_names_of_today(folder: Path, model):
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
-    from torch import nn
 
     try:
         tensors = load_file(folder / ADAPTER_FILE)
@@ -161,7 +318,7 @@ def load_adapter_files(model, folder: Path, whole=()):
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
         try:
-            model = PeftModel.from_pretrained(model, place)
+            model = PeftModel.from_pretrained(without_word_embeddings(model), place)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
@@ -172,4 +329,4 @@ def load_adapter_files(model, folder: Path, whole=()):
             f"{folder / ADAPTER_FILE} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
             f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
         )
-    return model.eval()
+    return with_fast_layers(model).eval()

@@ -19,7 +19,7 @@ from common.bases import (
     with_saved_adapter,
 )
 from common.config import UserError
-from common.peft_adapters import find_targets, is_within
+from common.peft_adapters import choose_targets, is_within
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -210,13 +210,9 @@ def layer_groups(model: ClipClassifier, lr: float, decay: float) -> list[dict]:
     return [{"params": params, "lr": lr * decay ** (depth + 1 - level)} for level, params in sorted(groups.items())]
 
 
-def lora_targets(model, which: str) -> list[str]:
-    """Names of the layers that get adapters, never in the head. which: qv, all-linear, or a regular expression of layer names."""
-    # SigLIP pools by a torch MultiheadAttention, which reads its layers' weights and would pass an adapter by.
-    exclude = (HEAD, "head.attention")
-    if which == "qv":
-        return find_targets(model, ("q_proj", "v_proj"), nn.Linear, exclude)
-    return find_targets(model, "*" if which == "all-linear" else [which], nn.Linear, exclude)
+def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
+    """Names of the layers that get adapters, never in the head; see choose_targets."""
+    return choose_targets(model, which, (HEAD,), last_k)
 
 
 def adapter_config(method: str, config, targets: list[str]):

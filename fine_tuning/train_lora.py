@@ -16,11 +16,11 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import LoraTrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(LoraTrainConfig):
     model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: any CLIP or SigLIP by hub name, a folder, or demo
     head: Literal["auto", "zero_shot", "random"] = "auto"  # the classifier's start; auto: zero_shot if the base can read texts
     prompts: str = setting(
@@ -42,19 +42,18 @@ class Config(TrainConfig):
     lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
     lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.1  # dropout in front of the adapters, in LoRA and its kin; against overfitting
-    lora_targets: str = "qv"  # qv, all-linear, or a regular expression of layer names
+    lora_targets: str = "qv"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
     quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, the frozen weights in an eighth of the memory; NVIDIA GPUs only
 
 
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from peft import get_peft_model
     from torch.nn.functional import cross_entropy
 
     from common.bases import save_lora, train_mode
     from common.optim import build_optimizer
-    from common.peft_adapters import freeze_adapters, train_whole
+    from common.peft_adapters import add_adapter
     from common.run import Run
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate
@@ -81,12 +80,9 @@ def main(argv=None):
         # 1. The image tower, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
         model = with_head(tower, classes, config.model, config.head, config.prompts)
         model = quantized(model, config.quantize, run.device, config.peft_method)
-        adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets))
+        adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets, config.lora_last_k))
         about = origin("lora", model, base_facts, config)
-        model = get_peft_model(model, adapter)
-        train_whole(model, [HEAD])
-        if config.lora_r == 0:
-            freeze_adapters(model)
+        model = add_adapter(model, adapter, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         describe_trainable(model, config.peft_method)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)

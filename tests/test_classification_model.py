@@ -17,7 +17,7 @@ use_task(TASK)
 from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
+from common.peft_adapters import add_adapter, freeze_adapters, is_within  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
 from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
 
@@ -96,11 +96,10 @@ def outputs(model, pixels):
 
 
 def add_lora(model, which="all"):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     head = class_layers(model)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)))
-    train_whole(model, head)
+    model = add_adapter(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)), head)
     return model
 
 

@@ -20,7 +20,7 @@ use_task(TASK)
 from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import count_parameters  # noqa: E402
-from common.peft_adapters import freeze_adapters, in_adapter, train_whole  # noqa: E402
+from common.peft_adapters import add_adapter, in_adapter, train_whole  # noqa: E402
 from model import (  # noqa: E402
     SCALE,
     ClipClassifier,
@@ -124,14 +124,8 @@ def train(model, steps=2):
 
 def with_adapter(model, method, which="qv", rank=4):
     """As train_lora.py makes it."""
-    from peft import get_peft_model
-
     config = SimpleNamespace(**{**vars(SETTINGS), "lora_r": rank})
-    model = get_peft_model(model, adapter_config(method, config, lora_targets(model, which)))
-    train_whole(model, ["classifier"])
-    if rank == 0:
-        freeze_adapters(model)
-    return model
+    return add_adapter(model, adapter_config(method, config, lora_targets(model, which)), ["classifier"], trains=rank > 0)
 
 
 def one_line(caught):

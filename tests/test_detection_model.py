@@ -17,7 +17,7 @@ use_task(TASK)
 from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.peft_adapters import is_within, train_whole  # noqa: E402
+from common.peft_adapters import add_adapter, is_within  # noqa: E402
 from model import (  # noqa: E402
     HEADS,
     load_base,
@@ -102,10 +102,9 @@ def outputs(model, batch):
 
 
 def add_lora(model, which="all"):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)))
-    train_whole(model, HEADS)
+    model = add_adapter(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)), HEADS)
     return model
 
 

@@ -16,7 +16,7 @@ use_task(TASK)
 from common.bases import save_lora, save_model  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.peft_adapters import freeze_adapters, is_within, train_whole  # noqa: E402
+from common.peft_adapters import add_adapter, freeze_adapters, is_within  # noqa: E402
 from formats import KeypointSet  # noqa: E402
 from model import (  # noqa: E402
     HEAD,
@@ -104,10 +104,9 @@ def coords(model, pixels):
 
 
 def add_lora(model, which="all-linear"):
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)))
-    train_whole(model, (HEAD,))
+    model = add_adapter(model, LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, which)), (HEAD,))
     return model
 
 
@@ -415,7 +414,7 @@ def test_plain_peft_loads_the_same_adapter(trained, base_folder):
 
     torch.manual_seed(5)  # another new head, which the file's replaces
     model = PeftModel.from_pretrained(prepare(base_folder)[0], trained.folder)
-    torch.testing.assert_close(coords(model, trained.batch[0]), trained.after, atol=1e-6, rtol=0)
+    torch.testing.assert_close(coords(model, trained.batch[0]), trained.after, atol=1e-5, rtol=0)  # other order of additions
 
 
 @pytest.mark.parametrize("head", ["heatmap", "regression"])

@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
 
 # needs: timm, torchvision  (timm: bases called timm/<name>; torchvision: image processors)
 from common.bases import (
@@ -17,26 +16,15 @@ from common.bases import (
     open_checkpoint,
     with_saved_adapter,
 )
-from common.peft_adapters import find_targets
+from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
-# The names of attention's query and value projections differ between architectures: the first set that is there counts.
-QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
 
 
-def lora_targets(model, which: str) -> list[str]:
-    """Names of the layers that get adapters. which: qv, all-linear, all (convolutions, too), or a regular expression."""
-    heads = class_layers(model)
-    if which == "qv":
-        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        fitting = next((names for names in QUERY_VALUE if set(names) <= ends), QUERY_VALUE[0])
-        return find_targets(model, fitting, nn.Linear, heads)
-    if which == "all-linear":
-        return find_targets(model, "*", nn.Linear, heads)
-    # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
-    frozen = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
-    return find_targets(model, "*" if which == "all" else [which], (nn.Linear, nn.Conv2d), (*heads, *frozen))
+def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
+    """Names of the layers that get adapters, never in the head; see choose_targets."""
+    return choose_targets(model, which, class_layers(model), last_k)
 
 
 def load_base(name: str):
@@ -88,11 +76,7 @@ def with_classes(base, classes: list[str]):
         model.load_state_dict(tensors)
         how = "rows of the base, by name" if set(classes) <= set(known) else "new weights"
         say(f"head ({', '.join(heads)}) for {len(classes)} classes: {how}")
-    try:
-        model.get_input_embeddings()
-    except NotImplementedError:  # PEFT looks what shares weights with the word embeddings; here there are none
-        model.get_input_embeddings = nn.Identity
-    return model
+    return without_word_embeddings(model)  # so that plain PEFT loads adapters onto it, too
 
 
 def origin(method: str, model, base: dict, config) -> dict:

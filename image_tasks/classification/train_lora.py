@@ -17,11 +17,11 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import LoraTrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(LoraTrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name (timm/<name>, too), local folder, or demo
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
     flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
@@ -35,19 +35,18 @@ class Config(TrainConfig):
     lr: float = setting(2e-4, demo=1e-2)  # few weights move, so several times the step of train.py
     lora_r: int = setting(16, demo=8)  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
     lora_alpha: int = setting(32, demo=16)  # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data
     lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
 
 
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
     from torch.nn.functional import cross_entropy
 
     from common.bases import save_lora, train_mode
     from common.optim import build_optimizer
-    from common.peft_adapters import freeze_adapters, train_whole
+    from common.peft_adapters import add_adapter
     from common.run import Run
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate
@@ -69,12 +68,9 @@ def main(argv=None):
             r=max(1, config.lora_r),
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(model, config.lora_targets),
+            target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
-        model = get_peft_model(model, lora)
-        train_whole(model, head)
-        if config.lora_r == 0:
-            freeze_adapters(model)
+        model = add_adapter(model, lora, head, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

@@ -4,7 +4,6 @@ import copy
 from pathlib import Path
 
 import torch
-from torch import nn
 
 # needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
 from common.bases import (
@@ -17,7 +16,7 @@ from common.bases import (
     open_checkpoint,
     with_saved_adapter,
 )
-from common.peft_adapters import find_targets, is_within
+from common.peft_adapters import choose_targets, is_within, without_word_embeddings
 from common.runtime import process_index, say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -29,22 +28,11 @@ HEADS = (
     "enc_score_head", "enc_bbox_head", "denoising_class_embed",  # RT-DETR, D-FINE
     "pre_bbox_head", "lqe_layers",  # D-FINE: the first guess of the boxes, and how well a box fits (part of the score)
 )  # fmt: skip
-# The names of attention's query and value projections moved between architectures: the first pair that is there counts.
-QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"))
 
 
-def lora_targets(model, which: str) -> list[str]:
-    """Names of the layers that get adapters. which: qv, all-linear, all (convolutions, too), or a regular expression."""
-    if which == "qv":
-        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        pair = next((pair for pair in QUERY_VALUE if set(pair) <= ends), QUERY_VALUE[0])
-        return find_targets(model, pair, nn.Linear, HEADS)
-    # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
-    frozen = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
-    if which == "all-linear":
-        return find_targets(model, "*", nn.Linear, HEADS)
-    wanted = "*" if which == "all" else [which]
-    return find_targets(model, wanted, (nn.Linear, nn.Conv2d), (*HEADS, *frozen))
+def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
+    """Names of the layers that get adapters, never in the heads; see choose_targets."""
+    return choose_targets(model, which, HEADS, last_k)
 
 
 def load_base(name: str):
@@ -80,13 +68,9 @@ def with_classes(base, classes: list[str], most_boxes: int = 0):
     for name, parameter in model.named_parameters():
         if is_within(name, ("backbone",)):
             parameter.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
-    try:
-        model.get_input_embeddings()
-    except NotImplementedError:  # PEFT looks what shares weights with the word embeddings; a detector has none
-        model.get_input_embeddings = nn.Identity
     if not hasattr(model.loss_function, "weighed"):
         model.loss_function = weighed_over_processes(model.loss_function)
-    return model
+    return without_word_embeddings(model)  # so that plain PEFT loads adapters onto it, too
 
 
 def with_class_head(base, known: list[str], classes: list[str]):

@@ -17,11 +17,11 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import LoraTrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(LoraTrainConfig):
     model: str = setting("facebook/detr-resnet-50", demo="demo")  # base: hub name, local folder, or demo
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
     image_size: int = 0  # resize pictures to N x N pixels; 0: as the base was trained
@@ -33,18 +33,17 @@ class Config(TrainConfig):
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
     lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data
     lora_targets: str = "all"  # qv, all-linear, all (backbone convolutions, too), or a regular expression of layer names
 
 
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     from common.bases import save_lora, train_mode
     from common.optim import build_optimizer
-    from common.peft_adapters import freeze_adapters, train_whole
+    from common.peft_adapters import add_adapter
     from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
@@ -62,12 +61,9 @@ def main(argv=None):
             r=max(1, config.lora_r),
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(model, config.lora_targets),
+            target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
-        model = get_peft_model(model, lora)
-        train_whole(model, HEADS)
-        if config.lora_r == 0:
-            freeze_adapters(model)
+        model = add_adapter(model, lora, HEADS, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

@@ -9,7 +9,7 @@ from torch import nn
 from common.bases import base_source, load_pretrained, load_under, make_origin, open_checkpoint, with_saved_adapter
 from common.checkpoint import check_holds, fingerprint, read_json, write_json
 from common.config import UserError
-from common.peft_adapters import find_targets, is_within
+from common.peft_adapters import choose_targets, is_within
 from common.runtime import process_index, say
 from formats import KEYPOINT_FILE, KeypointSet
 
@@ -27,8 +27,6 @@ BACKBONES = {
 }
 # Weights of a checkpoint that belong to other heads (ImageNet classes, masked patches): not taken, and no fault.
 OTHER_HEADS = ("classifier", "pooler", "decoder", "lm_head")
-# The names of attention's query and value projections moved between versions and models: the first pair that is there counts.
-QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"))
 
 UPSAMPLING = 4  # of the heatmap head: with patches of 16 pixels a heatmap has a quarter of the input's sides
 NEW_BETA = 10.0  # temperature of the soft-argmax under a head that starts anew
@@ -265,15 +263,9 @@ def new_head(kind: str, width: int, keypoints: int) -> nn.Module:
     return RegressionHead(width, keypoints) if kind == "regression" else HeatmapHead(width, keypoints)
 
 
-def lora_targets(model, which: str) -> list[str]:
-    """Names of the layers that get adapters, never in the head. which: qv, all-linear, or a regular expression of layer names."""
-    if which == "qv":
-        ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        pair = next((pair for pair in QUERY_VALUE if set(pair) <= ends), QUERY_VALUE[0])
-        return find_targets(model, pair, nn.Linear, (HEAD,))
-    if which == "all-linear":
-        return find_targets(model, "*", nn.Linear, (HEAD,))
-    return find_targets(model, [which], (nn.Linear, nn.Conv2d), (HEAD,))
+def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
+    """Names of the layers that get adapters, never in the head; see choose_targets."""
+    return choose_targets(model, which, (HEAD,), last_k)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import LoraTrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
-class Config(TrainConfig):
+class Config(LoraTrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name, local folder, or demo
     head: Literal["heatmap", "regression"] = "heatmap"  # heatmaps are more exact; regression is smaller and faster
     data_format: Literal["auto", "coco", "csv"] = "auto"  # layout of data_dir; auto looks what is there
@@ -34,22 +34,21 @@ class Config(TrainConfig):
     warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
     lora_r: int = 16  # rank: the width of the bottleneck; 0 trains the head alone, to see what the adapters add
     lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data
-    lora_targets: str = "all-linear"  # qv, all-linear, or a regular expression of layer names
+    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
 
 
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     from common.bases import save_lora
     from common.optim import build_optimizer
-    from common.peft_adapters import freeze_adapters, train_whole
+    from common.peft_adapters import add_adapter
     from common.run import Run
     from data import Preprocess, build_loaders
     from metrics import draw_results, evaluate
-    from model import input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, with_head
+    from model import HEAD, input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, with_head
 
     with Run(config, task="pose", method="lora" if config.lora_r else "head") as run:
         base, processor, base_facts = load_base(config.model)
@@ -64,12 +63,9 @@ def main(argv=None):
             r=max(1, config.lora_r),
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(model, config.lora_targets),
+            target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
-        model = get_peft_model(model, lora)
-        train_whole(model, ("keypoint_head",))
-        if config.lora_r == 0:
-            freeze_adapters(model)
+        model = add_adapter(model, lora, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
