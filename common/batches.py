@@ -25,7 +25,12 @@ def seed_everything(*key) -> None:
     number = number_from(*key)
     random.seed(number)
     np.random.seed(number % 2**32)
-    torch.manual_seed(number)
+    # The bits of torch.manual_seed(number), which for every kind of device that is absent puts a stack trace by, each time.
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(number)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(number)
 
 
 @contextmanager
@@ -33,9 +38,12 @@ def seeded(*key):
     """torch's CPU generator as a function of the key inside the block, as it was after it. For augmentation."""
     import torch
 
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(number_from(*key))
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(number_from(*key))
+    try:
         yield
+    finally:
+        torch.default_generator.set_state(before)
 
 
 class EpochBatches:

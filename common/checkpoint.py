@@ -4,12 +4,15 @@ A folder is written aside, every file is fsynced and listed with its sha256 in m
 folder renamed into place. So a folder under its real name is whole, whenever the power went.
 """
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.config import UserError
@@ -150,6 +153,63 @@ def check_holds(folder: Path, needs: str) -> None:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
         more = f" ({pickles[0]} is a pickle, which could run code, and is not loaded)" if pickles else ""
         raise UserError(f"{folder} holds no {needs}{more}")
+
+
+@dataclass
+class Progress:
+    """Where a training stands: the readable part of a checkpoint, progress.json. Each of its fields is written here alone."""
+
+    step: int = 0  # optimizer steps
+    epoch: int = 1  # the epoch under way, from 1
+    batches_done: int = 0  # of that epoch
+    loss_sums: dict[str, list] = field(default_factory=dict)  # loss -> [sum, count] over that epoch, means of all processes
+    history: list[dict] = field(default_factory=list)  # one record an epoch, epoch 0 = before training
+    best: dict | None = None  # the record of the best epoch
+    best_name: str | None = None  # the metric that chooses it
+    higher_is_better: bool = True
+    bad_epochs: int = 0  # epochs since then
+    clock: dict = field(default_factory=lambda: {"seconds": 0.0, "train_seconds": 0.0, "samples": 0})  # stops left out
+    resumed_at: list[int] = field(default_factory=list)  # optimizer steps
+    log_bytes: int = 0  # length of metrics.jsonl
+    base: dict | None = None  # name and sha256 of the model that the run started from
+    data: dict | None = None  # and of its data
+    processes: int = 1
+
+    @classmethod
+    def from_saved(cls, saved: dict):
+        """Of what any version wrote: a field that it did not know has its default, one that is no more is passed over."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        progress = cls(**{name: value for name, value in saved.items() if name in known})
+        if isinstance(progress.loss_sums, list):  # as it was when a run had one loss
+            progress.loss_sums = {"loss": progress.loss_sums}
+        return progress
+
+    def count_losses(self, losses: dict[str, list[float]]) -> None:
+        for name, values in losses.items():
+            total, count = self.loss_sums.get(name, (0.0, 0))
+            self.loss_sums[name] = [total + sum(values), count + len(values)]
+
+    def mean_losses(self) -> dict[str, float]:
+        """Loss -> its mean over the epoch so far."""
+        return {name: total / count for name, (total, count) in self.loss_sums.items()}
+
+    def add_epoch(self, record: dict, best_name: str, higher_is_better: bool) -> bool:
+        """Takes an epoch's record into the history; whether it is the best so far."""
+        self.history.append(record)
+        self.best_name, self.higher_is_better = best_name, higher_is_better
+        new, old = record[best_name], self.best and self.best[best_name]
+        if new is None or old is None:  # a metric that does not exist is worse than any that does
+            is_best = self.best is None or (new is not None and old is None)
+        elif math.isclose(new, old, rel_tol=1e-9):  # on few samples accuracies often tie; the loss then says which was surer
+            losses = [r.get("val_loss") for r in (record, self.best)]
+            is_best = None not in losses and losses[0] < losses[1]
+        else:
+            is_best = new > old if higher_is_better else new < old
+        self.best, self.bad_epochs = (record, 0) if is_best else (self.best, self.bad_epochs + 1)
+        return is_best
+
+    def next_epoch(self) -> None:
+        self.epoch, self.batches_done, self.loss_sums = self.epoch + 1, 0, {}
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -22,29 +22,41 @@ def save_figure(drawing, path: Path) -> None:
     drawing.savefig(path)
 
 
-def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: list[int], path: Path) -> None:
-    """curves.png: loss, validation metrics and learning rate over optimizer steps; best epoch and resume points marked.
+def curve(axis, records: list[dict], key: str, **style) -> None:
+    """record[key] over record["step"], of the records that have it."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), **style)
 
-    records: the lines of metrics.jsonl, step lines (loss, lr) and epoch lines (train_loss, val_loss, metrics) mixed.
+
+def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: list[int], path: Path) -> None:
+    """curves.png: losses, validation metrics and learning rates over optimizer steps; best epoch and resume points marked.
+
+    records: the lines of metrics.jsonl, step lines (loss, lr) and epoch lines (train_loss, val_loss, metrics) mixed. Where
+    several losses or rates have names (loss_gen, lr_gen), each has a curve of its own, and the losses a logarithmic axis.
     """
-    steps = [r for r in records if "lr" in r]
+    steps = [r for r in records if "epoch" not in r]
     epochs = [r for r in records if "epoch" in r]
-    names = [k for k, v in epochs[-1].items() if isinstance(v, float) and k not in ("train_loss", "val_loss")]
+    trained = [key for key in epochs[-1] if key.startswith("train_loss")]
+    names = [k for k, v in epochs[-1].items() if isinstance(v, float) and k not in (*trained, "val_loss")]
     names = [best_name] + [name for name in names if name != best_name][:5]
     drawing, ((losses, metrics, rates),) = figure(1, 3)
-    losses.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="0.8", label="training, one step")
-    for key, label, color in (("train_loss", "training, epoch mean", "C0"), ("val_loss", "validation", "C1")):
-        points = [(r["step"], r[key]) for r in epochs if r.get(key) is not None]
-        if points:
-            losses.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
+    several = len(trained) > 1
+    for i, key in enumerate(trained):
+        one, label = key.removeprefix("train_"), key.removeprefix("train_loss_") if several else "training"
+        curve(
+            losses, steps, one, color=f"C{2 * i}" if several else "0.8", alpha=0.4 if several else 1, label=f"{label}, one step"
+        )
+        curve(losses, epochs, key, color=f"C{2 * i}", marker=".", label=f"{label}, epoch mean")
+    curve(losses, epochs, "val_loss", color="C1", marker=".", label="validation")
+    if several and all(min(line.get_ydata()) > 0 for line in losses.lines):
+        losses.set_yscale("log")
     losses.set(title="Loss", xlabel="optimizer step", ylabel="loss")
     for i, name in enumerate(names):
-        points = [(r["step"], r[name]) for r in epochs if r.get(name) is not None]
-        if points:
-            wide = name == best_name
-            metrics.plot(*zip(*points, strict=True), marker=".", lw=2.5 if wide else 1, color=f"C{i}", label=name)
+        curve(metrics, epochs, name, marker=".", lw=2.5 if name == best_name else 1, color=f"C{i}", label=name)
     metrics.set(title="Validation metrics", xlabel="optimizer step", ylabel="value")
-    rates.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="C2", label="learning rate")
+    for i, key in enumerate(sorted({key for r in steps for key in r if key == "lr" or key.startswith("lr_")})):
+        curve(rates, steps, key, color=f"C{2 + i}", label=key.replace("lr", "learning rate").replace("_", ", "))
     rates.set(title="Learning rate", xlabel="optimizer step", ylabel="learning rate")
     for axis in (losses, metrics, rates):
         axis.axvline(best["step"], color="C3", ls="--", lw=1, label=f"best epoch ({best['epoch']})")

@@ -20,7 +20,7 @@ class Interrupted(BaseException):
 def start_accelerator(config):
     """The accelerate object that knows this process's device, precision and siblings (torchrun starts those)."""
     import torch
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator
 
     if config.threads > 0:
         torch.set_num_threads(config.threads)
@@ -34,9 +34,7 @@ def start_accelerator(config):
     if on_cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os.environ["ACCELERATE_USE_CPU"] = "1"  # without it accelerate looks for a GPU backend between processes
     mixed = {"fp32": "no"}.get(config.precision, config.precision)
-    # A part of a model may have nothing to do in one process's batch (no box to denoise): the others must not wait for it.
-    idle_parts = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[idle_parts])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
     # One answer on one machine: convolution algorithms are not chosen by a race. CUDA sums may still differ in order.
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True

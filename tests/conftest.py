@@ -5,6 +5,7 @@ from conftest import ROOT, run_script
 
 import faulthandler
 import importlib
+import json
 import os
 import runpy
 import subprocess
@@ -87,6 +88,12 @@ def run_script(folder, script, *args, expect: int | None = 0, env: dict | None =
             f"{show(done.stderr)}"
         )
     return done
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what the clock and the machine say."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("samples_per_second", "peak_memory_bytes")} for line in lines]
 
 
 class Child:
@@ -206,14 +213,17 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
-def start_toy(folder: Path, *flags, env: dict | None = None, group: bool = False, curves: bool = False) -> Child:
-    """toy_train.py with these flags and its run folder in folder/toy, in a forked process.
+def start_toy(
+    folder: Path, *flags, script: str = "toy_train", env: dict | None = None, group: bool = False, curves: bool = False
+) -> Child:
+    """toy_train.py (or toy_gan.py) with these flags and its run folder in folder/toy, in a forked process.
 
     group: in a process group of its own. curves: with curves.png, which takes longer than the training.
     """
     import_all()
     from accelerate.state import AcceleratorState
-    from toy_train import main
+
+    main = importlib.import_module(script).main
 
     from common import plots
     from common.config import cli

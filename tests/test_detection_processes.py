@@ -11,7 +11,7 @@ from test_detection_model import CLASSES, save_base
 TASK = DETECTION
 use_task(TASK)
 
-from model import load_base, with_classes  # noqa: E402
+from model import denoises, load_base, with_classes  # noqa: E402
 
 # One of each way in which the library shares the number of boxes between processes, and one with a softmax over classes.
 KINDS = ["detr", "conditional_detr", "rt_detr", "lw_detr"]
@@ -75,6 +75,7 @@ def one_of_two(rank, port, folders, out):
     # The library divides by the number of processes that accelerate knows of, so it must know them here as in training.
     import accelerate
 
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have made one
     assert accelerate.PartialState(cpu=True).num_processes == 2
     results = {}
     for kind, folder in folders.items():
@@ -121,3 +122,15 @@ def test_the_library_itself_is_left_as_it_is(by_two):
 
     with_classes(load_base(str(by_two[0]["detr"]))[0], CLASSES)
     assert loss_for_object_detection.is_accelerate_available()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "deformable_detr", "d_fine"])
+def test_what_a_picture_without_boxes_has_no_use_for(tmp_path, kind):
+    """There, and only there, processes must look for parameters without a gradient (run.prepare's find_unused)."""
+    model = with_classes(load_base(str(save_kind(tmp_path, kind)))[0], CLASSES)
+    pixels, labels = pictures()
+    model.train()
+    model(pixel_values=pixels[:1], labels=labels[:1]).loss.backward()  # the first has none
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert unused == (["model.denoising_class_embed.weight"] if denoises(model) else [])
+    assert denoises(model) == (kind in ("rt_detr", "d_fine"))

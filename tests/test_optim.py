@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.config import TrainConfig, UserError
-from common.optim import build_optimizer, optimizer_step, schedule
+from common.optim import Step, build_optimizer, clip_gradients, schedule, take_step
 
 
 @pytest.fixture(scope="module")
@@ -30,15 +31,24 @@ def config(**changes):
     return TrainConfig(**{"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.0, **changes})
 
 
+def clip_and_step(accelerator, optimizer, scheduler, limit: float) -> float:
+    """As Run.step_optimizer does it; the norm before clipping."""
+    step = Step(1, torch.device("cpu"))
+    step.add_norm("loss", clip_gradients(accelerator, optimizer, limit))
+    take_step(accelerator, optimizer, scheduler, step.not_finite())
+    step.read(0, with_parts=False)
+    return step.means("gradient")["loss"][0]
+
+
 def one_step(accelerator, model, optimizer, scheduler, scale: float, limit: float):
-    """One step on a loss times `scale`: (norm that optimizer_step reports, norm of the gradients that were stepped on)."""
+    """One step on a loss times `scale`: (norm that is reported, norm of the gradients that were stepped on)."""
     seen = []
     handle = optimizer.optimizer.register_step_pre_hook(
         lambda o, *_: seen.append(math.sqrt(sum(float(p.grad.square().sum()) for g in o.param_groups for p in g["params"])))
     )
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     (scale * (model(x) - 3).square().mean()).backward()
-    norm = optimizer_step(accelerator, optimizer, scheduler, limit)
+    norm = clip_and_step(accelerator, optimizer, scheduler, limit)
     handle.remove()
     return norm, seen[0]
 
@@ -69,7 +79,7 @@ def test_clips_what_is_stepped_and_nothing_else(accelerator):
     (1e-4 * small(x).sum() + 1e6 * large(x).sum()).backward()
     expected = torch.cat([p.grad.flatten() for p in small.parameters()]).norm()
     untouched = [p.grad.clone() for p in large.parameters()]
-    norm = optimizer_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, 1.0)
+    norm = clip_and_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, 1.0)
     assert norm == pytest.approx(float(expected), rel=1e-5)
     assert all(torch.equal(p.grad, before) for p, before in zip(large.parameters(), untouched, strict=True))
 
@@ -83,16 +93,80 @@ def test_gradients_are_zeroed(accelerator):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("limit", [1.0, 0.0])
-def test_non_finite_gradient_moves_nothing(accelerator, value, limit):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("fused", [True, False])
+def test_non_finite_gradient_moves_nothing(accelerator, value, limit, kind, fused):
+    """Fused optimizers are told on the device, others are not called."""
+    model = net()
+    optimizer = kind(model.parameters(), lr=0.1, fused=fused)
+    prepared = accelerator.prepare_optimizer(optimizer)
+    for start in (0, 1):  # with a fresh optimizer, and with one that has a state
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model(torch.ones(2, 4)).sum().backward()
+        model[0].weight.grad[0, 0] = value
+        assert not math.isfinite(clip_and_step(accelerator, prepared, None, limit))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+        assert all(state.get("step", 0) == start for state in optimizer.state.values())
+        model(torch.ones(2, 4)).sum().backward()
+        clip_and_step(accelerator, prepared, None, limit)
+        assert not any(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name != "1.weight")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradient_is(accelerator, fused):
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    optimizer, scheduler = build_optimizer(model, config(), 20)
-    model(torch.ones(2, 4)).sum().backward()
-    model[0].weight.grad[0, 0] = value
-    with pytest.raises(UserError, match="not finite"):
-        optimizer_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, limit)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    step = Step(1, torch.device("cpu"))
+    step.files.append(["a.png", "b.png"])
+    loss = model(torch.ones(2, 4)).sum() + math.inf
+    step.add_loss("loss", loss, {})
+    loss.backward()
+    step.add_norm("loss", clip_gradients(accelerator, accelerator.prepare_optimizer(optimizer), 1.0))
+    take_step(accelerator, optimizer, None, step.not_finite())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert optimizer.state == {} and scheduler.last_epoch == 0
+    step.read(0, with_parts=False)
+    said = step.fault("at step 3, epoch 1")
+    assert said.startswith("the loss is inf at step 3, epoch 1; the batch held a.png, b.png; nothing was changed by it")
+
+
+def test_fault_names_the_first_of_several_numbers_and_what_had_moved():
+    step = Step(2, torch.device("cpu"))
+    for files, loss in (["a"], 1.0), (["b"], 2.0):
+        step.files.append(files)
+        step.add_loss("gen", torch.tensor(loss), {})
+    step.add_norm("gen", torch.tensor(1.0))
+    step.add_norm("disc", torch.tensor(math.nan))
+    step.add_loss("late", torch.tensor(math.nan), {})
+    assert float(step.not_finite()) == 1.0
+    step.read(15, with_parts=False)
+    assert step.signum == 15 and step.means("loss")["gen"] == [1.0, 2.0]
+    said = step.fault("here")
+    assert said.startswith("the gradient of disc is nan here; a lower --lr") and "held a, b; gen had stepped" in said
+    assert step.fault("here", norms_count=False).startswith(
+        "the loss late is nan here; the batch held b; gen and disc had stepped"
+    )
+
+
+def test_fp16_scaler_skips_an_infinite_gradient_and_goes_on():
+    """With the scaler that accelerate would use, on a CPU: of two optimizers one skips its step; the scale halves once."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator = SimpleNamespace(scaler=scaler, unscale_gradients=scaler.unscale_)
+    models = [net(), net()]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=True) for model in models]
+    for model, optimizer, factor in zip(models, optimizers, (1.0, math.inf), strict=True):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        scaler.scale(factor * model(torch.ones(2, 4)).sum()).backward()
+        step = Step(1, torch.device("cpu"))
+        step.add_norm("loss", clip_gradients(accelerator, optimizer, 1.0))
+        take_step(accelerator, optimizer, None, step.not_finite())
+        same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert same == (factor == math.inf)
+        step.read(0, with_parts=False)
+        assert step.fault("here", norms_count=False) is None
+    scaler.update()
+    assert scaler.get_scale() == 2.0
 
 
 def test_weight_decay_pulls_matrices_only(accelerator):
@@ -101,7 +175,7 @@ def test_weight_decay_pulls_matrices_only(accelerator):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer, scheduler = build_optimizer(model, config(weight_decay=0.5), 20)
     (0 * model(torch.randn(2, 1, 4, 4)).sum()).backward()
-    optimizer_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, 1.0)
+    clip_and_step(accelerator, accelerator.prepare_optimizer(optimizer), scheduler, 1.0)
     ratio = {name: float((p.detach() / before[name]).mean()) for name, p in model.named_parameters() if before[name].any()}
     assert {name for name, r in ratio.items() if r != 1} == {"0.weight", "3.weight"}
     assert ratio["3.weight"] == pytest.approx(1 - 0.1 * 0.5, rel=1e-4)

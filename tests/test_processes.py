@@ -24,12 +24,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_two(folder: Path, *flags, rank_flags=([], [])) -> list[Child]:
+def start_two(folder: Path, *flags, rank_flags=([], []), **options) -> list[Child]:
     """Both ranks, forked, with the environment that torchrun gives its workers."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [
-        start_toy(folder, *flags, *rank_flags[rank], env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)
-    ]
+    envs = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    return [start_toy(folder, *flags, *more, env=env, **options) for more, env in zip(rank_flags, envs, strict=True)]
 
 
 def wait(ranks: list[Child], expect: int = 0) -> list[str]:
@@ -73,6 +72,20 @@ def test_two_processes_learn_what_one_does(tmp_path, accumulate):
     moved = weights(tmp_path / "one")["second.weight"]
     run_toy(tmp_path / "half", *flags, "--batch_size", "4")  # one process of two is not enough for that
     assert not torch.allclose(moved, weights(tmp_path / "half")["second.weight"], atol=1e-3)
+
+
+def test_a_part_that_one_process_has_no_use_for(tmp_path):
+    """Asked to, processes agree on who has a gradient, and learn the same; else the one that lacks it says so and none hangs."""
+    flags = [*SAME, "--fault", "passed_by", "--epochs", "1", "--no_augment"]
+    wait(start_two(tmp_path / "agreed", *flags, "--find_unused"))
+    trained = weights(tmp_path / "agreed")
+    assert all(bool(tensor.isfinite().all()) for tensor in trained.values())
+    began = time.monotonic()
+    ranks = start_two(tmp_path / "not", *flags)
+    codes, text = [rank.wait() for rank in ranks], "".join(rank.text for rank in ranks)
+    assert 2 in codes and 0 not in codes and time.monotonic() - began < 60
+    assert "error: 2 trainable tensors got no gradient in this batch: unused.weight, unused.bias" in text
+    assert "find_unused=True" in text
 
 
 def test_nan_on_one_rank_ends_both(tmp_path):

@@ -11,17 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_toy, start_toy
+from conftest import ROOT, metrics_of, run_toy, start_toy
+
+from common.checkpoint import atomic_folder
 
 TOY = ROOT / "tests" / "toy_train.py"
 # Dropout, augmentation, BatchNorm, accumulation with a short last window: all that could go astray.
 LONG = ["--gradient_accumulation_steps", "3"]
 
 
-def bits(run: Path) -> tuple[str, str, bytes]:
+def bits(run: Path) -> tuple[str, list[dict], bytes]:
     """Final weights, metrics and best model of a run."""
     best = (run / "checkpoints" / "best" / "model.safetensors").read_bytes()
-    return (run / "fingerprint.txt").read_text(), (run / "metrics.jsonl").read_text(), best
+    return (run / "fingerprint.txt").read_text(), metrics_of(run), best
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +213,21 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, undisturbed):
     assert bits(run) == undisturbed and "epoch 1/3" not in said
     assert summary(run)["status"] == "finished" and summary(run)["steps"] == 18
     assert [p.name for p in (tmp_path / "toy").iterdir()] == ["full"]
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, undisturbed):
+    """One loss had its sums as a bare pair then; and a field that is no more, or was not yet, is no fault."""
+    run = start_and_kill(tmp_path, "--save_steps", "1", "--pause", "0.01")
+    folder = sorted((run / "checkpoints" / "last").glob("step-*"))[-1]
+    saved = json.loads((folder / "progress.json").read_text())
+    saved |= {"loss_sums": saved["loss_sums"].get("loss", [0.0, 0]), "of_old": 1}
+    assert saved.pop("bad_epochs") in (0, 1, 2)
+    with atomic_folder(folder) as aside:
+        (aside / "progress.json").write_text(json.dumps(saved))
+        shutil.copy(folder / "state.pt", aside)
+    said = run_toy(tmp_path, *LONG, "--save_steps", "1", "--pause", "0.01", "--resume")
+    assert f"resumed at step {saved['step']}," in said
+    assert bits(run) == undisturbed
 
 
 @pytest.mark.parametrize("name", ["state.pt", "progress.json", "manifest.json"])

@@ -4,15 +4,13 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, run_script, run_toy, start_toy
+from conftest import ROOT, metrics_of, run_script, run_toy, start_toy
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.config import TrainConfig
-from common.run import Run
+from common.checkpoint import Progress
 
 TYPES = {
     "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -102,7 +100,7 @@ def test_config_yaml_repeats_the_run(finished, tmp_path):
     run_toy(tmp_path, "--config", finished / "config.yaml")
     again = tmp_path / "toy" / "full"
     assert (again / "fingerprint.txt").read_text() == (finished / "fingerprint.txt").read_text()
-    assert (again / "metrics.jsonl").read_text() == (finished / "metrics.jsonl").read_text()
+    assert metrics_of(again) == metrics_of(finished)
 
 
 def test_best_model_is_the_one_of_the_best_epoch(tmp_path):
@@ -125,14 +123,12 @@ def test_best_model_is_the_one_of_the_best_epoch(tmp_path):
 
 
 def test_of_epochs_with_the_same_metric_the_surer_one_is_best():
-    run = Run(TrainConfig(), "toy", "full")
-    run.signals, run.idle, run.is_main, run.log = SimpleNamespace(busy=False), set(), True, lambda record: None
     more = 0.7 + 2**-52  # a mean of the same numbers in another order
     epochs = [(0.5, 1.0), (0.7, 0.9), (0.7, 0.8), (more, 0.8), (0.6, 0.1), (0.7, None), (more, 0.85), (0.8, 2.0)]
-    best = []
-    for run.epoch, (accuracy, loss) in enumerate(epochs, 1):
-        best.append(run.end_epoch({"accuracy": accuracy, "val_loss": loss}, best="accuracy"))
+    progress = Progress()
+    best = [progress.add_epoch({"accuracy": a, "val_loss": loss}, "accuracy", higher_is_better=True) for a, loss in epochs]
     assert best == [True, True, True, False, False, False, False, True]
+    assert progress.best["val_loss"] == 2.0 and progress.bad_epochs == 0 and len(progress.history) == len(epochs)
 
 
 def test_curves_are_a_picture(finished):
@@ -151,7 +147,17 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(finished, tmp_path):
     child.kill(9)
     child.wait()
     run_toy(tmp_path, "--save_steps", "7", "--pause", "0.01", "--resume")
-    assert tensorboard(tmp_path / "toy" / "full") == expected_scalars(finished)
+    again = tmp_path / "toy" / "full"
+    assert tensorboard(again) == expected_scalars(again) and metrics_of(again) == metrics_of(finished)
+
+
+def test_step_lines_say_how_fast_and_how_large(finished):
+    steps = [line for line in lines(finished) if "epoch" not in line]
+    record = summary(finished)
+    assert [line["step"] for line in steps] == [1, 10, 20, 30, 40]
+    for line in steps:
+        assert 0 < line["grad_norm"] < 100 and 0 < line["samples_per_second"] < 1e5
+        assert 50e6 < line["peak_memory_bytes"] <= record["peak_memory_bytes"]["cpu"]
 
 
 def tensorboard(run: Path) -> dict:
@@ -163,12 +169,16 @@ def tensorboard(run: Path) -> dict:
 
 
 def expected_scalars(run: Path) -> dict:
+    """By TensorBoard's groups: losses of any kind, what an epoch measured, and what a step took."""
     expected = {}
     for record in lines(run):
         for name, value in record.items():
             if name not in ("step", "epoch") and isinstance(value, (int, float)):
-                expected.setdefault(name, []).append((record["step"], value))
-    assert {"loss", "lr", "train_loss", "val_loss", "score"} <= set(expected)
+                group = "losses" if "loss" in name else "metrics" if "epoch" in record else "charts"
+                expected.setdefault(f"{group}/{name}", []).append((record["step"], value))
+    assert {"losses/loss", "charts/lr", "charts/grad_norm", "losses/train_loss", "losses/val_loss", "metrics/score"} <= set(
+        expected
+    )
     return expected
 
 
@@ -225,25 +235,6 @@ def test_nan_loss_stops_before_the_weights_move(tmp_path):
 
     state, progress = load_state(run / "checkpoints" / "last")
     assert progress["step"] == 16 and all(bool(t.isfinite().all()) for t in state["models"][0].values())
-
-
-def test_nan_in_memory_leaves_weights_and_gradients_alone(tmp_path):
-    import torch
-    from toy_train import Config
-
-    from common.run import Run
-
-    run = Run(Config(device="cpu"), "toy", "full")
-    run.device, run.world, run.rank = torch.device("cpu"), 1, 0
-    run.signals = type("Signals", (), {"pending": 0})()
-    run.files_in_batch = ["a.png"]
-    weight = torch.ones(3, requires_grad=True)
-    from common.config import UserError
-
-    for value in (math.nan, math.inf):
-        with pytest.raises(UserError, match="a.png"):
-            run.backward((weight * value).sum())
-        assert weight.grad is None and run.losses == []
 
 
 def test_nan_metric_is_null_and_not_the_best(tmp_path):

@@ -29,8 +29,11 @@ class Config(TrainConfig):
     batch_norm: bool = True  # a layer whose buffers move in training
     augment: bool = True  # noise on the training samples
     best: Literal["score", "val_loss"] = "score"  # the metric that chooses the best epoch
-    fault: Literal["none", "nan_loss", "nan_metric", "dead", "crash"] = "none"  # what goes wrong, for the tests of failure
+    fault: Literal["none", "nan_loss", "nan_metric", "dead", "crash", "passed_by"] = (
+        "none"  # what goes wrong, for the tests of failure
+    )
     fault_epoch: int = 2  # when it does
+    find_unused: bool = False  # whether some batch gives some parameter no gradient; with the fault passed_by, some do
     pause: float = 0.0  # seconds that a batch takes longer, so that a signal finds the run at work
 
 
@@ -89,12 +92,14 @@ def build_model(config):
             self.second = nn.Linear(32, 32)
             self.dropout = nn.Dropout(config.dropout)
             self.last = nn.Linear(32, 1)
-            if config.fault == "dead":
-                self.unused = nn.Linear(4, 4)
+            if config.fault in ("dead", "passed_by"):
+                self.unused = nn.Linear(32, 1)
 
         def forward(self, x, y=None):
             h = torch.tanh(self.second(torch.tanh(self.norm(self.first(x)))))
             out = self.last(self.dropout(h))
+            if config.fault == "passed_by" and x[0, 0] > 0:  # as a part that learns from boxes, where there are some
+                out = out + self.unused(h)
             return out if y is None else ((out - y) ** 2).mean()
 
     return Model()
@@ -150,7 +155,7 @@ def main(argv=None):
             },
         )
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
-        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=config.find_unused)
 
         for epoch in run.epochs(before=lambda: evaluate(model, val_loader, 0, config)):
             model.train()

@@ -141,6 +141,11 @@ def library_divisor(family_loss, own, mean, world: int):
     return mean if family in ("loss_lw_detr", "loss_rf_detr") else mean / world
 
 
+def denoises(model) -> bool:
+    """Whether it also learns to repair noisy boxes, as RT-DETR and D-FINE do: a batch without boxes has no use for that part."""
+    return any("denoising" in name for name, _ in model.named_parameters())
+
+
 def pick_rows(tensor: torch.Tensor, rows: list[int | None], known: int) -> torch.Tensor:
     """Rows of a class layer (known or more, ...) for the wanted classes, then what comes after the known (no object)."""
     mean = tensor[:known].mean(dim=0)

@@ -42,7 +42,7 @@ def main(argv=None):
     from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
-    from model import backbone_groups, load_base, load_checkpoint, origin, with_classes
+    from model import backbone_groups, denoises, load_base, load_checkpoint, origin, with_classes
 
     with Run(config, task="detection", method="full") as run:
         base, processor, base_facts = load_base(config.model)
@@ -54,14 +54,14 @@ def main(argv=None):
         about = origin("full", model, base_facts, config)
         groups = backbone_groups(model, config.lr, config.lr_backbone)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
-        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 
         # 2. Train; keep the model with the best validation mAP.
         for epoch in run.epochs(before=lambda: evaluate(model, processor, val_loader, classes)):
             train_mode(model)
             for batch in run.batches(train_loader, epoch):
-                loss = model(**batch).loss
-                run.backward(loss)
+                outputs = model(**batch)
+                run.backward(outputs.loss, **outputs.loss_dict)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, processor, val_loader, classes), best="map"):
                 save_model(run.best, run.unwrap(model), processor, about)

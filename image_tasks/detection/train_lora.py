@@ -47,7 +47,7 @@ def main(argv=None):
     from common.run import Run
     from data import build_loaders
     from metrics import draw_predictions, evaluate
-    from model import HEADS, load_base, load_checkpoint, lora_targets, origin, with_classes
+    from model import HEADS, denoises, load_base, load_checkpoint, lora_targets, origin, with_classes
 
     with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
         base, processor, base_facts = load_base(config.model)
@@ -65,14 +65,14 @@ def main(argv=None):
         )
         model = add_adapter(model, lora, HEADS, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
-        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+        model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 
         # 2. Train; keep the adapter with the best validation mAP.
         for epoch in run.epochs(before=lambda: evaluate(model, processor, val_loader, classes)):
             train_mode(model)
             for batch in run.batches(train_loader, epoch):
-                loss = model(**batch).loss
-                run.backward(loss)
+                outputs = model(**batch)
+                run.backward(outputs.loss, **outputs.loss_dict)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, processor, val_loader, classes), best="map"):
                 save_lora(run.best, run.unwrap(model), processor, about)

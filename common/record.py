@@ -1,0 +1,145 @@
+"""What a run writes down of itself: metrics.jsonl, the same in TensorBoard's form, summary.json, and the console line."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.checkpoint import Progress, folder_bytes, fsync, write_json
+from common.runtime import environment, peak_memory, say
+
+# needs: tensorboard
+SCHEMA_VERSION = 1
+
+
+class Record:
+    """The record in a run folder; on another process than the main one nothing is written.
+
+    folder: the run folder. named: {"task": ..., "method": ...}. processes: how many take part.
+    """
+
+    def __init__(self, folder: Path, named: dict, config, device, processes: int, is_main: bool):
+        self.folder, self.named, self.config, self.device, self.processes = folder, named, config, device, processes
+        self.metrics = folder / "metrics.jsonl"
+        self.is_main = is_main
+        # A resume that is refused (other data, say) leaves the summary of the run as it was.
+        self.keeps_summary = is_main and not (config.resume and (folder / "summary.json").exists())
+        self.started, self.last_tick = datetime.now(UTC), time.monotonic()
+        self.board = None  # TensorBoard's writer, made with the first line
+
+    # ---- metrics.jsonl and TensorBoard -----------------------------------------------------------------------------
+
+    def add(self, line: dict) -> None:
+        """Appends a line to metrics.jsonl, and its numbers to TensorBoard's file."""
+        if not self.is_main:
+            return
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        lines = [line]
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard's files lack what a kill cut off and know what a resume takes back: written anew, as metrics.jsonl is.
+            shutil.rmtree(self.folder / "tb", ignore_errors=True)
+            self.board = SummaryWriter(str(self.folder / "tb"))
+            lines = self.lines()
+        for each in lines:
+            for key, value in each.items():
+                if isinstance(value, (int, float)) and key not in ("step", "epoch"):
+                    self.board.add_scalar(tag_of(key, each), value, each["step"])
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+    def size(self) -> int:
+        """Bytes of metrics.jsonl, which the disk holds from now on."""
+        if not self.metrics.exists():
+            return 0
+        fsync(self.metrics)
+        return self.metrics.stat().st_size
+
+    def cut(self, size: int) -> None:
+        """Takes back what was written to metrics.jsonl after it had `size` bytes."""
+        if self.is_main and self.metrics.exists():
+            os.truncate(self.metrics, min(size, self.metrics.stat().st_size))
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    # ---- summary.json ----------------------------------------------------------------------------------------------
+
+    def tick(self, progress: Progress) -> None:
+        """Adds the seconds since the last tick to the run's clock."""
+        now = time.monotonic()
+        progress.clock["seconds"] += now - self.last_tick
+        self.last_tick = now
+
+    def write_summary(self, progress: Progress, described: dict, status: str, error: str | None = None) -> None:
+        """docs/summary_schema.md says what each key means. described: base, data, parameters."""
+        self.tick(progress)
+        if not self.keeps_summary:
+            return
+        clock, history = progress.clock, progress.history
+        best = self.folder / "checkpoints" / "best"
+        summary = {
+            "schema_version": SCHEMA_VERSION,
+            **self.named,
+            "run_name": self.folder.name,
+            "status": status,
+            "error": error,
+            "started": self.started.isoformat(timespec="seconds"),
+            "ended": None if status == "running" else datetime.now(UTC).isoformat(timespec="seconds"),
+            "resumed_at_steps": progress.resumed_at,
+            "config": dataclasses.asdict(self.config),
+            **{key: described.get(key) for key in ("base", "data", "parameters")},
+            "metrics": {
+                "name": progress.best_name,
+                "higher_is_better": progress.higher_is_better,
+                "before": without_place(history[0]) if history else None,
+                "best": progress.best,
+                "final": without_place(history[-1]) if len(history) > 1 else None,
+            },
+            "epochs": len(history) - 1 if history else 0,
+            "steps": progress.step,
+            "seconds": round(clock["seconds"], 2),
+            "train_seconds": round(clock["train_seconds"], 2),
+            "samples_per_second": round(clock["samples"] / clock["train_seconds"], 2) if clock["train_seconds"] else None,
+            "peak_memory_bytes": peak_memory(self.device),
+            "checkpoint_bytes": folder_bytes(best) if best.exists() else None,
+            "environment": environment(self.device, self.processes),
+        }
+        write_json(self.folder / "summary.json", summary)
+
+
+def tag_of(key: str, line: dict) -> str:
+    """TensorBoard's name for a key of metrics.jsonl: in the group losses/, metrics/ (of an epoch) or charts/ (of a step)."""
+    return f"{'losses' if 'loss' in key else 'metrics' if 'epoch' in line else 'charts'}/{key}"
+
+
+def key_of(what: str, name: str) -> str:
+    """The key of a loss, a rate or a norm in metrics.jsonl: with its name, unless that is the one that goes without saying."""
+    return what if name == "loss" else f"{what}_{name.removeprefix('loss_')}"
+
+
+def in_words(line: dict) -> str:
+    numbers = [f"{key} {value:.4f}" for key, value in line.items() if isinstance(value, float)]
+    return ", ".join(numbers[:5])  # the rest is in metrics.jsonl
+
+
+def without_nan(metrics: dict) -> dict:
+    """The metrics with null for NaN and infinity, which JSON does not know; they are named."""
+    odd = [name for name, value in metrics.items() if isinstance(value, float) and not math.isfinite(value)]
+    if odd:
+        say(f"not a finite number, so recorded as null: {', '.join(odd)}")
+    return {
+        name: without_nan(value) if isinstance(value, dict) else None if name in odd else value for name, value in metrics.items()
+    }
+
+
+def without_place(line: dict) -> dict:
+    return {key: value for key, value in line.items() if key not in ("epoch", "step")}
