@@ -41,6 +41,15 @@ def start_accelerator(config):
     return accelerator
 
 
+def choose_device(name: str) -> str:
+    """The device itself, or for "auto" a GPU where there is one."""
+    import torch
+
+    if str(name) != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def process_index() -> tuple[int, int]:
     """(this process, number of processes)."""
     import torch

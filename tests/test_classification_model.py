@@ -6,6 +6,7 @@ import shutil
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSIFICATION, Payload, use_task
@@ -20,6 +21,7 @@ from common.config import UserError  # noqa: E402
 from common.peft_adapters import add_adapter, freeze_adapters, is_within  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
 from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
+from predictor import Predictor  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
 KINDS = ["vit", "deit", "swin", "dinov2", "convnext", "mobilevit", "timm"]
@@ -564,3 +566,22 @@ def test_a_base_in_half_precision_trains_in_single_precision(tmp_path):
 
 def test_pictures_are_prepared_as_by_the_bases_own_image_processor(loaded):
     check_preprocess(loaded[1])
+
+
+# ---- the Predictor ---------------------------------------------------------------------------------------------------
+
+
+def test_the_predictor_gives_the_models_probabilities_of_either_kind_of_checkpoint(adapter, small_base, tmp_path):
+    base, processor, facts = load_base(str(small_base))
+    model = with_classes(base, ["star", "dot"])
+    save_model(tmp_path / "full", model, processor, origin("full", model, facts, FACTS))
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 40, 3), dtype=np.uint8)
+    for folder in (adapter, tmp_path / "full"):
+        predictor = Predictor(folder, device="cpu")
+        with torch.no_grad():
+            own = processor(pixels, return_tensors="pt")["pixel_values"]
+            expected = load_checkpoint(folder)[0](pixel_values=own).logits.softmax(dim=1)[0]
+        answer = predictor.predict(pixels)
+        assert [value for _, value in answer] == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-4)
+        assert answer[0][0] == ["star", "dot"][int(expected.argmax())]
+        assert predictor.predict_batch([pixels, pixels[:, ::-1].copy()], top_k=1, batch_size=1)[0] == answer[:1]

@@ -7,6 +7,7 @@ import time
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import DETECTION, Payload, in_child, use_task
@@ -26,6 +27,7 @@ from model import (  # noqa: E402
     origin,
     with_classes,
 )
+from predictor import Predictor  # noqa: E402
 
 CLASSES = ["circle", "square", "triangle"]
 KINDS = ["detr", "conditional_detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine"]
@@ -408,3 +410,33 @@ def test_a_model_that_is_no_detector_is_refused(tmp_path):
     with pytest.raises(UserError, match="is no model for this task"):
         load_base(str(tmp_path / "base"))
     shutil.rmtree(tmp_path / "base")
+
+
+# ---- the Predictor ---------------------------------------------------------------------------------------------------
+
+
+def test_the_predictor_finds_what_infer_finds_one_by_one_or_in_batches(detr_adapter, tmp_path):
+    from PIL import Image
+
+    from common.samples import Faults
+    from data import Preprocess, collate, pictures_only
+    from metrics import detect
+
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        noise = np.random.default_rng(i).integers(0, 255, (40 + 20 * (i % 2), 60, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    predictor = Predictor(detr_adapter, device="cpu")
+    dataset = pictures_only(paths, Preprocess(predictor.processor, 0), Faults())
+    batches = [collate([dataset[(0, i)]]) for i in range(3)]
+    expected = [item for items in detect(predictor.model, predictor.processor, batches, with_loss=False) for item in items]
+    together = predictor.predict_batch([paths[0], Image.open(paths[1]), np.array(Image.open(paths[2]))], threshold=0)
+    for path, found, answers in zip(paths, expected, together, strict=True):
+        order = np.argsort(-found["scores"], kind="stable")
+        assert [a["score"] for a in answers] == pytest.approx(found["scores"][order].tolist(), abs=1e-5)
+        np.testing.assert_allclose([a["box"] for a in answers], found["boxes"][order], atol=1e-2)
+        assert {a["class"] for a in answers} <= {"star", "dot"}
+        alone = predictor.predict(path, threshold=(answers[2]["score"] + answers[3]["score"]) / 2)
+        assert [a["score"] for a in alone] == pytest.approx([a["score"] for a in answers[:3]], abs=1e-5)
+    with pytest.raises(UserError, match="threshold must lie between 0 and 1"):
+        predictor.predict(paths[0], threshold=2)

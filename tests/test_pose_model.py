@@ -6,6 +6,7 @@ import re
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import POSE, Payload, use_task
@@ -38,6 +39,7 @@ from model import (  # noqa: E402
     soft_argmax,
     with_head,
 )
+from predictor import Predictor  # noqa: E402
 
 NAMES = ["nose", "left_hand", "right_hand", "left_foot", "right_foot"]
 POINTS = KeypointSet(NAMES, [(0, 1), (0, 2)], [(1, 2), (3, 4)], [0.05] * 5, True)
@@ -630,3 +632,33 @@ def test_input_sizes(tmp_path):
         refused(lambda base=bases[kind]: input_size(base, 30), "--image_size 30 must be a multiple of 8")
         refused(lambda base=bases[kind]: input_size(base, -32), "--image_size -32")
     refused(lambda: input_size(bases["vitpose"], 48), "--image_size 48: ViTPose takes pictures of 32 x 24 only")
+
+
+# ---- the Predictor ---------------------------------------------------------------------------------------------------
+
+
+def test_the_predictor_finds_what_infer_finds_in_boxes_and_in_whole_pictures(adapter, tmp_path):
+    from PIL import Image
+
+    from common.samples import Faults
+    from data import Preprocess, eval_loader, figures_only
+    from metrics import detect
+
+    framed = []
+    for i, box in enumerate([None, (10.0, 5.0, 40.0, 60.0), (0.0, 0.0, 90.0, 70.0)]):
+        noise = np.random.default_rng(i).integers(0, 255, (80 + i, 100, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+        framed.append((tmp_path / f"{i}.png", box, 1.0))
+    predictor = Predictor(adapter, device="cpu", merge=False)
+    processor = load_checkpoint(adapter)[1]
+    dataset = figures_only(framed, Preprocess(processor, predictor.model.facts["input_size"]), POINTS, Faults())
+    expected = [item for items in detect(predictor.model, eval_loader(dataset, 1)) for item in items]
+    images = [framed[0][0], Image.open(framed[1][0]), np.array(Image.open(framed[2][0]))]
+    together = predictor.predict_batch(images, [box for _, box, _ in framed], batch_size=2)
+    for found, answer in zip(expected, together, strict=True):
+        assert list(answer) == NAMES
+        np.testing.assert_allclose([value[:2] for value in answer.values()], found["points"], atol=1e-2)
+        np.testing.assert_allclose([value[2] for value in answer.values()], found["scores"], atol=1e-4)
+    assert predictor.predict(images[0]) == {name: pytest.approx(value, abs=1e-2) for name, value in together[0].items()}
+    refused(lambda: predictor.predict(images[0], box=(200, 200, 5, 5)), "does not fit a picture of 100 x 80 pixels")
+    refused(lambda: predictor.predict_batch(images, [None]), "3 pictures need as many boxes")

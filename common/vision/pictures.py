@@ -35,6 +35,13 @@ def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.n
     image = image if claimed and claimed == stored and claimed != upright.size else upright
     if claimed and claimed != image.size:
         raise ValueError(f"picture of another size than its annotation says, {image.size} instead of {claimed}")
+    return to_rgb(image)
+
+
+def to_rgb(image) -> np.ndarray:
+    """A PIL image of any mode as uint8 (H, W, 3). ValueError for floating-point numbers, whose range is not known."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip everything above 255
         values = np.asarray(image).astype(np.float64)
         eight_bits = image.mode == "I" and values.max() <= 255
@@ -42,6 +49,21 @@ def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.n
     elif image.mode == "F":
         raise ValueError("picture of floating-point numbers, whose range is not known")
     return np.array(image.convert("RGB"))
+
+
+def as_pixels(image) -> np.ndarray:
+    """A picture as a program has it, a path, a PIL image or an array, as decode would give it. UserError where it is none."""
+    from PIL import Image, ImageOps
+
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise UserError(f"an array of {image.dtype} {image.shape} is no picture; expected uint8 (H, W, 3)")
+        return image
+    try:
+        return to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else decode(Path(image).expanduser())
+    except (OSError, ValueError) as error:
+        name = "the image" if isinstance(image, Image.Image) else image
+        raise UserError(f"{name}: {error}") from None
 
 
 def find_pictures(pattern: str) -> list[Path]:

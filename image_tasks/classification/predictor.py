@@ -1,0 +1,34 @@
+"""A tuned classifier as an object of your own program.
+
+import sys
+sys.path.insert(0, "path/to/image_tasks/classification")
+from predictor import Predictor
+
+predictor = Predictor("outputs/classification/lora/checkpoints/best")   # full or LoRA: the folder says which
+predictor.predict("photo.jpg", top_k=3)                                 # [("striped_ring", 0.93), ("checked_ring", 0.04), ...]
+predictor.predict_batch(["a.jpg", "b.jpg"], top_k=1)                    # [[("striped_bar", 0.93)], [("dotted_bar", 0.88)]]
+"""
+
+import sys
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.runtime import choose_device  # noqa: E402
+from common.vision.class_predictor import ClassPredictor  # noqa: E402
+from model import load_checkpoint  # noqa: E402
+
+
+class Predictor(ClassPredictor):
+    """A checkpoint that gives class probabilities for pictures: paths, PIL images, or uint8 arrays (H, W, 3) in RGB."""
+
+    def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
+        """checkpoint: a folder that train.py or train_lora.py left (checkpoints/best).
+
+        base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
+        into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
+        """
+        device = choose_device(device)
+        super().__init__(*load_checkpoint(checkpoint, base, merge, device), device)

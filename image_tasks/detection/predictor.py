@@ -1,0 +1,67 @@
+"""A tuned detector as an object of your own program.
+
+import sys
+sys.path.insert(0, "path/to/image_tasks/detection")
+from predictor import Predictor
+
+predictor = Predictor("outputs/detection/lora/checkpoints/best")   # full or LoRA: the folder says which
+predictor.predict("photo.jpg")                                     # [{"class": "star", "score": 0.93, "box": [x1, y1, x2, y2]}]
+predictor.predict_batch(["a.jpg", "b.jpg"], threshold=0.3)         # such a list for each picture
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.batches import EvalBatches  # noqa: E402
+from common.config import UserError  # noqa: E402
+from common.runtime import choose_device  # noqa: E402
+from common.vision.pictures import as_pixels  # noqa: E402
+from data import Preprocess, collate  # noqa: E402
+from metrics import detect  # noqa: E402
+from model import load_checkpoint  # noqa: E402
+
+
+class Predictor:
+    """A checkpoint that finds objects in pictures: paths, PIL images, or uint8 arrays (H, W, 3) in RGB."""
+
+    def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
+        """checkpoint: a folder that train.py or train_lora.py left (checkpoints/best).
+
+        base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
+        into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
+        """
+        device = choose_device(device)
+        self.model, self.processor, self.origin = load_checkpoint(checkpoint, base, merge, device)
+        self.classes, self.preprocess = self.origin["classes"], Preprocess(self.processor, self.origin["image_size"])
+
+    def predict(self, image, threshold: float = 0.5) -> list[dict]:
+        """[{"class", "score", "box": [x1, y1, x2, y2] in pixels}, ...] of one picture, the surest first."""
+        return self.predict_batch([image], threshold)[0]
+
+    def predict_batch(self, images, threshold: float = 0.5, batch_size: int = 8) -> list[list[dict]]:
+        """The same for several pictures, in their order. Those that the model sees in one shape share batches of batch_size."""
+        if not 0 <= threshold <= 1 or batch_size < 1:
+            raise UserError("threshold must lie between 0 and 1, and batch_size must be at least 1")
+        pictures = [as_pixels(image) for image in images]
+        answers = [[] for _ in pictures]
+        shapes = [self.preprocess.target_size(*pixels.shape[:2]) for pixels in pictures]
+        for keys in EvalBatches(shapes, batch_size):
+            items = []
+            for _, index in keys:
+                size, number = torch.tensor(pictures[index].shape[:2]), torch.tensor([index])
+                pixels = self.preprocess.normalize(self.preprocess.resize(pictures[index]))
+                items.append({"pixels": pixels, "target": {"orig_size": size, "image_id": number}})
+            for found in next(detect(self.model, self.processor, [collate(items)], with_loss=False)):
+                answers[found["index"]] = self.objects(found, threshold)
+        return answers
+
+    def objects(self, found: dict, threshold: float) -> list[dict]:
+        """What `detect` found in a picture, above the threshold."""
+        rows = sorted(zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), strict=True), reverse=True)
+        return [{"class": self.classes[k], "score": score, "box": box} for score, k, box in rows if score >= threshold]
