@@ -4,7 +4,7 @@ from pathlib import Path
 
 from common.config import UserError
 from common.folders import make_once
-from common.vision.labelled import labelled_for_eval, labelled_loaders
+from common.vision.labelled import labelled_for_eval, labelled_loaders, read_labelled
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,12 +20,17 @@ def source_of(data_dir: str) -> Path:
     return Path(data_dir).expanduser() if data_dir else demo_data()
 
 
-def build_loaders(config, processor):
-    """(train loader, validation loader, class names, facts for the summary)."""
-    source = source_of(config.data_dir)
-    train_loader, val_loader, classes, facts = labelled_loaders(config, processor, source)
-    check_class_list(source, classes)
-    return train_loader, val_loader, classes, facts
+def read_tables(data_dir: str, seed: int):
+    """What build_loaders needs of the data; opens no picture. UserError where there is none, or a list of other classes."""
+    source = source_of(data_dir)
+    tables = read_labelled(source, seed)
+    check_class_list(source, tables[1])
+    return tables
+
+
+def build_loaders(config, processor, tables):
+    """(train loader, validation loader, class names, facts for the summary); tables: what read_tables gave."""
+    return labelled_loaders(config, processor, tables)
 
 
 def load_for_eval(config, processor, origin: dict):

@@ -51,13 +51,14 @@ def main(argv=None):
     from common.run import Run
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate
-    from data import build_loaders
+    from data import build_loaders, read_tables
     from metrics import draw_results
     from model import layer_groups, load_base, load_checkpoint, origin, with_head
 
     with Run(config, task="clip", method="full") as run:
+        tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
         tower, processor, base_facts = load_base(config.model)
-        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
         weights = class_weights(config.class_weights, train_loader.dataset, run.device)
 

@@ -48,6 +48,12 @@ def use_task(folder: Path) -> None:
 SHELVED = {}  # (task folder, module name) -> module
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_tests(tmp_path_factory):
+    """Scans go to a folder of the session's own, also those of the scripts that tests start."""
+    os.environ["LORA_WORKSHOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def task_of_this_file(request):
     if hasattr(request.module, "TASK"):

@@ -9,7 +9,8 @@ from PIL import Image
 
 from common.class_metrics import calibration, class_report, classification_metrics, confusion, softmax, worst_first
 from common.plots import draw_calibration
-from common.vision.labelled import LabelledPictures, Sample, eval_loader
+from common.samples import Faults
+from common.vision.labelled import LabelledPictures, Sample, eval_loader, load_pictures
 from common.vision.pages import draw_answer, draw_page
 from common.vision.preprocess import ClassifierPreprocess
 from common.vision.scoring import evaluate, logits_of, predict
@@ -138,7 +139,8 @@ def make_mixed(folder):
         width, height = [(90, 60), (60, 90), (70, 70), (140, 50), (31, 30)][i % 5]
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
         samples.append(Sample(folder / f"{i}.png", f"{i}.png", (i * i) % 3))
-    return model, LabelledPictures(samples, CLASSES, ClassifierPreprocess(processor), [None] * 11)
+    samples, cache = load_pictures(samples, ClassifierPreprocess(processor), Faults(), 0, "test")
+    return model, LabelledPictures(samples, CLASSES, ClassifierPreprocess(processor), cache)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import base_clip  # noqa: E402
 from common.config import UserError  # noqa: E402
-from data import build_loaders, check_class_list, load_for_eval  # noqa: E402
+from data import build_loaders, check_class_list, load_for_eval, read_tables  # noqa: E402
 from synthetic import (  # noqa: E402
     ATTRIBUTES,
     BREEDS,
@@ -112,7 +112,7 @@ def test_a_class_list_that_fits_is_fine_in_any_order(tmp_path):
     fill(tmp_path, 4)
     check_class_list(tmp_path, CLASSES)  # there need not be one
     (tmp_path / "classes.txt").write_text("\n".join(["", *CLASSES[::-1], " ", ""]))
-    assert build_loaders(settings(tmp_path), processor())[2] == CLASSES
+    assert build_loaders(settings(tmp_path), processor(), read_tables(str(tmp_path), 0))[2] == CLASSES
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_a_class_list_that_does_not_fit_is_named(tmp_path, content, told):
     fill(tmp_path, 4)
     (tmp_path / "classes.txt").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
-        build_loaders(settings(tmp_path), processor())
+        build_loaders(settings(tmp_path), processor(), read_tables(str(tmp_path), 0))
     text = str(caught.value)
     assert str(tmp_path / "classes.txt") in text and told in text and "\n" not in text
 
 
 def test_eval_holds_out_the_pictures_that_training_held_out(tmp_path):
     fill(tmp_path, 12)
-    _, val, *_ = build_loaders(settings(tmp_path), processor())
+    _, val, *_ = build_loaders(settings(tmp_path), processor(), read_tables(str(tmp_path), 0))
     config = SimpleNamespace(data_dir="", split="val", subset=False, batch_size=0, num_workers=0)
     about = {"classes": CLASSES, "seed": 0, "batch_size": 2, "data_dir": str(tmp_path)}
     loader, *_ = load_for_eval(config, processor(), about)

@@ -17,8 +17,8 @@ import data  # noqa: E402
 from common.batches import EpochBatches, build_loader  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
-from common.vision.pictures import decode  # noqa: E402
-from data import DetectionData, Preprocess, build_loaders, check_samples, collate, load_for_eval  # noqa: E402
+from common.vision.pictures import decode, header_size, read_header  # noqa: E402
+from data import DetectionData, Preprocess, build_loaders, check_samples, collate, load_for_eval, read_tables  # noqa: E402
 from formats import make_sample, read_dataset  # noqa: E402
 from metrics import coco_eval  # noqa: E402
 
@@ -142,7 +142,9 @@ def read(folder, **changes):
 
 def loaded(folder, **changes):
     """(training data set, validation data set, classes, facts for the summary)."""
-    train, val, classes, facts = build_loaders(settings(folder, **changes), changes.get("processor") or processor())
+    config = settings(folder, **changes)
+    tables = read_tables(config.data_dir, config.data_format, config.seed)
+    train, val, classes, facts = build_loaders(config, changes.get("processor") or processor(), tables)
     return train.dataset, val.dataset, classes, facts
 
 
@@ -332,7 +334,7 @@ def test_a_data_yaml_outside_the_working_folder_is_read_with_its_absolute_paths(
 @pytest.mark.parametrize(
     "layout, file, text, told",
     [
-        ("coco", "annotations/instances_train2017.json", "{not json", "instances_train2017.json cannot be read as JSON"),
+        ("coco", "annotations/instances_train2017.json", "{not json", "instances_train2017.json is not valid JSON"),
         ("coco", "annotations/instances_train2017.json", "[]", "is no COCO file: it has no list 'images'"),
         ("coco", "annotations/instances_val2017.json", '{"images": []}', "no COCO file: it has no list 'annotations'"),
         ("coco", "annotations/instances_train2017.json", coco(ids={"cat": 1, "dog": "x"}), "instances_train2017.json: .*id"),
@@ -503,7 +505,89 @@ def test_without_cache_each_access_decodes_and_gives_the_same(tmp_path, decoded)
     assert decoded == ["a.png", "b.png", "c.png"]
     (tmp_path / "train2017" / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="a.png: no picture that can be decoded"):
-        train[(5, 0)]
+        train[(0, 0)]
+
+
+def test_a_second_start_decodes_at_first_use_and_gives_the_same(tmp_path, decoded):
+    first, _, _, facts = loaded(make(tmp_path, "coco"), augment=True)
+    decoded.clear()
+    train, val, _, again = loaded(tmp_path, augment=True)
+    assert not decoded and again == facts
+    items = train.__getitems__([(1, 0), (1, 2)])
+    assert sorted(decoded) == ["a.png", "c.png"]
+    for item, index in zip(items, (0, 2), strict=True):
+        assert torch.equal(item["pixels"], first[(1, index)]["pixels"])
+    [train[(epoch, i)] for epoch in (1, 2) for i in range(3)], val[(0, 0)]
+    assert sorted(decoded) == ["a.png", "a.png", "b.png", "c.png"]
+
+
+def test_what_turns_out_bad_in_training_stops_nothing(tmp_path, decoded):
+    make(tmp_path, "coco")
+    broken = damaged(tmp_path / "train2017")
+    table = coco()
+    table["images"] += [{"id": 100 + i, "file_name": name, "width": W, "height": H} for i, name in enumerate(broken)]
+    write(tmp_path / "annotations" / "instances_train2017.json", table)
+    train, val, _, facts = loaded(tmp_path, augment=True, cache="off")
+    assert [s.path.name for s in train.samples] == ["a.png", "b.png", "c.png", "half.jpg", "floats.tif"]
+    assert facts["left_out"] == {"no picture that can be decoded": 2, "picture of another size than its annotation says": 1}
+    assert decoded == ["a.png"]  # the validation picture
+    items = {epoch: train[(epoch, 3)] for epoch in (1, 2, 3, 4)}
+    for epoch, item in items.items():
+        assert torch.equal(item["pixels"], train[(epoch, 3)]["pixels"]) and int(item["target"]["image_id"]) == 3
+    assert {len(item["target"]["class_labels"]) for item in items.values()} <= {0, 1, 2}
+    faults = train.new_faults()
+    assert (str(tmp_path / "train2017" / "half.jpg"), "picture that cannot be decoded") in [
+        (path, fault.partition(",")[0]) for path, fault in faults
+    ]
+    with pytest.raises(UserError, match="half.jpg: picture that cannot be decoded"):
+        train[(0, 3)]
+
+
+def outcome(function, *arguments):
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        return str(error)
+
+
+def test_the_header_of_every_kind_of_picture_says_the_size_that_decoding_gives(tmp_path):
+    picture, number = Image.fromarray(np.zeros((6, 9, 3), dtype=np.uint8)), 0
+    for ending in ("jpg", "png", "webp", "tif", "bmp", "gif"):
+        for orientation in (None, 1, 3, 5, 6, 8, 99):
+            exif = Image.Exif()
+            exif[0x0112] = orientation or 1
+            options = {"exif": exif} if orientation and ending not in ("bmp", "gif") else {}
+            path = tmp_path / f"{number}.{ending}"
+            picture.save(path, **options)
+            for claimed in (None, (9, 6), (6, 9), (5, 5)):
+                by_header = outcome(lambda path, claim: header_size(read_header(path), claim), path, claimed)
+                by_pixels = outcome(lambda path, claim: decode(path, claim).shape[1::-1], path, claimed)
+                assert by_header == by_pixels, (ending, orientation, claimed)
+            number += 1
+    # A PNG may carry its orientation behind the pixels.
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=turned)
+    whole = (tmp_path / "turned.png").read_bytes()
+    start = whole.index(b"eXIf") - 4
+    length = int.from_bytes(whole[start : start + 4], "big") + 12
+    chunk, end = whole[start : start + length], whole.index(b"IEND") - 4
+    (tmp_path / "turned.png").write_bytes(whole[:start] + whole[start + length : end] + chunk + whole[end:])
+    assert decode(tmp_path / "turned.png").shape == (9, 6, 3) and read_header(tmp_path / "turned.png") == (9, 6, 6)
+
+
+def test_a_picture_is_what_its_bytes_say_and_no_other_program_is_started(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.check_call", lambda *command, **_: started.append(command))
+    monkeypatch.setattr("subprocess.run", lambda *command, **_: started.append(command))
+    for name in ("a.jpg", "b.eps"):
+        path = tmp_path / name
+        path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
+        for look in (decode, read_header):
+            with pytest.raises(ValueError, match="no picture that can be decoded"):
+                look(path)
+    Image.new("RGB", (4, 3)).save(tmp_path / "png.jpg", format="PNG")
+    assert decode(tmp_path / "png.jpg").shape == (3, 4, 3) and not started
 
 
 def test_the_cache_respects_its_limit(tmp_path, decoded):
@@ -511,7 +595,7 @@ def test_the_cache_respects_its_limit(tmp_path, decoded):
     picture = 3 * 32 * 32
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (9 * picture, 3)):
         _, cache, used = check_samples(splits["train"], Preprocess(processor()), Faults(), limit, "test")
-        assert sum(entry is not None for entry in cache) == kept and used <= limit
+        assert cache.kept == kept and used <= limit
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from common.vision.labelled import (
     load_pictures,
     make_augmentation,
     read_dataset,
+    read_labelled,
 )
 from common.vision.pictures import decode
 from common.vision.preprocess import ClassifierPreprocess
@@ -95,7 +96,9 @@ def read(folder, seed=0, faults=None):
 
 def loaded(folder, **changes):
     """(training data set, validation data set, classes, facts for the summary)."""
-    train, val, classes, facts = labelled_loaders(settings(folder, **changes), processor(), folder)
+    train, val, classes, facts = labelled_loaders(
+        settings(folder, **changes), processor(), read_labelled(folder, changes.get("seed", 0))
+    )
     return train.dataset, val.dataset, classes, facts
 
 
@@ -423,15 +426,54 @@ def test_without_cache_each_access_decodes_and_gives_the_same(tmp_path, decoded)
     for i in range(3):
         (tmp_path / "train" / "bird" / f"{i:03d}.png").write_bytes(b"")
     with pytest.raises(UserError, match="000.png: no picture that can be decoded"):
-        train[(5, 0)]
+        train[(0, 0)]
+
+
+def test_a_second_start_decodes_at_first_use_and_gives_the_same(tmp_path, decoded):
+    first, _, _, facts = loaded(make(tmp_path, "folders val"), mixup=0.4)
+    decoded.clear()
+    train, _, _, again = loaded(tmp_path, mixup=0.4)
+    assert not decoded and again == facts
+    items = [[data[(epoch, i)] for epoch in (1, 2) for i in range(9)] for data in (first, train)]
+    for mine, theirs in zip(*items, strict=True):
+        assert torch.equal(mine["pixels"], theirs["pixels"]) and torch.equal(mine["target"], theirs["target"])
+    assert len(decoded) == 9  # once each, by the second
+
+
+def test_what_turns_out_bad_in_training_stops_nothing(tmp_path):
+    """Another picture, with its own class, takes the place: the same one in whatever order items are drawn."""
+    make(tmp_path, "folders val")
+    for name in ("000.png", "001.png", "002.png"):
+        file = tmp_path / "train" / "cat" / name
+        file.write_bytes(file.read_bytes()[:-40])
+    train, _, _, facts = loaded(tmp_path, cache="off", mixup=0.4, flip=True)
+    assert facts["train"] == 9 and facts["left_out"] == {}
+    items = {key: train[key] for key in [(epoch, i) for epoch in (1, 2) for i in range(9)]}
+    for key in reversed(items):
+        assert torch.equal(train[key]["pixels"], items[key]["pixels"]) and torch.equal(train[key]["target"], items[key]["target"])
+    assert all(item["target"][1] == 0 and item["target"].sum() == pytest.approx(1) for item in items.values())
+    assert len({tuple(items[key]["target"].tolist()) for key in items if train.samples[key[1]].label == 1}) > 2
+    assert sorted(Path(name).name for name, _ in train.new_faults()) == ["000.png", "001.png", "002.png"]
+
+
+@pytest.mark.parametrize("base", [{"shortest_edge": 17}, {"height": 9, "width": 12}])
+def test_the_shape_of_a_resized_picture_is_known_without_it(base):
+    import transformers as hf
+
+    size = {"crop_size": {"height": 8, "width": 8}, "size": base}
+    preprocess = ClassifierPreprocess(hf.CLIPImageProcessor(**size) if "shortest_edge" in base else processor(9, 12))
+    for height, width in PICTURES:
+        assert preprocess.resize(np.zeros((height, width, 3), dtype=np.uint8)).shape[1:] == preprocess.resized_shape(
+            height, width
+        )
 
 
 def test_the_cache_respects_its_limit(tmp_path):
     splits, *_ = read(make(tmp_path, "folders val"))
     picture = 3 * 16 * 16
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (99 * picture, 9)):
-        _, cache, used = load_pictures(splits["train"], ClassifierPreprocess(processor()), Faults(), limit, "test")
-        assert sum(entry is not None for entry in cache) == kept and used <= limit
+        _, cache = load_pictures(splits["train"], ClassifierPreprocess(processor()), Faults(), limit, "test")
+        assert cache.kept == kept and cache.bytes <= limit
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -452,7 +494,8 @@ def photo(tmp_path_factory):
 def augmented(samples, seed=0, **changes):
     preprocess, config = ClassifierPreprocess(processor(32, 32)), settings("", **changes)
     augmentation = make_augmentation(config, preprocess)
-    return LabelledPictures(samples, ["a", "b"], preprocess, [None] * len(samples), augmentation, config.mixup, seed)
+    samples, cache = load_pictures(samples, preprocess, Faults(), 0, "test")
+    return LabelledPictures(samples, ["a", "b"], preprocess, cache, augmentation, config.mixup, seed)
 
 
 def grey_levels(item):

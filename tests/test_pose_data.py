@@ -31,6 +31,7 @@ from data import (  # noqa: E402
     figures_only,
     load_for_eval,
     random_change,
+    read_tables,
 )
 from formats import UNIFORM_SIGMA, flip_pairs_from_names, place_boxes, read_dataset  # noqa: E402
 
@@ -128,7 +129,9 @@ def read(folder, **changes):
 
 def loaded(folder, size=(32, 32), **changes):
     """(training data set, validation data set, KeypointSet, facts for the summary)."""
-    train, val, points, facts = build_loaders(settings(folder, **changes), preprocess(*size))
+    config = settings(folder, **changes)
+    tables = read_tables(config.data_dir, config.data_format, config.seed)
+    train, val, points, facts = build_loaders(config, preprocess(*size), tables)
     return train.dataset, val.dataset, points, facts
 
 
@@ -176,7 +179,7 @@ def test_a_held_out_fifth_is_the_same_each_time_and_adding_pictures_moves_no_oth
     for name in names:
         draw(tmp_path / "images" / f"{name}.png", size=(4, 4))
     first = split(names[:100])
-    assert f"{len(first['val'])} of 100 training pictures, by seed 0, become it" in capsys.readouterr().out
+    assert f"{len(first['val'])} of 100 training pictures, chosen by seed 0, become it" in capsys.readouterr().out
     assert first == split(names[:100]) and first["train"].isdisjoint(first["val"]) and 10 <= len(first["val"]) <= 30
     assert len(first["train"] | first["val"]) == 100 and first["val"] != split(names[:100], seed=1)["val"]
     more = split(names)
@@ -184,7 +187,7 @@ def test_a_held_out_fifth_is_the_same_each_time_and_adding_pictures_moves_no_oth
     for few in ([2, 3], [5, 6, 7]):  # neither side stays empty
         small = split([names[i] for i in few])
         assert small["train"] and small["val"]
-    one_line(lambda: split(names[:1]), "one training picture and no validation split: too few")
+    one_line(lambda: split(names[:1]), "no validation split, and too few training pictures to hold any out: 1")
 
 
 def test_the_figures_of_one_picture_stay_on_one_side(tmp_path):
@@ -510,8 +513,8 @@ def test_no_annotation_fails_otherwise_than_by_name(tmp_path):
             tried += 1
             try:
                 splits, points, _, _ = read(tmp_path)
-                samples, pictures, _ = check_samples(splits["train"], preprocess(), Faults(), 10**6, "train")
-                dataset = data.PoseData(samples, pictures, preprocess(), points, augment=True)
+                samples, cache, _ = check_samples(splits["train"], preprocess(), Faults(), 10**6, "train")
+                dataset = data.PoseData(samples, cache, preprocess(), points, augment=True)
                 for index in range(len(samples)):
                     item = dataset[(1, index)]
                     assert torch.isfinite(item["target"]).all() and torch.isfinite(item["back"]).all(), (path, value)
@@ -773,7 +776,7 @@ def test_evaluation_and_augment_off_see_the_plain_picture(tmp_path):
 def test_normalisation_is_the_image_processors(tmp_path):
     make(tmp_path)
     own = SimpleNamespace(do_normalize=True, image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.25, 0.2])
-    train, *_ = build_loaders(settings(tmp_path), Preprocess(own, (32, 32)))
+    train, *_ = build_loaders(settings(tmp_path), Preprocess(own, (32, 32)), read_tables(str(tmp_path), "auto", 0))
     plain = loaded(tmp_path)[0][(1, 0)]["pixel_values"]
     mean, std = (torch.tensor(values)[:, None, None] for values in (own.image_mean, own.image_std))
     assert torch.allclose(train.dataset[(1, 0)]["pixel_values"] * std + mean, plain, atol=1e-6)
@@ -803,19 +806,40 @@ def test_with_cache_nothing_is_decoded_again_and_without_it_each_time(tmp_path, 
     [train[(1, i)] for i in range(3)]
     assert decoded == ["a.png", "b.png", "c.png"]
     (tmp_path / "train2017" / "a.png").write_bytes(b"")
-    one_line(lambda: train[(5, 0)], "a.png: no picture that can be decoded")
+    one_line(lambda: train[(0, 0)], "a.png .*: no picture that can be decoded")
+
+
+def test_a_second_start_decodes_at_first_use_and_gives_the_same(tmp_path, decoded):
+    first, _, _, facts = loaded(make(tmp_path), augment=True)
+    decoded.clear()
+    train, _, _, again = loaded(tmp_path, augment=True)
+    assert not decoded and again == facts
+    for mine, theirs in zip([first[(1, i)] for i in range(3)], train.__getitems__([(1, i) for i in range(3)]), strict=True):
+        assert same(mine, theirs)
+    assert sorted(decoded) == ["a.png", "b.png", "c.png"]
+
+
+def test_what_turns_out_bad_in_training_stops_nothing(tmp_path):
+    make(tmp_path)
+    train, *_ = loaded(tmp_path, augment=True, cache="off")
+    (tmp_path / "train2017" / "a.png").write_bytes(b"")
+    items = {epoch: train[(epoch, 0)] for epoch in (1, 2, 3, 4, 5, 6)}
+    for epoch in reversed(items):
+        assert same(train[(epoch, 0)], items[epoch])
+    assert all(item["visible"].any() and item["pixel_values"].std() > 0 for item in items.values())
+    assert train.new_faults() == [(str(tmp_path / "train2017" / "a.png"), "no picture that can be decoded")]
 
 
 def test_the_cache_respects_its_limit_and_holds_no_more_than_crops_need(tmp_path):
     splits, *_ = read(make(tmp_path))
     picture = 3 * W * H
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (9 * picture, 3)):
-        _, pictures, used = check_samples(splits["train"], preprocess(), Faults(), limit, "test")
-        assert sum(p.pixels is not None for p in pictures.values()) == kept and used <= limit
-    _, pictures, used = check_samples(splits["train"], preprocess(4, 4), Faults(), 10**6, "test")
-    assert all(p.shrunk > 1 for p in pictures.values()) and used < picture
-    figures, pictures, used = check_samples([*splits["train"], *splits["train"]], preprocess(), Faults(), 10**6, "test")
-    assert len(figures) == 6 and len(pictures) == 3 and used == 3 * picture  # a picture with two figures is kept once
+        _, cache, used = check_samples(splits["train"], preprocess(), Faults(), limit, "test")
+        assert cache.kept == kept and used <= limit
+    _, cache, used = check_samples(splits["train"], preprocess(4, 4), Faults(), 10**6, "test")
+    assert all(p.shrunk > 1 for p in cache.items) and used < picture
+    figures, cache, used = check_samples([*splits["train"], *splits["train"]], preprocess(), Faults(), 10**6, "test")
+    assert len(figures) == 6 and len(cache) == 3 and used == 3 * picture  # a picture with two figures is kept once
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

@@ -55,9 +55,9 @@ def dataset_of(samples, points, size=(32, 32)):
         do_normalize = False
 
     preprocess = Preprocess(Processor, size)
-    good, pictures, _ = check_samples(samples, preprocess, Faults(), 10**8, "test")
+    good, cache, _ = check_samples(samples, preprocess, Faults(), 10**8, "test")
     assert len(good) == len(samples)
-    return PoseData(good, pictures, preprocess, points)
+    return PoseData(good, cache, preprocess, points)
 
 
 def found_at(dataset, offsets, scores=None):

@@ -5,15 +5,17 @@ import hashlib
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.runtime import process_index, say
-from common.samples import SPLIT_NAMES, Faults, cache_limit, load_all, split_off
-from common.vision.pictures import IMAGE_ENDINGS, decode
+from common.samples import SPLIT_NAMES, Faults, SampleCache, cache_limit, check_files, first_readable, split_off
+from common.vision.pictures import IMAGE_ENDINGS, decode, header_size, picture_reader
 from common.vision.preprocess import ClassifierPreprocess
 
 COLUMNS = {
@@ -54,12 +56,12 @@ def read_dataset(source: Path, seed: int, faults: Faults):
             f"{source} holds {found}; expected train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg, or a CSV file with "
             f"the columns path and label"
         )
-    splits = {}
+    splits, number_of = {}, {name: number for number, name in enumerate(names)}
     for split, (path, label) in rows:
-        if label not in names:
+        if label not in number_of:
             raise UserError(f"{source}: the {split} split has the class {label!r}, which the training data has not")
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-        splits.setdefault(split, []).append(Sample(path, name, names.index(label)))
+        name = path.as_posix().removeprefix(f"{root.as_posix()}/")
+        splits.setdefault(split, []).append(Sample(path, name, number_of[label]))
     if "val" not in splits:
         splits["train"], splits["val"] = split_classes(splits["train"], names, seed)
         many = len(splits["val"]), len(splits["val"]) + len(splits["train"])
@@ -99,11 +101,20 @@ def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     for loose in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()):
         faults.add("picture outside the class folders", f"{folder.name}/{loose.name}")
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        pictures = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()]
+        pictures = pictures_below(place)
         if not pictures:
             faults.add("class folder without pictures", f"{folder.name}/{place.name}")
         found += [(path, place.name) for path in pictures]
     return found
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The picture files in a folder at any depth, in order of their parts."""
+    found = []
+    for place, _, names in os.walk(folder):
+        paths = (os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS)
+        found += [path for path in paths if os.path.isfile(path)]
+    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 
 def read_csv(file: Path, folder: Path, faults: Faults) -> list[tuple[str, tuple[Path, str]]]:
@@ -142,10 +153,11 @@ def read_csv(file: Path, folder: Path, faults: Faults) -> list[tuple[str, tuple[
 
 def split_classes(samples: list[Sample], classes: list[str], seed: int):
     """(train, validation): of every class about a fifth is split off, at least one picture."""
-    train, val = [], []
-    for label, name in enumerate(classes):
-        mine = [s for s in samples if s.label == label]
-        if len(mine) < 2:
+    train, val, members = [], [], [[] for _ in classes]
+    for sample in samples:
+        members[sample.label].append(sample)
+    for name, mine in zip(classes, members, strict=True):
+        if len({s.name for s in mine}) < 2:
             raise UserError(f"the class {name!r} has one picture: too few to train and to validate on")
         for sample, chosen in zip(mine, split_off([s.name for s in mine], seed), strict=True):
             (val if chosen else train).append(sample)
@@ -159,10 +171,10 @@ class LabelledPictures(torch.utils.data.Dataset):
     """Item (epoch, index) -> {"pixels": (3, h, w) float, "target": (K,) share of each class, "index": index}.
 
     With an augmentation, the item is a function of (seed, epoch, index): workers, resumed runs and the other script of the
-    pair see the same pixels.
+    pair see the same pixels. Where a training picture turns out to be bad, another one takes its place.
     """
 
-    def __init__(self, samples, classes, preprocess, cache, augmentation=None, mixup=0.0, seed=0):
+    def __init__(self, samples, classes, preprocess, cache: SampleCache, augmentation=None, mixup=0.0, seed=0):
         self.samples, self.classes, self.preprocess, self.cache, self.seed = samples, classes, preprocess, cache, seed
         self.augmentation, self.mixup = augmentation, mixup
 
@@ -172,33 +184,35 @@ class LabelledPictures(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         return str(self.samples[index].path)
 
-    def resized(self, index: int) -> torch.Tensor:
-        if self.cache[index] is not None:
-            return self.cache[index]
-        try:
-            return self.preprocess.resize(decode(self.samples[index].path))
-        except (OSError, ValueError) as error:  # it was fine when training started
-            raise UserError(f"{self.samples[index].path}: {error}") from None
+    def new_faults(self) -> list[tuple[str, str]]:
+        return self.cache.new_faults()
+
+    def resized(self, index: int, *key) -> tuple[torch.Tensor, int]:
+        """(picture, class) of a sample, or of what takes its place; key: see first_readable."""
+        chosen, pixels = first_readable(self, self.cache.__getitem__, index, *key)
+        return torch.from_numpy(pixels), self.samples[chosen].label
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
+        self.cache.fill(index for _, index in keys)
+        return [self[key] for key in keys]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         target = torch.zeros(len(self.classes))
+        pixels, label = self.resized(index, self.seed, epoch)
         if not self.augmentation:
-            target[self.samples[index].label] = 1
-            return {
-                "pixels": self.preprocess.normalize(self.preprocess.center(self.resized(index))),
-                "target": target,
-                "index": index,
-            }
+            target[label] = 1
+            return {"pixels": self.preprocess.normalize(self.preprocess.center(pixels)), "target": target, "index": index}
         with seeded(self.seed, epoch, index):
-            pixels = self.preprocess.normalize(self.augmentation(self.resized(index)))
+            pixels = self.preprocess.normalize(self.augmentation(pixels))
             share = 1.0
             if self.mixup > 0:  # the other picture is drawn from the whole data set, not from the batch: see the class' promise
                 share = float(torch.distributions.Beta(self.mixup, self.mixup).sample())
-                other = int(torch.randint(len(self), ()))
-                pixels = share * pixels + (1 - share) * self.preprocess.normalize(self.augmentation(self.resized(other)))
-                target[self.samples[other].label] += 1 - share
-            target[self.samples[index].label] += share
+                other, its_label = self.resized(int(torch.randint(len(self), ())), self.seed, epoch, index, "mixup")
+                pixels = share * pixels + (1 - share) * self.preprocess.normalize(self.augmentation(other))
+                target[its_label] += 1 - share
+            target[label] += share
         return {"pixels": pixels, "target": target, "index": index}
 
 
@@ -225,34 +239,50 @@ def collate(items: list[dict]) -> dict:
     }
 
 
-def load_pictures(samples: list[Sample], preprocess: ClassifierPreprocess, faults: Faults, cache_bytes: int, text: str):
-    """(usable samples, cache, bytes used): every picture is decoded once, and kept resized while there is room."""
+def load_pictures(
+    samples: list[Sample], preprocess: ClassifierPreprocess, faults: Faults, cache_bytes: int, text: str, whole=True
+):
+    """(usable samples, cache of their resized pictures): see check_files. UserError where no picture is left."""
 
-    def load(sample: Sample):
-        pixels = decode(sample.path)
-        return pixels.shape[:2], preprocess.resize(pixels)
+    def measure(_, header):
+        width, height = header_size(header, None)
+        return (3, *preprocess.resized_shape(height, width))
 
-    samples, _, cache, used = load_all(samples, load, faults, cache_bytes, text)
-    if not samples:
-        faults.report()
+    load = partial(load_resized, preprocess)
+    good, cache = check_files(samples, picture_reader(), measure, load, faults, cache_bytes, f"{text} pictures", whole)
+    if not good:
         raise UserError(f"the {text} data has no picture that can be used")
-    return samples, cache, used
+    return [samples[number] for number in good], cache
 
 
-def labelled_loaders(config, processor, source: Path):
-    """(train loader, validation loader, class names, facts for the summary) of the pictures in `source`, a folder or CSV file."""
+def load_resized(preprocess: ClassifierPreprocess, sample: Sample) -> np.ndarray:
+    """The sample's picture as the cache keeps it, (3, h, w) uint8."""
+    return preprocess.resize(decode(sample.path)).numpy()
+
+
+def read_labelled(source: Path, seed: int):
+    """(splits, classes, layout, faults) of the pictures in `source`, a folder or CSV file. Opens no picture."""
+    with Faults() as faults:
+        return *read_dataset(source, seed, faults), faults
+
+
+def labelled_loaders(config, processor, tables):
+    """(train loader, validation loader, class names, facts for the summary); tables: what read_labelled gave.
+
+    With --cache off no training picture is decoded before it is used. Validation pictures always are: what is scored stays.
+    """
     if not 0 < config.crop <= 1 or config.mixup < 0 or not 0 <= config.randaugment <= 30:
         raise UserError("--crop must lie above 0 and up to 1, --mixup must not be negative, --randaugment must lie in 0 .. 30")
     rank, world = process_index()
-    faults, preprocess = Faults(), ClassifierPreprocess(processor)
-    splits, classes, layout = read_dataset(source, config.seed, faults)
-    limit = cache_limit(config.cache)
-    train, train_cache, used = load_pictures(splits["train"], preprocess, faults, limit, "training")
-    val, val_cache, _ = load_pictures(splits["val"], preprocess, faults, limit - used, "validation")
-    counts = Counter(classes[s.label] for s in train)
-    if missing := [name for name in classes if not counts[name]]:
-        faults.report()
-        raise UserError(f"no training picture of the class {missing[0]!r} can be used")
+    splits, classes, layout, faults = tables
+    preprocess, limit = ClassifierPreprocess(processor), cache_limit(config.cache)
+    with faults:
+        whole = config.cache != "off"
+        train, train_cache = load_pictures(splits["train"], preprocess, faults, limit, "training", whole)
+        val, val_cache = load_pictures(splits["val"], preprocess, faults, limit - train_cache.bytes, "validation")
+        counts = Counter(classes[s.label] for s in train)
+        if missing := [name for name in classes if not counts[name]]:
+            raise UserError(f"no training picture of the class {missing[0]!r} can be used")
     facts = {
         "name": config.data_dir or "demo",
         "format": layout,
@@ -288,9 +318,8 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
 
     The checkpoint's classes count. UserError where the data's are others; with config.subset the data may lack some.
     """
-    faults = Faults()
     data_dir = config.data_dir or origin["data_dir"]
-    splits, names, _ = read_dataset(source, origin["seed"], faults)
+    splits, names, _, faults = read_labelled(source, origin["seed"])
     classes = origin["classes"]
     strange, missing = ([n for n in a if n not in b] for a, b in ((names, classes), (classes, names)))
     if strange or (missing and not config.subset):
@@ -306,7 +335,8 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
     for sample in splits[config.split]:
         sample.label = classes.index(names[sample.label])
     preprocess = ClassifierPreprocess(processor)
-    samples, cache, _ = load_pictures(splits[config.split], preprocess, faults, cache_limit("auto"), config.split)
+    with faults:
+        samples, cache = load_pictures(splits[config.split], preprocess, faults, cache_limit("auto"), config.split)
     faults.report()
     dataset = LabelledPictures(samples, classes, preprocess, cache)
     return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), classes, data_dir or "demo"
@@ -315,7 +345,8 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
 def pictures_only(paths: list[Path], classes: list[str], preprocess: ClassifierPreprocess, faults: Faults) -> LabelledPictures:
     """The pictures as a data set without labels; those that cannot be decoded are left out and named."""
     samples = [Sample(path, path.name, 0) for path in paths]
-    samples, cache, _ = load_pictures(samples, preprocess, faults, cache_limit("auto"), "input")
+    with faults:
+        samples, cache = load_pictures(samples, preprocess, faults, cache_limit("auto"), "input")
     return LabelledPictures(samples, classes, preprocess, cache)
 
 

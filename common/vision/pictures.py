@@ -2,14 +2,42 @@
 
 import io
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 # needs: pillow
 from common.config import UserError
+from common.samples import FileReader
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+# What a file may hold, whatever its name says: not EPS, for one, which starts another program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may say how a PNG is turned
+
+
+@contextmanager
+def picture_faults():
+    """What a decoder raises in the block becomes a ValueError that names the fault."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UnidentifiedImageError as error:
+        raise ValueError("no picture that can be decoded") from error
+    except Exception as error:  # on a damaged file a decoder may raise anything: struct.error, TypeError, SyntaxError ...
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"picture that cannot be decoded, {reason[0]}") from error
+
+
+def annotated_size(stored: tuple[int, int], upright: tuple[int, int], claimed: tuple[int, int] | None) -> tuple[int, int]:
+    """(width, height) of a picture as its annotation means it. ValueError where the annotation claims yet another size."""
+    if claimed and claimed not in (stored, upright):
+        raise ValueError(f"picture of another size than its annotation says, {upright} instead of {claimed}")
+    return claimed or upright
 
 
 def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.ndarray:
@@ -18,23 +46,14 @@ def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.n
     claimed: the annotation's (width, height). If it is the size of the stored, unturned picture, whoever drew the boxes
     ignored the orientation, so it is ignored here, too. ValueError says what is wrong with the file.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            image.load()
-            stored = image.size
-            upright = ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise ValueError("no picture that can be decoded") from None
-    except Exception as error:  # on a damaged file a decoder may raise anything: struct.error, TypeError, SyntaxError ...
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"picture that cannot be decoded, {reason[0]}") from None
-    image = image if claimed and claimed == stored and claimed != upright.size else upright
-    if claimed and claimed != image.size:
-        raise ValueError(f"picture of another size than its annotation says, {image.size} instead of {claimed}")
+    with picture_faults():
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        image.load()
+        stored = image.size
+        upright = ImageOps.exif_transpose(image)
+    image = upright if annotated_size(stored, upright.size, claimed) == upright.size else image
     return to_rgb(image)
 
 
@@ -64,6 +83,40 @@ def as_pixels(image) -> np.ndarray:
     except (OSError, ValueError) as error:
         name = "the image" if isinstance(image, Image.Image) else image
         raise UserError(f"{name}: {error}") from None
+
+
+def read_header(path: Path) -> tuple[int, int, int]:
+    """(width, height, EXIF orientation 1 to 8) of a picture file as it is stored. ValueError as in decode.
+
+    Pixels are decoded only where the orientation is known no sooner: in formats that are rare for large data, and in a PNG
+    that may carry it behind the pixels.
+    """
+    from PIL import ExifTags, Image
+
+    with picture_faults():
+        image = Image.open(path, formats=FORMATS)
+        if image.format == "PNG" and not any(mark in path.read_bytes() for mark in PNG_ORIENTATION):
+            orientation = 1
+        else:
+            if image.format not in ("JPEG", "MPO", "WEBP"):
+                image.load()
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        image.close()
+    return *image.size, int(orientation) if orientation in range(1, 9) else 1
+
+
+def picture_reader() -> FileReader:
+    """read_header, for a scan."""
+    import PIL
+
+    return FileReader(f"pictures by Pillow {PIL.__version__}", ("width", "height", "orientation"), read_header)
+
+
+def header_size(header: tuple[int, int, int], claimed: tuple[int, int] | None) -> tuple[int, int]:
+    """(width, height) of what decode will give for a picture of this header. ValueError where the annotation's claim differs."""
+    width, height, orientation = header
+    upright = (height, width) if orientation > 4 else (width, height)  # 5 to 8 are quarter turns
+    return annotated_size((width, height), upright, claimed)
 
 
 def find_pictures(pattern: str) -> list[Path]:

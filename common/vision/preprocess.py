@@ -78,6 +78,13 @@ class ClassifierPreprocess:
 
         return functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.size, self.mode, antialias=True)
 
+    def resized_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what `resize` makes of a picture of this size."""
+        if len(self.size) == 2:
+            return tuple(self.size)
+        short, long = self.size[0], int(self.size[0] * max(height, width) / min(height, width))
+        return (short, long) if height <= width else (long, short)
+
     def center(self, tensor: torch.Tensor) -> torch.Tensor:
         """The crop in the middle; where an odd number of pixels is cut off, transformers and timm cut differently."""
         from torchvision.transforms.v2 import functional

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.folders import make_once
-from common.vision.labelled import labelled_for_eval, labelled_loaders
+from common.vision.labelled import labelled_for_eval, labelled_loaders, read_labelled
 
 HERE = Path(__file__).resolve().parent
 
@@ -19,9 +19,14 @@ def source_of(data_dir: str) -> Path:
     return Path(data_dir).expanduser() if data_dir else demo_data()
 
 
-def build_loaders(config, processor):
-    """(train loader, validation loader, class names, facts for the summary)."""
-    return labelled_loaders(config, processor, source_of(config.data_dir))
+def read_tables(data_dir: str, seed: int):
+    """What build_loaders needs of the data; opens no picture. UserError where there is no such data."""
+    return read_labelled(source_of(data_dir), seed)
+
+
+def build_loaders(config, processor, tables):
+    """(train loader, validation loader, class names, facts for the summary); tables: what read_tables gave."""
+    return labelled_loaders(config, processor, tables)
 
 
 def load_for_eval(config, processor, origin: dict):

@@ -1,6 +1,7 @@
 """Pictures and boxes for a detector: decoding, checking, a cache in memory, augmentation, batches."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.folders import make_once
 from common.runtime import process_index, say
-from common.samples import Faults, cache_limit, load_all
-from common.vision.pictures import decode
+from common.samples import Faults, SampleCache, cache_limit, check_files, first_readable
+from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
 from formats import Sample, make_sample, read_dataset
 
@@ -60,10 +61,11 @@ class Preprocess:
 class DetectionData(torch.utils.data.Dataset):
     """Item (epoch, index) -> {"pixels": (3, h, w) float, "target": dict of what transformers calls a label}.
 
-    With augment, the item is a function of (seed, epoch, index): workers and resumed runs see the same pixels.
+    With augment, the item is a function of (seed, epoch, index): workers and resumed runs see the same pixels. Where a
+    training picture turns out to be bad, another one takes its place.
     """
 
-    def __init__(self, samples: list[Sample], preprocess: Preprocess, cache: list, augment=False, seed=0):
+    def __init__(self, samples: list[Sample], preprocess: Preprocess, cache: SampleCache, augment=False, seed=0):
         self.samples, self.preprocess, self.cache, self.seed = samples, preprocess, cache, seed
         self.augment = make_augmentation() if augment else None
 
@@ -77,17 +79,20 @@ class DetectionData(torch.utils.data.Dataset):
         width, height = self.samples[index].size
         return self.preprocess.target_size(height, width)
 
+    def new_faults(self) -> list[tuple[str, str]]:
+        return self.cache.new_faults()
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
+        self.cache.fill(index for _, index in keys)
+        return [self[key] for key in keys]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         from torchvision import tv_tensors
 
         epoch, index = key
-        sample = self.samples[index]
-        pixels = self.cache[index]
-        if pixels is None:
-            try:
-                pixels = self.preprocess.resize(decode(sample.path, sample.size))
-            except (OSError, ValueError) as error:  # it was fine when training started
-                raise UserError(f"{sample.path}: {error}") from None
+        chosen, pixels = first_readable(self, self.cache.__getitem__, index, self.seed, epoch)
+        sample, pixels = self.samples[chosen], torch.from_numpy(pixels)
         width, height = sample.size
         h, w = pixels.shape[1:]
         keep = ~sample.crowd  # a crowd box is a region, not an object: it is scored around, never trained on
@@ -147,21 +152,27 @@ def collate(items: list[dict]) -> dict:
     return {"pixel_values": values, "pixel_mask": mask, "labels": [item["target"] for item in items]}
 
 
-def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str):
-    """Decodes every picture once: (samples that are usable, cache, bytes used).
+def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, whole=True):
+    """(samples that are usable, cache of their resized pictures, its bytes): see check_files.
 
-    Boxes are clipped to the picture; those without area, or not finite, are dropped. The resized pictures are kept while
-    they fit into cache_bytes (cache entries are None for the rest).
+    Boxes are clipped to the picture; those without area, or not finite, are dropped.
     """
 
-    def load(sample: Sample):
-        pixels = decode(sample.path, sample.size)
-        return pixels.shape[:2], preprocess.resize(pixels)
+    def measure(sample: Sample, header):
+        sample.size = width, height = header_size(header, sample.size)
+        return (3, *preprocess.target_size(height, width))
 
-    good, shapes, cache, used = load_all(samples, load, faults, cache_bytes, text)
-    for sample, (height, width) in zip(good, shapes, strict=True):
-        clean_boxes(sample, width, height, faults)
-    return good, cache, used
+    load, text = partial(load_resized, preprocess), f"{text} pictures"
+    good, cache = check_files(samples, picture_reader(), measure, load, faults, cache_bytes, text, whole)
+    samples = [samples[number] for number in good]
+    for sample in samples:
+        clean_boxes(sample, *sample.size, faults)
+    return samples, cache, cache.bytes
+
+
+def load_resized(preprocess: Preprocess, sample: Sample) -> np.ndarray:
+    """The sample's picture as the cache keeps it, (3, h, w) uint8."""
+    return preprocess.resize(decode(sample.path, sample.size)).numpy()
 
 
 def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None:
@@ -181,20 +192,24 @@ def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None
     sample.boxes, sample.labels, sample.crowd = clipped[~bad], sample.labels[~bad], sample.crowd[~bad]
 
 
-def read_tables(data_dir: str, data_format: str, seed: int, faults: Faults):
-    """(splits, classes, format) of a folder, or of the demo data where data_dir is empty."""
-    return read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults)
+def read_tables(data_dir: str, data_format: str, seed: int):
+    """(splits, classes, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture."""
+    with Faults() as faults:
+        return *read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults), faults
 
 
-def build_loaders(config, processor):
-    """(train loader, validation loader, class names, facts for the summary)."""
+def build_loaders(config, processor, tables):
+    """(train loader, validation loader, class names, facts for the summary); tables: what read_tables gave.
+
+    With --cache off no training picture is decoded before it is used. Validation pictures always are: what is scored stays.
+    """
     rank, world = process_index()
-    faults, preprocess = Faults(), Preprocess(processor, config.image_size)
-    splits, classes, data_format = read_tables(config.data_dir, config.data_format, config.seed, faults)
-    limit = cache_limit(config.cache)
-    samples, cache, used = check_samples(splits["train"], preprocess, faults, limit, "training")
-    train = DetectionData(samples, preprocess, cache, config.augment, config.seed)
-    val = DetectionData(*usable("val", splits["val"], preprocess, faults, limit - used))
+    splits, classes, data_format, faults = tables
+    preprocess, limit = Preprocess(processor, config.image_size), cache_limit(config.cache)
+    with faults:
+        training = usable("train", splits["train"], preprocess, faults, limit, whole=config.cache != "off")
+        train = DetectionData(*training, config.augment, config.seed)
+        val = DetectionData(*usable("val", splits["val"], preprocess, faults, limit - train.cache.bytes))
     facts = {
         "name": config.data_dir or "demo",
         "format": data_format,
@@ -206,22 +221,20 @@ def build_loaders(config, processor):
     }
     if rank == 0:
         faults.report()
-        kept = sum(entry is not None for entry in train.cache + val.cache)
         counts = np.bincount(np.concatenate([s.labels for s in train.samples]), minlength=len(classes))
         boxes = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
         say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation pictures; boxes: {boxes}")
-        say(f"{kept} of {len(train) + len(val)} decoded pictures stay in memory")
+        say(f"{train.cache.kept + val.cache.kept} of {len(train) + len(val)} decoded pictures stay in memory")
     train_loader = build_loader(
         train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
     )
     return train_loader, eval_loader(val, config.batch_size, config.num_workers), classes, facts
 
 
-def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int):
+def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, whole=True):
     """(samples, preprocess, cache) for DetectionData; UserError where no picture is left."""
-    samples, cache, _ = check_samples(samples, preprocess, faults, limit, split)
+    samples, cache, _ = check_samples(samples, preprocess, faults, limit, split, whole)
     if not samples:
-        faults.report()
         raise UserError(f"the {split} split has no picture that can be used")
     return samples, preprocess, cache
 
@@ -231,10 +244,9 @@ def load_for_eval(config, processor, origin: dict):
 
     The checkpoint's classes count; the data's labels are matched to them by name. UserError where the data has others.
     """
-    faults = Faults()
     chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
-    data_dir, data_format = chosen["data_dir"], chosen["data_format"]
-    splits, classes, _ = read_tables(data_dir, data_format, origin["seed"], faults)
+    data_dir = chosen["data_dir"]
+    splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"])
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     strange = [name for name in classes if name not in origin["classes"]]
@@ -246,7 +258,9 @@ def load_for_eval(config, processor, origin: dict):
     index = np.array([origin["classes"].index(name) for name in classes])
     for sample in splits[config.split]:
         sample.labels = index[sample.labels]
-    dataset = DetectionData(*usable(config.split, splits[config.split], Preprocess(processor, origin["image_size"]), faults, 0))
+    preprocess = Preprocess(processor, origin["image_size"])
+    with faults:
+        dataset = DetectionData(*usable(config.split, splits[config.split], preprocess, faults, cache_limit("auto")))
     faults.report()
     batch_size = config.batch_size or origin["batch_size"]
     return eval_loader(dataset, batch_size, config.num_workers), origin["classes"], data_dir or "demo"
@@ -254,7 +268,8 @@ def load_for_eval(config, processor, origin: dict):
 
 def pictures_only(paths: list[Path], preprocess: Preprocess, faults: Faults):
     """The pictures as a data set without boxes; those that cannot be decoded are left out and named."""
-    return DetectionData(*usable("input", [make_sample(p, None, []) for p in paths], preprocess, faults, cache_limit("auto")))
+    with faults:
+        return DetectionData(*usable("input", [make_sample(p, None, []) for p in paths], preprocess, faults, cache_limit("auto")))
 
 
 def eval_loader(dataset: DetectionData, batch_size: int, num_workers: int = 0):

@@ -4,7 +4,6 @@ Files from outside are checked here: what is malformed is named, counted and lef
 unusable is a UserError. Boxes leave as (x1, y1, x2, y2) in pixels of the picture as a person sees it.
 """
 
-import json
 import math
 import os
 from collections import defaultdict
@@ -13,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.checkpoint import read_json
 from common.config import UserError
-from common.runtime import say
-from common.samples import SPLIT_NAMES, Faults, inside, split_off
+from common.samples import SPLIT_NAMES, Faults, FileFinder, choose_layout, hold_out, inside
 from common.vision.pictures import IMAGE_ENDINGS
+
+LAYOUTS = "COCO (annotations/*.json), VOC (Annotations/, JPEGImages/) or YOLO (data.yaml, images/, labels/)"
 
 
 @dataclass
@@ -48,31 +49,15 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
         raise UserError(f"--data_dir: there is no folder {data_dir}")
     readers = {"voc": read_voc, "yolo": read_yolo, "coco": read_coco}
     there = {"voc": (data_dir / "Annotations").is_dir(), "yolo": yolo_yaml(data_dir), "coco": coco_files(data_dir)}
-    if data_format == "auto":
-        fitting = [name for name, sign in there.items() if sign]
-        if len(fitting) != 1:
-            what = f"looks like {' and '.join(fitting)}" if fitting else "is none of the layouts that are known"
-            raise UserError(
-                f"--data_dir {data_dir} {what}; expected COCO (annotations/*.json), VOC (Annotations/, JPEGImages/) or "
-                f"YOLO (data.yaml, images/, labels/); --data_format chooses one"
-            )
-        data_format = fitting[0]
-    elif not there[data_format]:
-        raise UserError(f"--data_format {data_format}: {data_dir} does not have that layout")
+    data_format = choose_layout(data_dir, data_format, there, LAYOUTS)
     splits, classes = readers[data_format](data_dir, faults)
     if not splits.get("train"):
         raise UserError(f"{data_dir} ({data_format}) has no training pictures")
     if not classes:
         raise UserError(f"{data_dir} ({data_format}) names no classes")
     if not splits.get("val"):
-        every = splits["train"]
-        if len(every) < 2:
-            raise UserError(f"{data_dir} has one training picture and no validation split: too few")
-        chosen = split_off([s.path.name for s in every], seed)
-        splits["val"] = [s for s, mine in zip(every, chosen, strict=True) if mine]
-        splits["train"] = [s for s, mine in zip(every, chosen, strict=True) if not mine]
-        count = len(splits["val"])
-        say(f"no validation split in {data_dir}: {count} of {len(every)} training pictures, chosen by seed {seed}, become it")
+        names = [s.path.name for s in splits["train"]]
+        splits["train"], splits["val"] = hold_out(splits["train"], names, seed, data_dir, "pictures")
     return splits, classes, data_format
 
 
@@ -100,49 +85,41 @@ def coco_files(data_dir: Path) -> dict[str, Path]:
 
 
 def read_coco(data_dir: Path, faults: Faults):
-    files = coco_files(data_dir)
-    tables = {}
+    files, tables = coco_files(data_dir), {}
     for split, path in files.items():
-        try:
-            table = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as JSON: {error}") from None
+        table = read_json(path)
         table = table if isinstance(table, dict) else {}
         absent = [key for key in ("images", "annotations", "categories") if not isinstance(table.get(key), list)]
         if absent and split != "test":
             raise UserError(f"{path} is no COCO file: it has no list {absent[0]!r}")
         if not absent:  # a test set may come without labels (image_info_test2017.json); it is no use here then
             tables[split] = (path, table)
-    try:
-        categories = sorted(tables["train"][1]["categories"], key=lambda c: c["id"])
-        classes = [str(c["name"]) for c in categories]
-        used = {a.get("category_id") for a in tables["train"][1]["annotations"] if isinstance(a, dict)}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{files['train']}: a category without id and name, or an id that is no number ({error})") from None
-    if 0 not in used and len(classes) > 1 and all(c.get("supercategory") == classes[0] for c in categories[1:]):
-        classes = classes[1:]  # Roboflow's exports list the group of the classes itself as category 0
-    doubled = {name for name in classes if classes.count(name) > 1}
-    if doubled:
-        raise UserError(f"{files['train']}: the category name {sorted(doubled)[0]!r} stands for two categories")
+    classes = coco_classes(*tables["train"])
     splits = {split: read_coco_split(data_dir, split, path, table, classes, faults) for split, (path, table) in tables.items()}
     return splits, classes
 
 
+def coco_classes(path: Path, table: dict) -> list[str]:
+    """The names of a COCO file's categories, in order of their ids."""
+    try:
+        categories = sorted(table["categories"], key=lambda c: c["id"])
+        classes = [str(c["name"]) for c in categories]
+        used = {a.get("category_id") for a in table["annotations"] if isinstance(a, dict)}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: a category without id and name, or an id that is no number ({error})") from None
+    if 0 not in used and len(classes) > 1 and all(c.get("supercategory") == classes[0] for c in categories[1:]):
+        classes = classes[1:]  # Roboflow's exports list the group of the classes itself as category 0
+    doubled = {name for name in classes if classes.count(name) > 1}
+    if doubled:
+        raise UserError(f"{path}: the category name {sorted(doubled)[0]!r} stands for two categories")
+    return classes
+
+
 def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes: list[str], faults: Faults) -> list[Sample]:
-    categories = [c for c in table["categories"] if isinstance(c, dict) and str(c.get("name")) in classes]
-    index = {c.get("id"): classes.index(str(c["name"])) for c in categories}
-    rows = defaultdict(list)
-    for a in table["annotations"]:
-        where = f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}"
-        try:
-            x, y, w, h = (float(v) for v in a["bbox"])
-            label, area = index[a["category_id"]], float(a.get("area") or math.nan)
-            rows[a["image_id"]].append((x, y, x + w, y + h, label, bool(a.get("iscrowd", 0)), area))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            faults.add("box that cannot be read", where)
+    rows = coco_boxes(path, table, classes, faults)
     names = SPLIT_NAMES[split]
     folders = [path.parent, *(data_dir / part for n in names for part in (n, f"{n}2017", f"images/{n}", f"images/{n}2017"))]
-    folders += [data_dir / "images", data_dir]
+    finder = FileFinder([*folders, data_dir / "images", data_dir])
     samples, seen = [], set()
     for image in table["images"]:
         try:
@@ -154,16 +131,30 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes
         if doubled:
             raise UserError(f"{path}: image id {image_id} is given twice")
         seen.add(image_id)
-        places = (place for folder in folders if (place := inside(folder, name)) and place.is_file())
-        place = next(places, None)
+        place = finder.find(name)
         if place is None:
             faults.add("picture that is not there", name)
-            continue
-        samples.append(make_sample(place, size, rows.pop(image_id, [])))
+        else:
+            samples.append(make_sample(place, size, rows.pop(image_id, [])))
     for image_id in rows:
         if image_id not in seen:
             faults.add("boxes of an image that is not listed", f"{path.name} image id {image_id}")
     return samples
+
+
+def coco_boxes(path: Path, table: dict, classes: list[str], faults: Faults) -> dict:
+    """Image id -> rows for make_sample."""
+    categories = [c for c in table["categories"] if isinstance(c, dict) and str(c.get("name")) in classes]
+    index = {c.get("id"): classes.index(str(c["name"])) for c in categories}
+    rows = defaultdict(list)
+    for a in table["annotations"]:
+        try:
+            x, y, w, h = map(float, a["bbox"])
+            label, area = index[a["category_id"]], float(a.get("area") or math.nan)
+            rows[a["image_id"]].append((x, y, x + w, y + h, label, bool(a.get("iscrowd", 0)), area))
+        except (KeyError, TypeError, ValueError, OverflowError):
+            faults.add("box that cannot be read", f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}")
+    return rows
 
 
 # ---- Pascal VOC: one XML per picture ---------------------------------------------------------------------------------
@@ -171,43 +162,21 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes
 
 def read_voc(data_dir: Path, faults: Faults):
     """Corner coordinates are taken as they stand (LabelImg's way). `difficult` boxes are treated as crowd: not scored."""
-    import xml.etree.ElementTree as ElementTree
+    from xml.etree.ElementTree import ParseError
 
     pictures = {p.stem: p for p in sorted((data_dir / "JPEGImages").glob("*")) if p.suffix.lower() in IMAGE_ENDINGS}
-    listed = {}
-    for split, names in SPLIT_NAMES.items():
-        for name in names:
-            file = data_dir / "ImageSets" / "Main" / f"{name}.txt"
-            if split not in listed and file.is_file():
-                listed[split] = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if "train" not in listed:
-        file = data_dir / "ImageSets" / "Main" / "trainval.txt"
-        every = [p.stem for p in sorted((data_dir / "Annotations").glob("*.xml"))]
-        stems = file.read_text(encoding="utf-8").split() if file.is_file() else every
-        held_out = {stem for stems_ in listed.values() for stem in stems_}
-        listed["train"] = [stem for stem in stems if stem not in held_out]
-    parsed = defaultdict(list)
-    for split, stems in listed.items():
+    finder, parsed = FileFinder([data_dir / "Annotations"]), defaultdict(list)
+    for split, stems in voc_stems(data_dir).items():
         for stem in stems:
-            file = inside(data_dir / "Annotations", f"{stem}.xml")
             try:
-                root = ElementTree.parse(file).getroot()
-                size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-                boxes = []
-                for number, thing in enumerate(root.iter("object")):
-                    corners = [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-                    try:
-                        corners = [float(c) for c in corners]
-                        boxes.append((*corners, thing.findtext("name").strip(), thing.findtext("difficult", "0").strip() == "1"))
-                    except (TypeError, ValueError, AttributeError):
-                        faults.add("box that cannot be read", f"{stem}.xml object {number + 1}")
-            except (OSError, TypeError, ValueError, ElementTree.ParseError):
+                size, boxes = read_voc_file(finder.find(f"{stem}.xml"), faults)
+            except (OSError, TypeError, ValueError, ParseError):
                 faults.add("annotation that cannot be read", f"{stem}.xml")
                 continue
             if stem not in pictures:
                 faults.add("picture that is not there", f"JPEGImages/{stem}.*")
                 continue
-            parsed[split].append((pictures[stem], size if all(size) else None, boxes))
+            parsed[split].append((pictures[stem], size, boxes))
     classes = sorted({box[4] for rows in parsed.values() for _, _, boxes in rows for box in boxes})
     splits = {}
     for split, rows in parsed.items():
@@ -215,6 +184,38 @@ def read_voc(data_dir: Path, faults: Faults):
             make_sample(path, size, [(*b[:4], classes.index(b[4]), b[5], math.nan) for b in boxes]) for path, size, boxes in rows
         ]
     return splits, classes
+
+
+def voc_stems(data_dir: Path) -> dict[str, list[str]]:
+    """Split -> names without ending, from ImageSets/Main; without these every annotation is training data."""
+    listed, lists = {}, data_dir / "ImageSets" / "Main"
+    for split, names in SPLIT_NAMES.items():
+        for file in (lists / f"{name}.txt" for name in names):
+            if split not in listed and file.is_file():
+                listed[split] = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if "train" not in listed:
+        file = lists / "trainval.txt"
+        every = [p.stem for p in sorted((data_dir / "Annotations").glob("*.xml"))]
+        stems = file.read_text(encoding="utf-8").split() if file.is_file() else every
+        held_out = {stem for stems_ in listed.values() for stem in stems_}
+        listed["train"] = [stem for stem in stems if stem not in held_out]
+    return listed
+
+
+def read_voc_file(file: Path | None, faults: Faults):
+    """((width, height) or None, [(x1, y1, x2, y2, name, difficult)]) of an annotation. Raises what its reading raises."""
+    import xml.etree.ElementTree as ElementTree
+
+    root, boxes = ElementTree.parse(file).getroot(), []
+    size = tuple(int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
+    for number, thing in enumerate(root.iter("object")):
+        corners = [thing.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            corners = [float(c) for c in corners]
+            boxes.append((*corners, thing.findtext("name").strip(), thing.findtext("difficult", "0").strip() == "1"))
+        except (TypeError, ValueError, AttributeError):
+            faults.add("box that cannot be read", f"{file.name} object {number + 1}")
+    return size if all(size) else None, boxes
 
 
 # ---- YOLO: one text file per picture ---------------------------------------------------------------------------------
@@ -239,28 +240,39 @@ def read_yolo(data_dir: Path, faults: Faults):
     except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError):
         raise UserError(f"{path} must hold `names:`, the list of class names") from None
     splits = {}
-    for split, aliases in SPLIT_NAMES.items():
-        entries = [settings.get(alias) for alias in aliases if isinstance(settings.get(alias), str)]
-        # Paths in data.yaml are often of another machine or relative to elsewhere: their last parts are tried, too.
-        tries = [part for e in entries for part in (e, "/".join(Path(e).parts[-2:]), Path(e).name)]
-        tries += [p for alias in aliases for p in (f"images/{alias}", f"{alias}/images", f"images/{alias}2017")]
-        tries += ["images"] if split == "train" else []
-        for entry in tries:
-            place = inside(data_dir, entry)
-            if place and place.is_dir():
-                pictures = [p for p in sorted(place.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
-            elif place and place.is_file() and place.suffix == ".txt":
-                lines = [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
-                pictures = [p for line in lines if (p := inside(data_dir, line))]
-                for line in lines:
-                    if not inside(data_dir, line):
-                        faults.add("picture that is not there", f"{place.name}: {line}")
-            else:
-                continue
+    for split in SPLIT_NAMES:
+        pictures = yolo_pictures(data_dir, split, settings, faults)
+        if pictures is not None:
             posed = "kpt_shape" in settings
             splits[split] = [read_yolo_sample(p, data_dir, len(classes), posed, faults) for p in pictures]
-            break
     return splits, classes
+
+
+def yolo_pictures(data_dir: Path, split: str, settings: dict, faults: Faults) -> list[Path] | None:
+    """The pictures of a split: in the folder or the list that data.yaml names, or in a usual folder; None where there is none."""
+    aliases = SPLIT_NAMES[split]
+    entries = [settings.get(alias) for alias in aliases if isinstance(settings.get(alias), str)]
+    # Paths in data.yaml are often of another machine or relative to elsewhere: their last parts are tried, too.
+    tries = [part for e in entries for part in (e, "/".join(Path(e).parts[-2:]), Path(e).name)]
+    tries += [p for alias in aliases for p in (f"images/{alias}", f"{alias}/images", f"images/{alias}2017")]
+    tries += ["images"] if split == "train" else []
+    for place in (inside(data_dir, entry) for entry in tries):
+        if place and place.is_dir():
+            return [p for p in sorted(place.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
+        if place and place.is_file() and place.suffix == ".txt":
+            return listed_pictures(data_dir, place, faults)
+    return None
+
+
+def listed_pictures(data_dir: Path, file: Path, faults: Faults) -> list[Path]:
+    """The pictures that a text file names, one a line."""
+    found, finder = [], FileFinder([data_dir])
+    for line in map(str.strip, file.read_text(encoding="utf-8").splitlines()):
+        if picture := line and finder.find(line):
+            found.append(picture)
+        elif line:
+            faults.add("picture that is not there", f"{file.name}: {line}")
+    return found
 
 
 def read_yolo_sample(picture: Path, data_dir: Path, classes: int, posed: bool, faults: Faults) -> Sample:
@@ -274,21 +286,21 @@ def read_yolo_sample(picture: Path, data_dir: Path, classes: int, posed: bool, f
         parts[last] = "labels"
     file = (data_dir / Path(*parts)).with_suffix(".txt")
     rows = []
-    if file.is_file():
-        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            if not line.strip():
-                continue
-            try:
-                label, *values = (float(v) for v in line.split())
-                if not 0 <= label < classes or label != int(label) or len(values) < 4:
-                    raise ValueError
-            except ValueError:
-                faults.add("box that cannot be read", f"{file.name} line {number}")
-                continue
-            if len(values) >= 6 and len(values) % 2 == 0 and not posed:
-                corners = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
-            else:
-                x, y, w, h = values[:4]
-                corners = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
-            rows.append((*corners, label, False, math.nan))
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [yolo_row(line.split(), classes, posed)] if line.strip() else []
+        except ValueError:
+            faults.add("box that cannot be read", f"{file.name} line {number}")
     return make_sample(picture, None, rows, relative=True)
+
+
+def yolo_row(cells: list[str], classes: int, posed: bool) -> tuple:
+    """A row for make_sample. ValueError where the cells are no box of a known class."""
+    label, *values = map(float, cells)
+    if not 0 <= label < classes or label != int(label) or len(values) < 4:
+        raise ValueError
+    if len(values) >= 6 and len(values) % 2 == 0 and not posed:
+        return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]), label, False, math.nan
+    x, y, w, h = values[:4]
+    return x - w / 2, y - h / 2, x + w / 2, y + h / 2, label, False, math.nan

@@ -40,13 +40,14 @@ def main(argv=None):
     from common.bases import save_model, train_mode
     from common.optim import build_optimizer
     from common.run import Run
-    from data import build_loaders
+    from data import build_loaders, read_tables
     from metrics import draw_predictions, evaluate
     from model import backbone_groups, denoises, load_base, load_checkpoint, origin, with_classes
 
     with Run(config, task="detection", method="full") as run:
+        tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
         base, processor, base_facts = load_base(config.model)
-        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
 
         # 1. The base with a head for these classes. Every weight trains.

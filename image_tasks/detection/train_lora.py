@@ -45,13 +45,14 @@ def main(argv=None):
     from common.optim import build_optimizer
     from common.peft_adapters import add_adapter
     from common.run import Run
-    from data import build_loaders
+    from data import build_loaders, read_tables
     from metrics import draw_predictions, evaluate
     from model import HEADS, denoises, load_base, load_checkpoint, lora_targets, origin, with_classes
 
     with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
+        tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
         base, processor, base_facts = load_base(config.model)
-        train_loader, val_loader, classes, data_facts = build_loaders(config, processor)
+        train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The heads train whole.

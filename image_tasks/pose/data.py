@@ -12,8 +12,8 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.folders import make_once
 from common.runtime import process_index, say
-from common.samples import Faults, cache_limit, load_all
-from common.vision.pictures import decode
+from common.samples import Faults, SampleCache, cache_limit, check_files, first_readable
+from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
 from formats import KeypointSet, Sample, read_dataset
 
@@ -118,16 +118,18 @@ def jitter(pixels: torch.Tensor, light: float, contrast: float, colour: float) -
 
 @dataclass
 class Picture:
-    """A picture file and the boxes in it. shrunk: the factor by which pixels, and what is read anew, are made smaller."""
+    """A picture file and the boxes in it. shrunk: the factor by which its pixels are made smaller when they are read."""
 
     path: Path
-    size: tuple[int, int] | None  # (width, height): as claimed, and once decoded the true one
+    size: tuple[int, int] | None  # (width, height): as claimed, and once its header is read the true one
     boxes: list
     shrunk: int = 1
-    pixels: np.ndarray | None = None  # None: does not fit into the cache, decoded at every use
+    number: int = 0  # in the cache
 
-    def read(self) -> np.ndarray:
-        return self.pixels if self.pixels is not None else shrink(decode(self.path, self.size), self.shrunk)
+
+def load_shrunk(picture: Picture) -> np.ndarray:
+    """The picture as the cache keeps it, (h, w, 3) uint8."""
+    return shrink(decode(picture.path, picture.size), picture.shrunk)
 
 
 class PoseData(torch.utils.data.Dataset):
@@ -135,11 +137,15 @@ class PoseData(torch.utils.data.Dataset):
 
     target: fractions of the input, 0 at the first pixel's centre and 1 at the last's; visible: keypoints that are labelled, in
     the picture and in the cut-out; back: the map from the input's pixels to the picture's. With augment, the item is a
-    function of (seed, epoch, index): workers and resumed runs see the same pixels.
+    function of (seed, epoch, index): workers and resumed runs see the same pixels. Where a training picture turns out to be
+    bad, another figure takes the place of each in it.
     """
 
-    def __init__(self, samples: list[Sample], pictures: dict, preprocess: Preprocess, points: KeypointSet, augment=False, seed=0):
-        self.samples, self.pictures, self.preprocess, self.augment, self.seed = samples, pictures, preprocess, augment, seed
+    def __init__(
+        self, samples: list[Sample], cache: SampleCache, preprocess: Preprocess, points: KeypointSet, augment=False, seed=0
+    ):
+        self.samples, self.cache, self.preprocess, self.augment, self.seed = samples, cache, preprocess, augment, seed
+        self.pictures = {picture.path: picture for picture in cache.items}
         self.swap = list(range(len(points.names)))  # the keypoints' places in a mirrored picture
         for a, b in points.flip_pairs:
             self.swap[a], self.swap[b] = b, a
@@ -158,14 +164,23 @@ class PoseData(torch.utils.data.Dataset):
             return sample.box, PADDING
         return np.array([0.0, 0.0, *self.pictures[sample.path].size]), 1.0
 
+    def new_faults(self) -> list[tuple[str, str]]:
+        return self.cache.new_faults()
+
+    def number(self, index: int) -> int:
+        """Of the figure's picture in the cache."""
+        return self.pictures[self.samples[index].path].number
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
+        self.cache.fill(self.number(index) for _, index in keys)
+        return [self[key] for key in keys]
+
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        sample, size = self.samples[index], self.preprocess.size
-        picture, (box, padding) = self.pictures[sample.path], self.box(index)
-        try:
-            pixels = picture.read()
-        except (OSError, ValueError) as error:  # it was fine when training started
-            raise UserError(f"{sample.path}: {error}") from None
+        chosen, pixels = first_readable(self, lambda figure: self.cache[self.number(figure)], index, self.seed, epoch)
+        sample, size = self.samples[chosen], self.preprocess.size
+        picture, (box, padding) = self.pictures[sample.path], self.box(chosen)
         points, labelled, change, colours = sample.points, sample.labelled, {}, None
         if self.augment:
             with seeded(self.seed, epoch, index):
@@ -195,11 +210,13 @@ def shrink_factor(box: np.ndarray, size: tuple[int, int], padding: float) -> int
     return max(1, int(min(width / size[1], height / size[0])))
 
 
-def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, posed=True):
-    """Decodes every picture once: (samples that are usable, {path: Picture}, bytes used).
+def check_samples(
+    samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, posed=True, whole=True
+):
+    """(samples that are usable, cache of their pictures, its bytes): see check_files. cache.items are Pictures.
 
     Keypoints that are not finite or lie outside their picture count as unlabelled; with `posed`, samples without any that
-    counts are left out. Pictures stay in memory, shrunk to what the crops need, while they fit into cache_bytes.
+    counts are left out. What is kept of a picture is shrunk to what the crops need.
     """
     pictures, framed = {}, []
     for sample in samples:
@@ -209,19 +226,18 @@ def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults,
         framed.append(sample)
         pictures.setdefault(sample.path, Picture(sample.path, sample.size, [])).boxes.append(sample.box)
 
-    def load(picture: Picture):
-        pixels = decode(picture.path, picture.size)
-        height, width = pixels.shape[:2]
-        picture.size = (width, height)
+    def measure(picture: Picture, header):
+        picture.size = width, height = header_size(header, picture.size)
         boxes = [box for box in picture.boxes if box is None or fits(box, picture.size)]
         frames = [(np.array([0, 0, width, height]), 1.0) if box is None else (box, PADDING) for box in boxes]
         picture.shrunk = min((shrink_factor(box, preprocess.size, padding) for box, padding in frames), default=1)
-        return (height, width), shrink(pixels, picture.shrunk)
+        return -(-height // picture.shrunk), -(-width // picture.shrunk), 3
 
-    readable, _, cache, used = load_all(list(pictures.values()), load, faults, cache_bytes, text)
-    for picture, pixels in zip(readable, cache, strict=True):
-        picture.pixels = pixels
-    pictures = {picture.path: picture for picture in readable}
+    every, text = list(pictures.values()), f"{text} pictures"
+    _, cache = check_files(every, picture_reader(), measure, load_shrunk, faults, cache_bytes, text, whole)
+    for number, picture in enumerate(cache.items):
+        picture.number = number
+    pictures = {picture.path: picture for picture in cache.items}
     good = []
     for sample in framed:
         if sample.path in pictures and sample.box is not None and not fits(sample.box, pictures[sample.path].size):
@@ -232,7 +248,7 @@ def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults,
                 good.append(sample)
             else:
                 faults.add("figure without a keypoint that counts", f"{sample.path.name} ({sample.where})")
-    return good, pictures, used
+    return good, cache, cache.bytes
 
 
 def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
@@ -253,21 +269,24 @@ def clean_points(sample: Sample, size: tuple[int, int], faults: Faults) -> None:
     sample.points = np.where(finite[:, None], sample.points, 0.0)
 
 
-def read_tables(data_dir: str, data_format: str, seed: int, faults: Faults):
-    """(splits, KeypointSet, format) of a folder, or of the demo data where data_dir is empty."""
-    return read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults)
+def read_tables(data_dir: str, data_format: str, seed: int):
+    """(splits, KeypointSet, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture."""
+    with Faults() as faults:
+        return *read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults), faults
 
 
-def build_loaders(config, preprocess: Preprocess):
-    """(train loader, validation loader, KeypointSet, facts for the summary)."""
+def build_loaders(config, preprocess: Preprocess, tables):
+    """(train loader, validation loader, KeypointSet, facts for the summary); tables: what read_tables gave.
+
+    With --cache off no training picture is decoded before it is used. Validation pictures always are: what is scored stays.
+    """
     rank, world = process_index()
-    faults = Faults()
-    splits, points, data_format = read_tables(config.data_dir, config.data_format, config.seed, faults)
+    splits, points, data_format, faults = tables
     limit = cache_limit(config.cache)
-    train_samples, pictures, used = usable("train", splits["train"], preprocess, faults, limit)
-    train = PoseData(train_samples, pictures, preprocess, points, config.augment, config.seed)
-    val_samples, pictures, _ = usable("val", splits["val"], preprocess, faults, limit - used)
-    val = PoseData(val_samples, pictures, preprocess, points)
+    with faults:
+        training = usable("train", splits["train"], preprocess, faults, limit, whole=config.cache != "off")
+        train = PoseData(*training, preprocess, points, config.augment, config.seed)
+        val = PoseData(*usable("val", splits["val"], preprocess, faults, limit - train.cache.bytes), preprocess, points)
     facts = {
         "name": config.data_dir or "demo",
         "format": data_format,
@@ -278,23 +297,22 @@ def build_loaders(config, preprocess: Preprocess):
     }
     if rank == 0:
         faults.report()
-        kept = [picture.pixels is not None for data in (train, val) for picture in data.pictures.values()]
+        kept, many = train.cache.kept + val.cache.kept, len(train.cache) + len(val.cache)
         names = ", ".join(points.names[:6]) + (" ..." if len(points.names) > 6 else "")
         say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation figures")
-        say(f"{len(points.names)} keypoints: {names}; {sum(kept)} of {len(kept)} decoded pictures stay in memory")
+        say(f"{len(points.names)} keypoints: {names}; {kept} of {many} decoded pictures stay in memory")
     train_loader = build_loader(
         train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
     )
     return train_loader, eval_loader(val, config.batch_size, config.num_workers), points, facts
 
 
-def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, posed=True):
-    """check_samples; UserError where no figure is left."""
-    found = check_samples(samples, preprocess, faults, limit, split, posed)
-    if not found[0]:
-        faults.report()
+def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, posed=True, whole=True):
+    """(samples, cache) for PoseData; UserError where no figure is left."""
+    samples, cache, _ = check_samples(samples, preprocess, faults, limit, split, posed, whole)
+    if not samples:
         raise UserError(f"the {split} split has no figure that can be used")
-    return found
+    return samples, cache
 
 
 def load_for_eval(config, preprocess: Preprocess, known: dict, origin: dict):
@@ -302,19 +320,19 @@ def load_for_eval(config, preprocess: Preprocess, known: dict, origin: dict):
 
     known: the checkpoint's keypoints.json. UserError where the data's keypoints are others.
     """
-    faults = Faults()
     chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
-    data_dir, data_format = chosen["data_dir"], chosen["data_format"]
-    splits, points, _ = read_tables(data_dir, data_format, origin["seed"], faults)
+    data_dir = chosen["data_dir"]
+    splits, points, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"])
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     both_named = points.named and known["named"]
     if len(points.names) != len(known["names"]) or (both_named and points.names != known["names"]):
         theirs, ours = (f"{len(names)} ({', '.join(names[:5])} ...)" for names in (points.names, known["names"]))
         raise UserError(f"{data_dir or 'the demo data'} has other keypoints, {theirs}, than the checkpoint, {ours}")
-    samples, pictures, _ = usable(config.split, splits[config.split], preprocess, faults, 0)
+    with faults:
+        found = usable(config.split, splits[config.split], preprocess, faults, cache_limit("auto"))
     faults.report()
-    dataset = PoseData(samples, pictures, preprocess, points)
+    dataset = PoseData(*found, preprocess, points)
     return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), points, data_dir or "demo"
 
 
@@ -325,8 +343,8 @@ def figures_only(framed, preprocess: Preprocess, points: KeypointSet, faults: Fa
         Sample(path, None, *none, None if box is None else np.array(box, dtype=np.float64), math.nan, path.name, score)
         for path, box, score in framed
     ]
-    samples, pictures, _ = usable("input", samples, preprocess, faults, cache_limit("auto"), posed=False)
-    return PoseData(samples, pictures, preprocess, points)
+    with faults:
+        return PoseData(*usable("input", samples, preprocess, faults, cache_limit("auto"), posed=False), preprocess, points)
 
 
 def collate(items: list[dict]) -> dict:

@@ -16,7 +16,7 @@ import numpy as np
 from common.checkpoint import read_json
 from common.config import UserError
 from common.runtime import say
-from common.samples import SPLIT_NAMES, Faults, inside, split_off
+from common.samples import SPLIT_NAMES, Faults, FileFinder, choose_layout, hold_out
 from common.vision.pictures import IMAGE_ENDINGS
 
 UNIFORM_SIGMA = 0.05  # how far people's clicks scatter, as a share of the figure's size, where the data does not say: strict
@@ -43,6 +43,7 @@ COCO_SIGMAS = (
 COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
               "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
               "right_ankle")  # fmt: skip
+LAYOUTS = "COCO keypoints (annotations/*.json) or CSV (a file with train in its name: picture, x, y, x, y ...)"
 KEYPOINT_FILE = "keypoints.json"  # in data_dir, or in a checkpoint: names, skeleton, flip_pairs, sigmas
 
 
@@ -148,48 +149,31 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
     if not data_dir.is_dir():
         raise UserError(f"--data_dir: there is no folder {data_dir}")
     there = {"coco": coco_files(data_dir), "csv": csv_files(data_dir)}
-    if data_format == "auto":
-        fitting = [name for name, files in there.items() if files]
-        if len(fitting) != 1:
-            what = f"looks like {' and '.join(fitting)}" if fitting else "is none of the layouts that are known"
-            raise UserError(
-                f"--data_dir {data_dir} {what}; expected COCO keypoints (annotations/*.json) or CSV (a file with train in its "
-                f"name: picture, x, y, x, y ...); --data_format chooses one"
-            )
-        data_format = fitting[0]
-    elif not there[data_format]:
-        raise UserError(f"--data_format {data_format}: {data_dir} does not have that layout")
+    data_format = choose_layout(data_dir, data_format, there, LAYOUTS)
     reader = read_coco if data_format == "coco" else read_csv
     splits, names, named, own = reader(data_dir, there[data_format], faults)
     if (data_dir / KEYPOINT_FILE).is_file():
-        given = read_json(data_dir / KEYPOINT_FILE)
-        if not isinstance(given, dict):
-            raise UserError(f"{data_dir / KEYPOINT_FILE} must hold an object with names, skeleton, flip_pairs, sigmas")
-        if not isinstance(given.get("names", []), list):
-            raise UserError(f"{data_dir / KEYPOINT_FILE}: names must be a list")
-        if given.get("names") and len(given["names"]) != len(names):
-            raise UserError(f"{data_dir / KEYPOINT_FILE} names {len(given['names'])} keypoints, the data has {len(names)}")
-        names, named = ([str(n) for n in given["names"]], True) if given.get("names") else (names, named)
-        own = {**own, **{key: given[key] for key in ("skeleton", "flip_pairs", "sigmas") if key in given}}
+        names, named, own = add_keypoint_file(data_dir / KEYPOINT_FILE, names, named, own)
     points = describe_keypoints(names, named, own, str(data_dir))
     if not splits.get("train"):
-        faults.report()
         raise UserError(f"{data_dir} ({data_format}) has no training pictures with keypoints")
     if not splits.get("val"):
-        every = splits["train"]
-        pictures = sorted({s.path.name for s in every})
-        if len(pictures) < 2:
-            raise UserError(f"{data_dir} has one training picture and no validation split: too few")
-        chosen = {name for name, mine in zip(pictures, split_off(pictures, seed), strict=True) if mine}
-        splits["val"] = [s for s in every if s.path.name in chosen]
-        splits["train"] = [s for s in every if s.path.name not in chosen]
-        say(f"no validation split in {data_dir}: {len(chosen)} of {len(pictures)} training pictures, by seed {seed}, become it")
+        pictures = [s.path.name for s in splits["train"]]  # the figures of one picture stay together
+        splits["train"], splits["val"] = hold_out(splits["train"], pictures, seed, data_dir, "pictures")
     return splits, points, data_format
 
 
-def find_picture(folders: list[Path], name: str) -> Path | None:
-    places = (place for folder in folders if name and (place := inside(folder, name)) and place.is_file())
-    return next(places, None)
+def add_keypoint_file(file: Path, names: list[str], named: bool, own: dict) -> tuple[list[str], bool, dict]:
+    """What the data says of its keypoints, and over it what a keypoints.json beside it says."""
+    given = read_json(file)
+    if not isinstance(given, dict):
+        raise UserError(f"{file} must hold an object with names, skeleton, flip_pairs, sigmas")
+    if not isinstance(given.get("names", []), list):
+        raise UserError(f"{file}: names must be a list")
+    if given.get("names") and len(given["names"]) != len(names):
+        raise UserError(f"{file} names {len(given['names'])} keypoints, the data has {len(names)}")
+    names, named = ([str(n) for n in given["names"]], True) if given.get("names") else (names, named)
+    return names, named, {**own, **{key: given[key] for key in ("skeleton", "flip_pairs", "sigmas") if key in given}}
 
 
 # ---- COCO: one JSON per split ----------------------------------------------------------------------------------------
@@ -248,37 +232,14 @@ def coco_keypoints(path: Path, table: dict) -> tuple[list[str], dict]:
 
 
 def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, count: int, faults: Faults) -> list[Sample]:
+    pictures = coco_pictures(data_dir, split, path, table, faults)
     posed = [c.get("id") for c in table["categories"] if isinstance(c, dict) and c.get("keypoints")]
-    folders = [path.parent]
-    folders += [data_dir / part for n in SPLIT_NAMES[split] for part in (n, f"{n}2017", f"images/{n}", f"images/{n}2017")]
-    folders += [data_dir / "images", data_dir]
-    pictures, names = {}, set()
-    for image in table["images"]:
-        try:
-            name, image_id, size = str(image["file_name"]), image["id"], (int(image["width"]), int(image["height"]))
-            doubled = image_id in pictures
-        except (KeyError, TypeError, ValueError, OverflowError):
-            faults.add("image entry without id, file_name, width and height", f"{path.name} {str(image)[:60]}")
-            continue
-        if doubled:
-            raise UserError(f"{path}: image id {image_id} is given twice")
-        place = find_picture(folders, name)
-        pictures[image_id] = place and (place, size)
-        if place is None:
-            faults.add("picture that is not there", name)
-        elif name in names:
-            faults.add("picture that is listed twice", name)
-            pictures[image_id] = None
-        names.add(name)
     samples, seen, orphans = [], set(), set()
     for a in table["annotations"]:
         where = f"{path.name} annotation {a.get('id') if isinstance(a, dict) else str(a)[:40]}"
         try:
             crowd, image_id, known = bool(a.get("iscrowd", 0)), a["image_id"], a["category_id"] in posed
-            values = np.array([float(v) for v in a.get("keypoints") or [0] * 3 * count]).reshape(-1, 3)
-            box, area = np.array([float(v) for v in a["bbox"]]), float(a.get("area") or math.nan)
-            if len(values) != count or len(box) != 4:
-                raise ValueError
+            points, labelled, box, area = coco_figure(a, count)
             doubled, listed = a.get("id") in seen, image_id in pictures
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             faults.add(f"annotation without image_id, category_id, bbox and {count} keypoints", where)
@@ -293,13 +254,45 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, count: 
         elif not listed:
             orphans.add(image_id)
         elif pictures[image_id]:
-            place, size = pictures[image_id]
-            values[np.isnan(values[:, 2]), :2] = math.nan  # named later, as keypoints that are no numbers
-            labelled = ~(values[:, 2] <= 0)  # 0: not labelled; 1: labelled, but hidden; 2: visible
-            samples.append(Sample(place, size, values[:, :2], labelled, box, area, where))
+            samples.append(Sample(*pictures[image_id], points, labelled, box, area, where))
     for image_id in orphans:
         faults.add("annotations of an image that is not listed", f"{path.name} image id {image_id}")
     return samples
+
+
+def coco_pictures(data_dir: Path, split: str, path: Path, table: dict, faults: Faults) -> dict:
+    """Image id -> (path, (width, height)), or None where its picture is of no use."""
+    folders = [path.parent]
+    folders += [data_dir / part for n in SPLIT_NAMES[split] for part in (n, f"{n}2017", f"images/{n}", f"images/{n}2017")]
+    finder, pictures, names = FileFinder([*folders, data_dir / "images", data_dir]), {}, set()
+    for image in table["images"]:
+        try:
+            name, image_id, size = str(image["file_name"]), image["id"], (int(image["width"]), int(image["height"]))
+            doubled = image_id in pictures
+        except (KeyError, TypeError, ValueError, OverflowError):
+            faults.add("image entry without id, file_name, width and height", f"{path.name} {str(image)[:60]}")
+            continue
+        if doubled:
+            raise UserError(f"{path}: image id {image_id} is given twice")
+        place = finder.find(name)
+        pictures[image_id] = place and (place, size)
+        if place is None:
+            faults.add("picture that is not there", name)
+        elif name in names:
+            faults.add("picture that is listed twice", name)
+            pictures[image_id] = None
+        names.add(name)
+    return pictures
+
+
+def coco_figure(annotation: dict, count: int):
+    """(points (K, 2), labelled (K,), box (4,), area) of an annotation. Raises what its reading raises; ValueError: too few."""
+    values = np.array(list(map(float, annotation.get("keypoints") or [0] * 3 * count))).reshape(-1, 3)
+    box, area = np.array(list(map(float, annotation["bbox"]))), float(annotation.get("area") or math.nan)
+    if len(values) != count or len(box) != 4:
+        raise ValueError
+    values[np.isnan(values[:, 2]), :2] = math.nan  # named later, as keypoints that are no numbers
+    return values[:, :2], ~(values[:, 2] <= 0), box, area  # 0: not labelled; 1: labelled, but hidden; 2: visible
 
 
 # ---- CSV: a row per picture, its name and then x, y of every keypoint -------------------------------------------------
@@ -357,14 +350,14 @@ def read_csv_split(data_dir: Path, split: str, path: Path, rows, count: int, fau
     pieces = path.stem.split("_")
     near = ["_".join(pieces[:n]) for n in range(len(pieces), 0, -1)]  # training_frames_keypoints, training_frames, training
     near += [part for n in SPLIT_NAMES[split] for part in (n, f"images/{n}")]
-    folders = [*(data_dir / part for part in near), data_dir / "images", data_dir]
+    finder = FileFinder([*(data_dir / part for part in near), data_dir / "images", data_dir])
     samples, seen = [], set()
     for line, row in rows:
         name = row[0].strip()
         if len(row) != 1 + 2 * count:
             faults.add("row of another length", f"{path.name} line {line}: {len(row)} columns instead of {1 + 2 * count}")
             continue
-        place = find_picture(folders, name)
+        place = finder.find(name)
         if place is None:
             faults.add("picture that is not there", name or f"{path.name} line {line}")
             continue

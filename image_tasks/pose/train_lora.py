@@ -46,14 +46,15 @@ def main(argv=None):
     from common.optim import build_optimizer
     from common.peft_adapters import add_adapter
     from common.run import Run
-    from data import Preprocess, build_loaders
+    from data import Preprocess, build_loaders, read_tables
     from metrics import draw_results, evaluate
     from model import HEAD, input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, with_head
 
     with Run(config, task="pose", method="lora" if config.lora_r else "head") as run:
+        tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
         base, processor, base_facts = load_base(config.model)
         size = input_size(base, config.image_size)
-        train_loader, val_loader, points, data_facts = build_loaders(config, Preprocess(processor, size))
+        train_loader, val_loader, points, data_facts = build_loaders(config, Preprocess(processor, size), tables)
         run.describe(base=base_facts, data=data_facts)
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
