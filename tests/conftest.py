@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ CLASSIFICATION = ROOT / "image_tasks" / "classification"
 DETECTION = ROOT / "image_tasks" / "detection"
 POSE = ROOT / "image_tasks" / "pose"
 CLIP = ROOT / "fine_tuning"
-TASKS = (CLASSIFICATION, DETECTION, POSE, CLIP)
+FOLDERS = (CLASSIFICATION, DETECTION, POSE, CLIP)
 
 sys.path.insert(0, str(ROOT))
 # For this process and the ones it starts, before torch is imported: one thread, no network.
@@ -38,14 +39,14 @@ def use_task(folder: Path) -> None:
     and calls this before it imports from the task; the fixture below calls it again before the file's tests run.
     """
     for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
-        if Path(file).parent in TASKS:
-            SHELVED[Path(file).parent, name] = sys.modules.pop(name)
-    sys.modules.update({name: module for (place, name), module in SHELVED.items() if place == folder})
-    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) not in TASKS)]
+        place = Path(getattr(module, "__file__", None) or "").parent
+        if place in FOLDERS:
+            SHELVED[place][name] = sys.modules.pop(name)
+    sys.modules.update(SHELVED[folder])
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path) not in FOLDERS)]
 
 
-SHELVED = {}  # (task folder, module name) -> module
+SHELVED = {folder: {} for folder in FOLDERS}  # the imported modules of the tasks that are not in use, by their names
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -171,16 +172,26 @@ def of_project() -> list[str]:
 
 
 class Script(Child):
-    """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports."""
+    """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports.
 
-    def __init__(self, folder: Path, script: str, args, log: Path):
+    cwd: another folder to start it in. draw: False leaves empty files where matplotlib's pictures would be, because drawing
+    takes longer than all else that a small run does. rank: (its number, port) as one of two processes.
+    """
+
+    def __init__(self, folder: Path, script: str, args, log: Path, cwd: Path | None = None, draw: bool = True, rank=None):
         import_for_scripts()
 
         def run():
-            for name in [*of_project(), "common"]:  # the last is a folder without a file of its own
-                sys.modules.pop(name, None)
-            os.chdir(folder)
-            sys.path[:] = [str(folder), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+            from accelerate.state import AcceleratorState
+            from matplotlib.figure import Figure
+
+            AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have made one
+            if rank:
+                os.environ.update(rank_environment(*rank))
+            if not draw:
+                Figure.savefig = lambda _, path: path.write_bytes(b"")
+            enter(folder)
+            os.chdir(cwd or folder)
             sys.argv = [script, *map(str, args)]
             runpy.run_path(str(folder / script), run_name="__main__")
             if not folder.is_relative_to(ROOT):
@@ -194,6 +205,25 @@ class Script(Child):
         return SimpleNamespace(stdout=out, stderr=err, code=code)
 
 
+def enter(folder: Path) -> None:
+    """For a forked process: modules are imported anew, from this folder as if it held the script that runs."""
+    for name in [*of_project(), "common"]:
+        sys.modules.pop(name, None)
+    sys.path[:] = [str(folder), *(p for p in sys.path if not p.startswith(str(ROOT)))]
+
+
+def rank_environment(rank: int, port: int) -> dict:
+    """What torchrun tells its workers, for one of two."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    return {name: str(value) for name, value in {**told, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def import_for_scripts() -> None:
     """What the tasks' scripts import on their way, so that forks need not (that takes many seconds in a fresh process)."""
     import_all()
@@ -201,10 +231,17 @@ def import_for_scripts() -> None:
     for name in [*names, "transformers.loss.loss_for_object_detection"]:
         importlib.import_module(name)
     from transformers import (  # noqa: F401
+        AutoModel,
         AutoModelForImageClassification,
         AutoModelForObjectDetection,
+        AutoTokenizer,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPVisionModelWithProjection,
         DetrForObjectDetection,
         DetrImageProcessor,
+        RTDetrForObjectDetection,
+        RTDetrImageProcessor,
         ViTForImageClassification,
         ViTImageProcessor,
         ViTModel,

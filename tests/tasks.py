@@ -1,0 +1,272 @@
+"""The tasks, a row each, and a small run of each that many tests look at. A new task joins test_tasks.py with its row here.
+
+What a row says is what a user sees: folders, flags, files, numbers in them. Only `build` knows the task's modules; it is
+called in a forked process in which the task's folder is on the path.
+"""
+
+import atexit
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, Child, Script, enter
+from PIL import Image
+
+
+def classifier(base, best):
+    from model import load_base, with_classes
+
+    return with_classes(load_base(base)[0], read(best / "origin.json")["classes"])
+
+
+def keypoint_model(base, best):
+    from formats import KeypointSet
+    from model import input_size, load_base, with_head
+
+    base = load_base(base)[0]
+    return with_head(base, KeypointSet.from_json(read(best / "keypoints.json")), "heatmap", input_size(base, 0))
+
+
+def clip_classifier(base, best):
+    from model import load_base, with_head
+
+    return with_head(load_base(base)[0], read(best / "origin.json")["classes"], base, "zero_shot", "{label}")
+
+
+def pictures(data, folder):
+    """A user's folder: three pictures of different shapes, a broken one, and a file that is none. Returns (good, broken)."""
+    good = {"one.png": (96, 96), "three.png": (150, 80), "two.jpg": (60, 120)}
+    for source, (name, size) in zip(sorted((data / "val").rglob("*.png")), good.items(), strict=False):
+        Image.open(source).resize(size).save(folder / name)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8 no more than a beginning")
+    (folder / "notes.txt").write_text("not a picture")
+    return list(good), "broken.jpg"
+
+
+def shares(rows):
+    return {row["file_name"]: {a["class"]: a["probability"] for a in row["predictions"]} for row in rows}
+
+
+def boxes(rows):
+    found = {}
+    for row in sorted(rows, key=lambda row: -row["score"]):
+        found.setdefault(row["file_name"], []).append([row["score"], row["category_id"], *row["bbox"]])
+    return found
+
+
+def points(rows):
+    return {row["file_name"]: row["keypoints"] for row in rows}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    name: str  # outputs/<name>/
+    folder: Path
+    metric: str  # what chooses the best epoch
+    train: int  # make_demo_data(train=, val=, test=), as few as make some batches of four
+    val: int
+    test: int
+    build: Callable  # (base, checkpoint) -> the model that the adapter goes on, as the README tells users of plain PEFT
+    answers: Callable  # (content of predictions.json) -> {file name: what infer says of it}
+    inputs: Callable = pictures  # (data, folder) writes files for infer -> (names of the good ones, name of the broken one)
+    higher_is_better: bool = True
+    groups: int = 1  # make_demo_data makes so many samples for each one asked for: a class each
+    flags: tuple = ()  # for the small runs: all that is random and the same for any number of processes
+    lora_flags: tuple = ()  # these for train_lora.py alone
+    exact_in_two: bool = True  # False: a process draws noise of its own (RT-DETR's denoising), so two are one only in the mean
+    by_batch: tuple = ()  # metrics that depend on what is in a batch together
+    infer_flags: tuple = ()  # with which infer says all that it knows
+    sample: str = ".png"  # how the files of samples end
+    left: tuple = ()  # files of a run, beside those of every task
+    left_by_eval: tuple = ()  # in eval_val/
+    left_by_infer: tuple = ()  # beside predictions.json
+    in_full: tuple = ()  # files of a full checkpoint and of an adapter, beside those of every task
+    in_adapter: tuple = ()
+
+    def __str__(self):
+        return self.name
+
+
+CLASS_PLOTS = ("plots/loss.png", "plots/metrics.png", "plots/confusion_matrix.png")
+ROWS = (
+    Task(
+        "classification",
+        CLASSIFICATION,
+        "balanced_accuracy",
+        train=2,
+        val=1,
+        test=1,
+        groups=8,
+        build=classifier,
+        answers=shares,
+        flags=("--crop", 0.6, "--randaugment", 5, "--mixup", 0.4, "--class_weights", "balanced"),
+        infer_flags=("--top_k", 99),
+        left=(*CLASS_PLOTS, "plots/f1_per_class.png"),
+        left_by_eval=("confusion_matrix.png", "f1_per_class.png", "calibration.png", "mistakes.png", "report.txt", "report.json"),
+        left_by_infer=("predictions.csv",),
+    ),
+    Task(
+        "detection",
+        DETECTION,
+        "map",
+        train=12,
+        val=6,
+        test=2,
+        build=classifier,
+        answers=boxes,
+        exact_in_two=False,
+        by_batch=("val_loss",),
+        infer_flags=("--threshold", 0),
+        left_by_eval=("predictions.png", "worst.png", "precision_recall.png", "per_class.png"),
+        left_by_infer=("0001_one.png", "0002_three.png", "0003_two.png"),
+    ),
+    Task(
+        "pose",
+        POSE,
+        "pixel_error",
+        train=12,
+        val=6,
+        test=2,
+        higher_is_better=False,
+        build=keypoint_model,
+        answers=points,
+        left=tuple(f"plots/{name}.png" for name in ("loss", "metrics", "pck", "pck_curve", "per_keypoint")),
+        left_by_eval=("predictions.png", "worst.png", "pck_curve.png", "per_keypoint.png"),
+        left_by_infer=("0002_one.png", "0003_three.png", "0004_two.png"),
+        in_full=("keypoint_head.safetensors", "keypoints.json"),
+        in_adapter=("keypoints.json",),
+    ),
+    Task(
+        "clip",
+        CLIP,
+        "balanced_accuracy",
+        train=2,
+        val=1,
+        test=1,
+        groups=8,
+        build=clip_classifier,
+        answers=shares,
+        flags=("--randaugment", 5, "--mixup", 0.4),
+        lora_flags=("--lora_dropout", 0),
+        infer_flags=("--top_k", 99),
+        left=(*CLASS_PLOTS, "plots/class_performance.png"),
+        left_by_eval=("confusion_matrix.png", "class_performance.png", "calibration.png", "mistakes.png")
+        + ("evaluation_report.txt", "evaluation_results.json"),
+        left_by_infer=("predictions.txt",),
+        in_full=("classifier.safetensors",),
+    ),
+)
+TASKS = {task.name: task for task in ROWS}
+
+
+# ---- small runs ------------------------------------------------------------------------------------------------------
+
+SETTINGS = ("--epochs", 2, "--max_steps_per_epoch", 3, "--batch_size", 4, "--warmup_steps", 2, "--device", "cpu", "--threads", 1)
+STEPS, EPOCHS = 6, 2
+SCRIPT = {"full": "train.py", "lora": "train_lora.py"}
+
+
+@cache
+def scratch() -> Path:
+    """A folder for what several test files share, gone when the tests end. (Forks leave without asking atexit.)"""
+    folder = Path(tempfile.mkdtemp(prefix="tasks-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def start(task, script, *args, folder=None, **options) -> Script:
+    """A script of the task in a fork. args: flags as a user types them; options: as of Script."""
+    return Script(folder or task.folder, script, args, scratch() / f"log-{time.monotonic_ns()}", **{"draw": False} | options)
+
+
+def call(task, script, *args, expect=0, **options):
+    """The script, waited for: .stdout, .stderr. Any other exit code than the expected one fails the test."""
+    return start(task, script, *args, **options).wait(expect)
+
+
+def in_task(task, function, *args) -> str:
+    """function(*args) in a fork in which the modules of the task can be imported; what it printed."""
+
+    def run():
+        enter(task.folder)
+        sys.path.append(str(ROOT))
+        function(*args)
+
+    child = Child(run, log=scratch() / f"log-{time.monotonic_ns()}.out")
+    code, text = child.wait(), child.text
+    assert code == 0, text
+    return text
+
+
+@cache
+def small_data(task) -> Path:
+    """A few samples in the task's real format, and beside them base/, the small base under a path of its own."""
+    folder = scratch() / task.name
+
+    def make():
+        from synthetic import make_demo_data
+
+        make_demo_data(folder / "data", train=task.train, val=task.val, test=task.test)
+
+    in_task(task, make)
+    return folder / "data"
+
+
+@cache
+def trained(task, method):
+    """A run of two epochs and six steps: .folder, .best (the checkpoint), .summary, .said (.stdout and .stderr)."""
+    data = small_data(task)
+    flags = [*SETTINGS, *task.flags, *(task.lora_flags if method == "lora" else ())]
+    return run_of(task, method, data.parent / "runs", "--data_dir", data, "--model", "demo", *flags, draw=method == "full")
+
+
+@cache
+def demo(task, method):
+    """The demo as without arguments, cut short: .folder, .best, .summary, .said."""
+    return run_of(task, method, scratch() / "demo", "--epochs", 1, "--max_steps_per_epoch", 2)
+
+
+def run_of(task, method, output_dir, *flags, draw=False):
+    said = call(task, SCRIPT[method], "--output_dir", output_dir, *flags, draw=draw)
+    folder = output_dir / task.name / method
+    return SimpleNamespace(folder=folder, best=folder / "checkpoints" / "best", summary=read(folder / "summary.json"), said=said)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def digests(folder) -> dict:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def one_line(done) -> str:
+    """The one line that a user error is."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+def same_numbers(found, expected, tolerance=1e-6, where="") -> None:
+    """Fails where two trees of dicts, lists and numbers differ by more than rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            same_numbers(found[key], expected[key], tolerance, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, pair in enumerate(zip(found, expected, strict=True)):
+            same_numbers(*pair, tolerance, f"{where}/{i}")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, abs=tolerance, rel=tolerance), where
+    else:
+        assert found == expected, where
