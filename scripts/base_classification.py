@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from base_detection import warmup_cosine
-from common.config import UserError
+from base_training import reload, start, train, write_card
 
 CLASSIFICATION = Path(__file__).resolve().parents[1] / "image_tasks" / "classification"
 
@@ -28,67 +27,48 @@ class ClassificationConfig:
 
 
 def make_classification(config):
-    import torch
-    from torch.nn.functional import cross_entropy
-    from tqdm import tqdm
+    """Trains the base, writes it to config.output_dir, reads it back and measures it on pictures that nobody has seen."""
     from transformers import AutoModelForImageClassification
 
-    if min(config.steps, config.batch_size, config.pictures) < 1:
-        raise UserError("steps, batch_size and pictures must be at least 1")
+    start(config)
     sys.path.insert(0, str(CLASSIFICATION))
     from synthetic import SOURCE_CLASSES
 
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # sums come in one order, and on a busy machine two threads are slower than one
     started = time.process_time()
     model = classifier_from_scratch(SOURCE_CLASSES).train()
     each = min(config.pictures, -(-config.steps * config.batch_size // len(SOURCE_CLASSES)))
-    pictures, masks, classes = draw_classes("train", each, config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    patch_head = torch.nn.Linear(model.config.hidden_size, model.config.patch_size**2 + len(SOURCE_CLASSES))
-    optimizer = torch.optim.AdamW([*model.parameters(), *patch_head.parameters()], lr=config.lr, weight_decay=0.05, fused=True)
-    scheduler = warmup_cosine(optimizer, config.steps, warmup=100, constant=0.4)
-    order = torch.empty(0, dtype=torch.long)
-    bar = tqdm(range(config.steps), desc="training", mininterval=5)
-    for step in bar:
-        while len(order) < config.batch_size:
-            order = torch.cat([order, torch.randperm(len(pictures), generator=generator)])
-        rows, order = order[: config.batch_size], order[config.batch_size :]
-        pixels, masks_b = augment_look(pictures[rows], masks[rows], generator)
-        states = model.vit(pixel_values=pixels).last_hidden_state  # (B, 1 + 64, 96)
-        loss = cross_entropy(model.classifier(states[:, 0]), classes[rows])
-        total = loss + patch_loss(patch_head(states[:, 1:]), masks_b, classes[rows], model.config.patch_size)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", total=f"{total.item():.3f}")
+    train_classifier(model, config, *draw_classes("train", each, config.seed))
 
-    # To disk, back from there, and measured on pictures that nobody has seen.
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(folder)
     classification_processor().save_pretrained(folder)
     seconds = time.process_time() - started
     pictures, _, classes = draw_classes("test", min(50, each), config.seed + 1)
-    reloaded, report = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    trained, loaded = (source_accuracy(m, pictures, classes) for m in (model, reloaded.eval()))
+    reloaded = reload(AutoModelForImageClassification, folder)
+    trained, loaded = (source_accuracy(m, pictures, classes) for m in (model, reloaded))
     assert trained == loaded, f"accuracy {trained} trained, {loaded} reloaded"
-    card = CLASSIFICATION_CARD.format(
-        weights=sum(p.numel() for p in model.parameters()),
-        steps=config.steps,
-        batch=config.batch_size,
-        seed=config.seed,
-        minutes=seconds / 60,
-        count=each * len(SOURCE_CLASSES),
-        held_out=len(pictures),
-        accuracy=loaded,
-    )
-    (folder / "README.md").write_text(card)
+    facts = {"count": each * len(SOURCE_CLASSES), "held_out": len(pictures), "accuracy": loaded}
+    write_card(folder, CLASSIFICATION_CARD, model, config, seconds, **facts)
     print(f"{folder}: accuracy {loaded:.3f} on {len(pictures)} fresh source pictures, {seconds:.0f} CPU seconds")
+
+
+def train_classifier(model, config, pictures, masks, classes):
+    """Trains on pictures uint8 (N, 3, 64, 64), masks (N, 64, 64) and classes (N,), with a head for patches that is not kept."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    generator = torch.Generator().manual_seed(config.seed)
+    patch_head = torch.nn.Linear(model.config.hidden_size, model.config.patch_size**2 + model.config.num_labels)
+    optimizer = torch.optim.AdamW([*model.parameters(), *patch_head.parameters()], lr=config.lr, weight_decay=0.05, fused=True)
+
+    def loss_of(_, rows):
+        pixels, masks_b = augment_look(pictures[rows], masks[rows], generator)
+        states = model.vit(pixel_values=pixels).last_hidden_state  # (B, 1 + 64, 96)
+        loss = cross_entropy(model.classifier(states[:, 0]), classes[rows])
+        return loss + patch_loss(patch_head(states[:, 1:]), masks_b, classes[rows], model.config.patch_size)
+
+    train(model, optimizer, config, len(pictures), generator, loss_of)
 
 
 CLASSIFICATION_CARD = """\

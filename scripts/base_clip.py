@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base_classification import augment_look, patch_loss
-from base_detection import warmup_cosine
+from base_training import reload, start, train, write_card
 from common.config import UserError
 
 CLIP = Path(__file__).resolve().parents[1] / "fine_tuning"
@@ -32,85 +32,65 @@ class ClipConfig:
 
 
 def make_clip(config):
-    import torch
-    from tqdm import tqdm
+    """Trains the base, writes it to config.output_dir, reads it back and measures it on combinations that it was never shown."""
     from transformers import AutoModel, AutoTokenizer
 
-    if min(config.steps, config.pictures) < 1 or config.batch_size < 2:
-        raise UserError("steps and pictures must be at least 1, batch_size at least 2")
+    start(config)
+    if config.batch_size < 2:
+        raise UserError("batch_size must be at least 2")
     sys.path.insert(0, str(CLIP))
-    from synthetic import ATTRIBUTES, COMBINATIONS, UNSEEN, caption
+    from synthetic import COMBINATIONS, UNSEEN, caption
 
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # sums come in one order, and on a busy machine two threads are slower than one
     started = time.process_time()
     tokenizer = train_tokenizer(config.seed)
     model = clip_from_scratch(tokenizer).train()
     seen = [c for c in COMBINATIONS if c not in UNSEEN]
     each = min(config.pictures, -(-config.steps * config.batch_size // len(seen)))
     pictures, masks, words = draw_combinations(seen, each, config.seed)
-    generator, chance = torch.Generator().manual_seed(config.seed), random.Random(config.seed)
-    kinds = len(ATTRIBUTES["texture"]) * len(ATTRIBUTES["shape"])
-    patch_head = torch.nn.Linear(model.config.vision_config.hidden_size, PATCH**2 + kinds)
-    optimizer = torch.optim.AdamW([*model.parameters(), *patch_head.parameters()], lr=config.lr, weight_decay=0.05, fused=True)
-    scheduler = warmup_cosine(optimizer, config.steps, warmup=100, constant=0.4)
-    order = torch.empty(0, dtype=torch.long)
-    bar = tqdm(range(config.steps), desc="training", mininterval=5)
-    for step in bar:
-        while len(order) < config.batch_size:
-            order = torch.cat([order, torch.randperm(len(pictures), generator=generator)])
-        rows, order = order[: config.batch_size], order[config.batch_size :]
-        pixels, masks_b = augment_look(pictures[rows], masks[rows], generator, mix_colours=False)
-        said = [mention(chance, COMBINATIONS[i]) for i in words[rows].tolist()]
-        texts = tokenizer([text for text, _ in said], padding=True, return_tensors="pt")
-        states = model.vision_model(pixel_values=pixels)
-        images = model.visual_projection(states.pooler_output)
-        loss = contrastive_loss(
-            images, model.get_text_features(**texts).pooler_output, model.logit_scale, truth(words[rows], said)
-        )
-        # COMBINATIONS counts sizes, colours, textures, shapes like the digits of a number: the rest is texture and shape.
-        total = loss + patch_loss(patch_head(states.last_hidden_state[:, 1:]), masks_b, words[rows] % kinds, PATCH)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6052)  # 100, as CLIP
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", total=f"{total.item():.3f}")
+    train_clip(model, tokenizer, config, pictures, masks, words)
 
-    # To disk, back from there, and measured on pictures and combinations that it was never shown.
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     clip_processor().save_pretrained(folder)
     seconds = time.process_time() - started
-    reloaded, report = AutoModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     fresh = draw_combinations(UNSEEN, min(8, each), config.seed + 1)
-    both = (model, tokenizer), (reloaded.eval(), AutoTokenizer.from_pretrained(folder))
+    reloaded = reload(AutoModel, folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    both = (model, tokenizer), reloaded
     trained, loaded = (zero_shot_accuracy(*pair, fresh[0], fresh[2], COMBINATIONS, caption) for pair in both)
     assert trained == loaded, f"accuracy {trained} trained, {loaded} reloaded"
-    card = CLIP_CARD.format(
-        weights=sum(p.numel() for p in model.parameters()),
-        vocabulary=len(tokenizer),
-        steps=config.steps,
-        batch=config.batch_size,
-        seed=config.seed,
-        minutes=seconds / 60,
-        count=len(pictures),
-        seen=len(seen),
-        unseen=len(UNSEEN),
-        held_out=len(fresh[0]),
-        combinations=len(COMBINATIONS),
-        accuracy=loaded,
-    )
-    (folder / "README.md").write_text(card)
-    print(
-        f"{folder}: zero-shot accuracy {loaded:.3f} on {len(fresh[0])} pictures of unseen combinations, {seconds:.0f} CPU seconds"
-    )
+    facts = {"vocabulary": len(tokenizer), "count": len(pictures), "seen": len(seen), "unseen": len(UNSEEN)}
+    facts |= {"held_out": len(fresh[0]), "combinations": len(COMBINATIONS), "accuracy": loaded}
+    write_card(folder, CLIP_CARD, model, config, seconds, **facts)
+    where = f"{len(fresh[0])} pictures of unseen combinations"
+    print(f"{folder}: zero-shot accuracy {loaded:.3f} on {where}, {seconds:.0f} CPU seconds")
+
+
+def train_clip(model, tokenizer, config, pictures, masks, words):
+    """Trains on pictures uint8 (N, 3, 64, 64), masks (N, 64, 64) and the numbers (N,) of their combinations of words."""
+    import torch
+
+    from synthetic import ATTRIBUTES, COMBINATIONS
+
+    generator, chance = torch.Generator().manual_seed(config.seed), random.Random(config.seed)
+    # COMBINATIONS counts sizes, colours, textures, shapes like the digits of a number: the rest is texture and shape.
+    kinds = len(ATTRIBUTES["texture"]) * len(ATTRIBUTES["shape"])
+    patch_head = torch.nn.Linear(model.config.vision_config.hidden_size, PATCH**2 + kinds)
+    optimizer = torch.optim.AdamW([*model.parameters(), *patch_head.parameters()], lr=config.lr, weight_decay=0.05, fused=True)
+
+    def loss_of(_, rows):
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.6052)  # 100, as CLIP
+        pixels, masks_b = augment_look(pictures[rows], masks[rows], generator, mix_colours=False)
+        said = [mention(chance, COMBINATIONS[i]) for i in words[rows].tolist()]
+        texts = tokenizer([text for text, _ in said], padding=True, return_tensors="pt")
+        states = model.vision_model(pixel_values=pixels)
+        images, captions = model.visual_projection(states.pooler_output), model.get_text_features(**texts).pooler_output
+        loss = contrastive_loss(images, captions, model.logit_scale, truth(words[rows], said))
+        return loss + patch_loss(patch_head(states.last_hidden_state[:, 1:]), masks_b, words[rows] % kinds, PATCH)
+
+    train(model, optimizer, config, len(pictures), generator, loss_of)
 
 
 CLIP_CARD = """\

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import UserError
+from base_training import reload, start, train, write_card
 
 DETECTION = Path(__file__).resolve().parents[1] / "image_tasks" / "detection"
 
@@ -26,69 +26,49 @@ class DetectionConfig:
 
 
 def make_detection(config):
-    import torch
-    from tqdm import tqdm
+    """Trains the base, writes it to config.output_dir, reads it back and measures it on pictures that nobody has seen."""
     from transformers import AutoModelForObjectDetection
 
-    if min(config.steps, config.batch_size, config.pictures) < 1:
-        raise UserError("steps, batch_size and pictures must be at least 1")
+    start(config)
     sys.path.insert(0, str(DETECTION))
     from synthetic import SOURCE_CLASSES
 
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # sums come in one order, and on a busy machine two threads are slower than one
     started = time.time()
     model = detector_from_scratch(SOURCE_CLASSES).train()
     count = min(config.pictures, config.steps * config.batch_size)
-    pictures, boxes, classes = draw_source("train", count, config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-4, fused=True)
-    scheduler = warmup_cosine(optimizer, config.steps, warmup=100, constant=0.4)
-    order = torch.empty(0, dtype=torch.long)
-    bar = tqdm(range(config.steps), desc="training", mininterval=5)
-    for step in bar:
-        if step == config.steps * 3 // 4:  # the last quarter runs with BatchNorm's statistics fixed, as all that follows will
-            for module in model.modules():
-                if isinstance(module, torch.nn.BatchNorm2d):
-                    module.eval()
-        while len(order) < config.batch_size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
-        rows, order = order[: config.batch_size], order[config.batch_size :]
-        pixels, boxes_b, classes_b = augment(pictures[rows], boxes[rows], classes[rows], generator)
-        labels = [{"class_labels": c[c >= 0], "boxes": b[c >= 0]} for b, c in zip(boxes_b, classes_b, strict=True)]
-        loss = model(pixel_values=pixels, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+    train_detector(model, config, *draw_source("train", count, config.seed))
 
-    # To disk, back from there, and measured on pictures that nobody has seen.
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(folder)
     detection_processor().save_pretrained(folder)
     seconds = time.time() - started
     held_out = draw_source("test", min(300, count), config.seed + 1)
-    reloaded, report = AutoModelForObjectDetection.from_pretrained(folder, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    trained, loaded = (detection_map(m, *held_out) for m in (model, reloaded.eval()))
+    reloaded = reload(AutoModelForObjectDetection, folder)
+    trained, loaded = (detection_map(m, *held_out) for m in (model, reloaded))
     assert all(abs(a - b) < 1e-6 for a, b in zip(trained, loaded, strict=True)), f"trained {trained}, reloaded {loaded}"
-    card = DETECTION_CARD.format(
-        weights=sum(p.numel() for p in model.parameters()),
-        steps=config.steps,
-        batch=config.batch_size,
-        seed=config.seed,
-        minutes=seconds / 60,
-        count=count,
-        held_out=len(held_out[0]),
-        map50=loaded[0],
-        map=loaded[1],
-    )
-    (folder / "README.md").write_text(card)
+    facts = {"count": count, "held_out": len(held_out[0]), "map50": loaded[0], "map": loaded[1]}
+    write_card(folder, DETECTION_CARD, model, config, seconds, **facts)
     print(f"{folder}: mAP50 {loaded[0]:.3f}, mAP {loaded[1]:.3f} on {len(held_out[0])} fresh source pictures, {seconds:.0f} s")
+
+
+def train_detector(model, config, pictures, boxes, classes):
+    """Trains on pictures uint8 (N, 3, 96, 96), boxes (N, 4, 4) as cx, cy, w, h in 0..1, and classes (N, 4), -1 for no shape."""
+    import torch
+
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-4, fused=True)
+
+    def loss_of(step, rows):
+        if step == config.steps * 3 // 4:  # the last quarter runs with BatchNorm's statistics fixed, as all that follows will
+            for module in model.modules():
+                if isinstance(module, torch.nn.BatchNorm2d):
+                    module.eval()
+        pixels, boxes_b, classes_b = augment(pictures[rows], boxes[rows], classes[rows], generator)
+        labels = [{"class_labels": c[c >= 0], "boxes": b[c >= 0]} for b, c in zip(boxes_b, classes_b, strict=True)]
+        return model(pixel_values=pixels, labels=labels).loss
+
+    train(model, optimizer, config, len(pictures), generator, loss_of)
 
 
 DETECTION_CARD = """\
@@ -188,19 +168,6 @@ def augment(pictures, boxes, classes, generator):
     pixels = (pixels - average) * uniform(0.7, 1.3) + average + uniform(-0.15, 0.15)
     pixels = pixels + uniform(0, 0.03) * torch.randn(pixels.shape, generator=generator)
     return pixels.clamp(0, 1), boxes, classes
-
-
-def warmup_cosine(optimizer, steps, warmup, constant):
-    """Linear rise over `warmup` steps, full rate up to the share `constant` of all steps, then a half cosine down to nought."""
-    import math
-
-    from torch.optim.lr_scheduler import LambdaLR
-
-    def factor(step):
-        done = max(step / steps - constant, 0) / (1 - constant)
-        return min((step + 1) / warmup, 1) * (1 + math.cos(math.pi * min(done, 1))) / 2
-
-    return LambdaLR(optimizer, factor)
 
 
 def detection_map(model, pictures, boxes, classes):

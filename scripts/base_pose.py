@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import UserError
+from base_training import start, train, write_card
 
 POSE = Path(__file__).resolve().parents[1] / "image_tasks" / "pose"
 INPUT_SIZE = 64  # pixels, both sides
@@ -26,18 +26,15 @@ class PoseConfig:
 
 
 def make_pose(config):
+    """Trains the base, writes it to config.output_dir, reads it back and measures it on pictures that nobody has seen."""
     import torch
-    from tqdm import tqdm
 
-    if min(config.steps, config.batch_size, config.pictures) < 1:
-        raise UserError("steps, batch_size and pictures must be at least 1")
+    start(config)
     sys.path.insert(0, str(POSE))
     from formats import KeypointSet, flip_pairs_from_names, read_pairs
-    from model import NEW_BETA, HeatmapHead, KeypointModel, keypoint_loss, load_base
+    from model import NEW_BETA, HeatmapHead, KeypointModel, load_base
     from synthetic import KEYPOINTS, SKELETON
 
-    torch.manual_seed(config.seed)
-    torch.set_num_threads(1)  # sums come in one order, and on a busy machine two threads are slower than one
     started = time.time()
     names = list(KEYPOINTS)
     points = KeypointSet(names, read_pairs(SKELETON, names, "synthetic.py"), flip_pairs_from_names(names), [0.05] * 5, True)
@@ -45,29 +42,8 @@ def make_pose(config):
     facts = {**points.to_json(), "head": "heatmap", "input_size": [INPUT_SIZE, INPUT_SIZE], "beta": NEW_BETA}
     model = KeypointModel(backbone, HeatmapHead(backbone.config.hidden_size, len(names)), facts).train()
     count = min(config.pictures, config.steps * config.batch_size)
-    pictures, targets, boxes = draw_figures("train", count, config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-4, fused=True)
-    scheduler = rise_and_cosine(optimizer, config.steps, warmup=100, constant=0.4)
-    order = torch.empty(0, dtype=torch.long)
-    bar = tqdm(range(config.steps), desc="training", mininterval=5)
-    for step in bar:
-        while len(order) < config.batch_size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
-        rows, order = order[: config.batch_size], order[config.batch_size :]
-        pixels, target = random_crops(pictures[rows], targets[rows], boxes[rows], points.flip_pairs, generator)
-        coords, _, heatmaps = model(pixels)
-        inside = ((target >= 0) & (target <= 1)).all(dim=2)  # what a crop cuts off is no goal
-        loss = keypoint_loss(coords, target, inside, heatmaps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+    train_pose(model, config, points.flip_pairs, *draw_figures("train", count, config.seed))
 
-    # To disk, back from there, and measured on pictures that nobody has seen.
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(folder)
@@ -77,18 +53,26 @@ def make_pose(config):
     reloaded, _, _ = load_base(str(folder.resolve()))
     trained, loaded = (crop_errors(m, *held_out) for m in (model, reloaded.eval()))
     assert torch.allclose(trained, loaded, atol=1e-3), f"trained {trained.mean()}, reloaded {loaded.mean()}"
-    card = POSE_CARD.format(
-        weights=sum(p.numel() for p in model.parameters()),
-        steps=config.steps,
-        batch=config.batch_size,
-        seed=config.seed,
-        minutes=seconds / 60,
-        count=count,
-        held_out=len(loaded),
-        error=loaded.mean(),
-    )
-    (folder / "README.md").write_text(card)
+    write_card(folder, POSE_CARD, model, config, seconds, count=count, held_out=len(loaded), error=loaded.mean())
     print(f"{folder}: {loaded.mean():.2f} pixels error on {len(loaded)} fresh source pictures, {seconds:.0f} s")
+
+
+def train_pose(model, config, flip_pairs, pictures, points, boxes):
+    """Trains on random crops of pictures uint8 (N, 3, 80, 80), with points (N, 5, 2) and boxes (N, 4) in pixels."""
+    import torch
+
+    from model import keypoint_loss
+
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=1e-4, fused=True)
+
+    def loss_of(_, rows):
+        pixels, target = random_crops(pictures[rows], points[rows], boxes[rows], flip_pairs, generator)
+        coords, _, heatmaps = model(pixels)
+        inside = ((target >= 0) & (target <= 1)).all(dim=2)  # what a crop cuts off is no goal
+        return keypoint_loss(coords, target, inside, heatmaps)
+
+    train(model, optimizer, config, len(pictures), generator, loss_of)
 
 
 POSE_CARD = """\
@@ -198,19 +182,6 @@ def random_crops(pictures, points, boxes, flip_pairs, generator):
     pixels = pixels * uniform(0.6, 1.1, 1, 1, 1) + uniform(-0.2, 0.3, 1, 1, 1)
     pixels = pixels + uniform(0, 0.08, 1, 1, 1) * torch.randn(pixels.shape, generator=generator)
     return pixels.clamp(-1, 1), target
-
-
-def rise_and_cosine(optimizer, steps, warmup, constant):
-    """Linear rise over `warmup` steps, full rate up to the share `constant` of all steps, then a half cosine down to nought."""
-    import math
-
-    from torch.optim.lr_scheduler import LambdaLR
-
-    def factor(step):
-        done = max(step / steps - constant, 0) / (1 - constant)
-        return min((step + 1) / warmup, 1) * (1 + math.cos(math.pi * min(done, 1))) / 2
-
-    return LambdaLR(optimizer, factor)
 
 
 def crop_errors(model, pictures, points, boxes):
