@@ -85,6 +85,7 @@ def progress(iterable, text: str, total: int | None = None, **options):
 
 
 def peak_memory(device) -> dict:
+    """{"cpu", "gpu"}: the most bytes that this process has held so far; gpu is None without a CUDA device."""
     import torch
 
     try:

@@ -222,6 +222,34 @@ def test_no_plot_switches_the_backend_of_a_notebook(path):
     assert not [(name, line) for name, line in names if name in ("matplotlib.use", "mpl.use") or name.endswith("switch_backend")]
 
 
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+
+
+def refuses_code(call: ast.Call, function: ast.FunctionDef) -> bool:
+    """Whether a call says trust_remote_code=False, itself or by **options that the function puts together or passes on."""
+    refused = [k for k in call.keywords if k.arg == "trust_remote_code" and getattr(k.value, "value", None) is False]
+    shared = {k.value.id for k in call.keywords if k.arg is None and isinstance(k.value, ast.Name)}
+    if function.args.kwarg and function.args.kwarg.arg in shared:
+        return True
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and shared & {ast.unparse(target) for target in node.targets}:
+            refused += [ast.unparse(node)] if re.search(r"trust_remote_code['\"]?[=:] ?False", ast.unparse(node)) else []
+    return bool(refused)
+
+
+@each(SOURCES)
+def test_no_model_is_built_by_code_from_its_repository(path):
+    """Auto classes, also under another name (kind.from_pretrained), run a repository's own code where they are told to."""
+    for call in [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]:
+        owner, _, method = ast.unparse(call.func).rpartition(".")
+        of_a_library = re.search(r"(^|\.)(?!Auto)[A-Z]\w*$", owner)  # ViTModel, PeftModel
+        if method in ("from_pretrained", "from_config") and not of_a_library:
+            holders = [function for function in functions(path) if call in ast.walk(function)]
+            place = f"{short(path)}:{call.lineno}: {owner}.{method}"
+            assert any(refuses_code(call, function) for function in holders), f"{place} without trust_remote_code=False"
+
+
 # ---- requirements ----------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ class ClassifierPreprocess:
         self.check(processor)
 
     def read_transformers(self, processor) -> None:
+        """Size, crop, interpolation, mean and standard deviation as an image processor of transformers has them."""
         from torchvision.transforms.v2 import InterpolationMode
 
         size, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
