@@ -382,7 +382,7 @@ class Run:
         return named
 
     def stop_if_not_stepped(self) -> None:
-        """RuntimeError, an error of the script's loop, unless every optimizer has stepped, each on losses of a name of its own."""
+        """RuntimeError unless every optimizer has stepped, each on losses of a name of its own."""
         stepped, count = self.under_way.stepped, len(self.optimizers)
         forgotten = [self.name_of_optimizer(i) for i in range(count) if i not in stepped]
         if forgotten or not stepped:

@@ -609,6 +609,8 @@ def test_every_script_can_be_taken_out(script, place):
     alone, many, one = (helps(script.parent, place)[f"{script.name} {which}"] for which in ("alone", "many", kind))
     code, text = alone
     assert code == 0 and "--config" in text and many == alone
+    copy = copies(script.parent, place)[f"{script.name} many"]
+    assert all((module.parent / "__init__.py").is_file() for module in copy.rglob("*/*.py"))
     if kind == "bare":  # it promises no demo
         text = "".join(line for line in text.splitlines(keepends=True) if "  # demo" not in line)
     assert one == (0, text)
