@@ -101,6 +101,7 @@ def peak_memory(device) -> dict:
 
 
 def environment(device, processes: int) -> dict:
+    """What a run ran on, for its summary: versions of Python and the libraries (None: not installed), device, threads."""
     from importlib.metadata import PackageNotFoundError, version
 
     import torch

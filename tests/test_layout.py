@@ -73,7 +73,8 @@ def neighbours(path: Path) -> set[str]:
 
 
 def test_there_is_something_to_check():
-    assert COMMON and TASKS and SCRIPTS and (ROOT / "image_tasks" / "detection") in TASKS
+    assert COMMON and TASKS and SCRIPTS and {ROOT / "image_tasks" / "detection", ROOT / "fine_tuning"} <= set(TASKS)
+    assert (ROOT / "common" / "vision") in {path.parent for path in COMMON}
     assert all(pair.exists() for pairs in PAIRS for pair in pairs)
 
 
@@ -173,6 +174,31 @@ def test_a_script_opens_with_what_it_does_and_its_run_line(path):
     assert re.search(rf"^\s*python (\S*/)?{path.name}\b", text, re.MULTILINE), f"{short(path)}: no line `python {path.name} ...`"
 
 
+# ---- how code reads --------------------------------------------------------------------------------------------------
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
+
+
+def length(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+@each(SOURCES)
+def test_functions_but_main_fit_on_a_screen(path):
+    assert not {node.name: length(node) for node in functions(path) if length(node) > 50 and node.name != "main"}
+
+
+@each(COMMON)
+def test_public_functions_of_common_say_what_they_do(path):
+    holders = [tree(path), *(node for node in tree(path).body if isinstance(node, ast.ClassDef))]
+    public = [node for holder in holders for node in holder.body if node in functions(path) and node.name[0] != "_"]
+    for node in public:
+        if length(node) > 6 and node.name not in ("forward", "backward"):  # torch says what these do
+            assert ast.get_docstring(node), f"{short(path)}:{node.lineno}: {node.name} has {length(node)} lines and no docstring"
+
+
 # ---- what happens at import ------------------------------------------------------------------------------------------
 
 
@@ -220,10 +246,6 @@ def test_no_plot_switches_the_backend_of_a_notebook(path):
     calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
     names = [(ast.unparse(node.func), node.lineno) for node in calls]
     assert not [(name, line) for name, line in names if name in ("matplotlib.use", "mpl.use") or name.endswith("switch_backend")]
-
-
-def functions(path: Path) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree(path)) if isinstance(node, ast.FunctionDef)]
 
 
 def refuses_code(call: ast.Call, function: ast.FunctionDef) -> bool:

@@ -45,6 +45,7 @@ class ClassifierPreprocess:
         self.reverse, self.half = bool(getattr(processor, "do_flip_channel_order", False)), int
 
     def read_timm(self, config: dict) -> None:
+        """Size, crop, interpolation, mean and standard deviation as timm's wrapper of an image processor has them."""
         from torchvision.transforms.v2 import InterpolationMode
 
         height, width = config["input_size"][1:]
