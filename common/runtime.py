@@ -144,6 +144,7 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def handle(self, signum, _frame):
+        """The handler of both signals."""
         if self.pending and signum == signal.SIGINT:
             os._exit(130)
         first, self.pending = not self.pending, self.pending or signum
