@@ -8,7 +8,6 @@ from a program of your own, see predictor.py.
 """
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +34,9 @@ def main(argv=None, method="full", doc=None):
     if config.top_k < 1 or config.batch_size < 1:
         raise UserError("--top_k and --batch_size must be at least 1")
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    import torch
-
     from common.checkpoint import write_json, write_text
     from common.folders import newest_best, predictions_folder
-    from common.runtime import progress, start_accelerator
+    from common.runtime import start_accelerator
     from common.samples import Faults
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
@@ -52,35 +49,21 @@ def main(argv=None, method="full", doc=None):
     predictor.model = accelerator.prepare_model(predictor.model, evaluation_mode=True)  # computes in --precision
     root = predictions_folder(config, predictor.origin)
 
-    results, lines, seconds = [], [], 0.0
-    for first in progress(range(0, len(paths), config.batch_size), "classifying"):
-        ready = []
-        for path in paths[first : first + config.batch_size]:
-            try:
-                ready.append((path, predictor.prepare(path)))
-            except UserError as error:
-                faults.add(str(error).removeprefix(f"{path}: ").partition(", ")[0], path)
-        if not ready:
-            continue
-        began = time.perf_counter()
-        rows = predictor.probabilities(torch.stack([pixels for _, pixels in ready]))
-        took = time.perf_counter() - began
-        seconds += took
-        for (path, _), row in zip(ready, rows, strict=True):
-            best, ms = predictor.best(row, config.top_k), 1000 * took / len(ready)
-            answers = [{"class": name, "probability": value} for name, value in best]
-            results.append({"file_name": str(path), "milliseconds": round(ms, 2), "predictions": answers})
-            lines += [f"{path}  ({ms:.1f} ms)"]
-            lines += [f"  {name:28} {value:7.4f}  {'#' * round(40 * value)}" for name, value in best]
-            if config.pictures:
-                draw_answer(path, answers, root / f"{len(results):04d}_{path.stem}.png")
+    results, lines, total = [], [], 0.0
+    for path, answers, ms in predictor.classify_files(paths, config.top_k, config.batch_size, faults):
+        results.append({"file_name": str(path), "milliseconds": round(ms, 2), "predictions": answers})
+        total += ms
+        lines += [f"{path}  ({ms:.1f} ms)"]
+        lines += [f"  {a['class']:28} {a['probability']:7.4f}  {'#' * round(40 * a['probability'])}" for a in answers]
+        if config.pictures:
+            draw_answer(path, answers, root / f"{len(results):04d}_{path.stem}.png")
     faults.report()
     if not results:
         raise UserError(f"--input {config.input}: no picture there that can be decoded")
     write_json(root / "predictions.json", results)
     write_text(root / "predictions.txt", "\n".join(lines) + "\n")
     print("\n".join(lines[:60]) + ("\n..." if len(lines) > 60 else ""))
-    print(f"{len(results)} pictures, {1000 * seconds / len(results):.1f} ms a picture (model only)")
+    print(f"{len(results)} pictures, {total / len(results):.1f} ms a picture (model only)")
     print(f"saved predictions.txt and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
 
 

@@ -1,10 +1,15 @@
 """A tuned classifier as an object of a program: the most probable classes of a picture."""
 
+import time
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from common.class_metrics import softmax
 from common.config import UserError
+from common.runtime import progress
+from common.samples import Faults
 from common.vision.pictures import as_pixels
 from common.vision.preprocess import ClassifierPreprocess
 
@@ -43,3 +48,23 @@ class ClassPredictor:
     def best(self, probabilities: np.ndarray, top_k: int) -> list[tuple[str, float]]:
         order = probabilities.argsort()[::-1][:top_k]
         return [(self.classes[k], float(probabilities[k])) for k in order]
+
+    def classify_files(self, paths: list[Path], top_k: int, batch_size: int, faults: Faults):
+        """Yields (path, [{"class", "probability"}, ...], milliseconds of the model) of every picture file that can be decoded.
+
+        The others are noted in faults.
+        """
+        for first in progress(range(0, len(paths), batch_size), "classifying"):
+            ready = []
+            for path in paths[first : first + batch_size]:
+                try:
+                    ready.append((path, self.prepare(path)))
+                except UserError as error:
+                    faults.add(str(error).removeprefix(f"{path}: ").partition(", ")[0], path)
+            if not ready:
+                continue
+            began = time.perf_counter()
+            rows = self.probabilities(torch.stack([pixels for _, pixels in ready]))
+            took = 1000 * (time.perf_counter() - began) / len(ready)
+            for (path, _), row in zip(ready, rows, strict=True):
+                yield path, [{"class": name, "probability": value} for name, value in self.best(row, top_k)], took

@@ -342,14 +342,6 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
     return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), classes, data_dir or "demo"
 
 
-def pictures_only(paths: list[Path], classes: list[str], preprocess: ClassifierPreprocess, faults: Faults) -> LabelledPictures:
-    """The pictures as a data set without labels; those that cannot be decoded are left out and named."""
-    samples = [Sample(path, path.name, 0) for path in paths]
-    with faults:
-        samples, cache = load_pictures(samples, preprocess, faults, cache_limit("auto"), "input")
-    return LabelledPictures(samples, classes, preprocess, cache)
-
-
 def eval_loader(dataset: LabelledPictures, batch_size: int, num_workers: int = 0):
     return build_loader(dataset, EvalBatches([0] * len(dataset), batch_size, *process_index()), collate, num_workers)
 

@@ -26,6 +26,16 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: outputs/detection/predictions/<method>
 
 
+def coco_results(boxes, labels, scores, classes: list[str]) -> list[dict]:
+    """Boxes (N, 4) xyxy in pixels, as COCO lists them: [x, y, width, height], categories from 1."""
+    from metrics import xywh
+
+    return [
+        {"category_id": int(label) + 1, "category_name": classes[label], "bbox": xywh(box), "score": float(score)}
+        for box, label, score in zip(boxes, labels, scores, strict=True)
+    ]
+
+
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
     if not config.input:
@@ -42,7 +52,7 @@ def main(argv=None, method="full", doc=None):
     from common.samples import Faults
     from common.vision.pictures import decode, find_pictures
     from data import Preprocess, collate, pictures_only
-    from metrics import detect, draw_boxes, xywh
+    from metrics import detect, draw_boxes
     from model import load_checkpoint
 
     pictures = find_pictures(config.input)
@@ -70,10 +80,8 @@ def main(argv=None, method="full", doc=None):
             boxes, labels, scores = item["boxes"][sure], item["labels"][sure], item["scores"][sure]
             drawn = draw_boxes(decode(sample.path), boxes, labels, classes, scores)
             drawn.save(root / f"{item['index'] + 1:04d}_{sample.path.stem}.png")
-            for box, label, score in zip(boxes, labels, scores, strict=True):
-                place = {"image_id": item["index"] + 1, "file_name": str(sample.path)}
-                row = {"category_id": int(label) + 1, "category_name": classes[label], "bbox": xywh(box), "score": float(score)}
-                results.append({**place, **row})
+            picture = {"image_id": item["index"] + 1, "file_name": str(sample.path)}
+            results += [{**picture, **row} for row in coco_results(boxes, labels, scores, classes)]
             print(f"{sample.path.name[:40]:40} {len(boxes):7} {1000 * took / len(found):8.1f}")
     write_json(root / "predictions.json", results)
     print(f"{len(dataset)} pictures, {len(results)} objects, {1000 * seconds / len(dataset):.1f} ms a picture (model only)")

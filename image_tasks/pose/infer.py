@@ -29,6 +29,19 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: outputs/pose/predictions/<method>
 
 
+def draw_pictures(poses: dict, points, folder: Path) -> None:
+    """Saves every picture with its figures, and lists them. poses: {path: [(places (K, 2), which are sure (K,))]}."""
+    from common.vision.pictures import decode
+    from metrics import draw_poses
+
+    print(f"{'picture':40} {'figures':>7} {'sure keypoints':>15}")
+    for number, (path, figures) in enumerate(poses.items(), start=1):
+        if figures:
+            draw_poses(decode(path), figures, points).save(folder / f"{number:04d}_{path.stem}.png")
+            sure = sum(int(drawn.sum()) for _, drawn in figures)
+            print(f"{path.name[:40]:40} {len(figures):7} {f'{sure} of {len(figures) * len(points.names)}':>15}")
+
+
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
     if not config.input:
@@ -43,10 +56,10 @@ def main(argv=None, method="full", doc=None):
     from common.folders import newest_best, predictions_folder
     from common.runtime import progress, start_accelerator
     from common.samples import Faults
-    from common.vision.pictures import decode, find_pictures
+    from common.vision.pictures import find_pictures
     from data import Preprocess, eval_loader, figures_only
     from formats import KeypointSet, place_boxes
-    from metrics import detect, draw_poses
+    from metrics import detect
     from model import load_checkpoint
 
     pictures, faults = find_pictures(config.input), Faults()
@@ -73,15 +86,10 @@ def main(argv=None, method="full", doc=None):
             scores = item["scores"]
             poses[sample.path].append((item["points"], scores >= config.threshold))
             keypoints = [float(v) for (x, y), s in zip(item["points"], scores, strict=True) for v in (x, y, s)]
-            place = {"image_id": pictures.index(sample.path) + 1, "file_name": str(sample.path), "category_id": 1}
+            picture = {"image_id": pictures.index(sample.path) + 1, "file_name": str(sample.path), "category_id": 1}
             score = float(scores.mean()) * sample.score
-            results.append({**place, "bbox": box.tolist(), "keypoints": keypoints, "score": score})
-    print(f"{'picture':40} {'figures':>7} {'sure keypoints':>15}")
-    for number, path in enumerate(pictures, start=1):
-        if poses[path]:
-            draw_poses(decode(path), poses[path], points).save(root / f"{number:04d}_{path.stem}.png")
-            sure = sum(int(drawn.sum()) for _, drawn in poses[path])
-            print(f"{path.name[:40]:40} {len(poses[path]):7} {f'{sure} of {len(poses[path]) * len(points.names)}':>15}")
+            results.append({**picture, "bbox": box.tolist(), "keypoints": keypoints, "score": score})
+    draw_pictures(poses, points, root)
     write_json(root / "predictions.json", results)
     count = sum(bool(found) for found in poses.values())
     print(f"{count} pictures, {len(results)} figures, {1000 * seconds / count:.1f} ms a picture (model only)")
