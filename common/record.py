@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common.checkpoint import Progress, folder_bytes, fsync, write_json
 from common.runtime import environment, peak_memory, say
+from common.step import Step
 
 # needs: tensorboard
 SCHEMA_VERSION = 1
@@ -29,6 +30,7 @@ class Record:
         # A resume that is refused (other data, say) leaves the summary of the run as it was.
         self.keeps_summary = is_main and not (config.resume and (folder / "summary.json").exists())
         self.started, self.last_tick = datetime.now(UTC), time.monotonic()
+        self.last_step = (0, 0.0)  # samples and seconds of training up to the last step line
         self.board = None  # TensorBoard's writer, made with the first line
 
     # ---- metrics.jsonl and TensorBoard -----------------------------------------------------------------------------
@@ -52,6 +54,26 @@ class Record:
                 if isinstance(value, (int, float)) and key not in ("step", "epoch"):
                     self.board.add_scalar(tag_of(key, each), value, each["step"])
 
+    def add_step(self, step: Step, progress: Progress, optimizers: list) -> None:
+        """Adds the line of a step that was read, with its parts. docs/summary_schema.md says what its keys mean."""
+        parts = {}
+        for name, part, value in step.part_values:
+            parts.setdefault(key_of(key_of("loss", name), part), []).append(value)
+        losses = {key_of("loss", name): values for name, values in step.means("loss").items()}
+        line = {"step": progress.step} | {key: sum(values) / len(values) for key, values in (parts | losses).items()}
+        norms = step.means("gradient")
+        for i, name in sorted(step.stepped.items()):
+            shown = name if len(optimizers) > 1 else "loss"
+            line[key_of("lr", shown)] = max(group["lr"] for group in optimizers[i].param_groups)
+            if all(map(math.isfinite, norms[name])):  # else fp16's scaler skipped the step
+                line[key_of("grad_norm", shown)] = sum(norms[name]) / len(norms[name])
+        samples, seconds = progress.clock["samples"], progress.clock["train_seconds"]
+        before, self.last_step = self.last_step, (samples, seconds)
+        line["samples_per_second"] = round((samples - before[0]) / max(1e-9, seconds - before[1]), 2)
+        peak = peak_memory(self.device)
+        line["peak_memory_bytes"] = peak["gpu"] or peak["cpu"]
+        self.add(line)
+
     def lines(self) -> list[dict]:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
@@ -62,10 +84,13 @@ class Record:
         fsync(self.metrics)
         return self.metrics.stat().st_size
 
-    def cut(self, size: int) -> None:
-        """Takes back what was written to metrics.jsonl after it had `size` bytes."""
+    def go_on(self, progress: Progress) -> None:
+        """Where a run is taken up again: takes back what was written after its checkpoint, and writes summaries from now on."""
         if self.is_main and self.metrics.exists():
-            os.truncate(self.metrics, min(size, self.metrics.stat().st_size))
+            os.truncate(self.metrics, min(progress.log_bytes, self.metrics.stat().st_size))
+        self.last_step = (progress.clock["samples"], progress.clock["train_seconds"])
+        self.last_tick = time.monotonic()
+        self.keeps_summary = self.is_main
 
     def close(self) -> None:
         if self.board is not None:

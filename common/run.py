@@ -1,11 +1,10 @@
 """Run: one training run, from opening its folder to its last checkpoint: saving and resuming, stopping, stepping.
 
 The train script keeps its loop; Run does around it what is easily got subtly wrong. What it writes down is record.py's,
-where the training stands is checkpoint.Progress, and one optimizer step with its check for NaN is optim.Step.
+where the training stands is checkpoint.Progress, and one optimizer step with its check for NaN is step.py's.
 """
 
 import dataclasses
-import math
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,10 @@ from common.batches import seed_everything, to_device
 from common.checkpoint import Progress, folder_bytes, load_moving_state, load_state, moving_state, save_state
 from common.config import UserError, write_yaml
 from common.folders import open_run_folder
-from common.optim import Step, clip_gradients, take_step
+from common.optim import clip_gradients, take_step
 from common.record import Record, in_words, key_of, without_nan
-from common.runtime import Interrupted, StopSignals, peak_memory, process_index, progress, say, start_accelerator
+from common.runtime import Interrupted, StopSignals, from_main, process_index, progress, say, start_accelerator
+from common.step import Step, check_all_used, check_nothing_left, check_stepped, trained_parameters
 
 FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
@@ -57,7 +57,6 @@ class Run:
         self.find_unused = False
         self.idle: set[str] | None = None  # parameters that train, but have had no gradient yet
         self.under_way: Step | None = None  # the optimizer step, between its first batch and its end
-        self.last_line = (0, 0.0)  # samples and seconds of training when the last step line was written
         self.stop_wanted = 0  # the signal that some process got
         self.ready = self.finished = False
 
@@ -78,7 +77,7 @@ class Run:
         self.rank, self.world = process_index()
         self.is_main = self.rank == 0
         self.device = self.accelerator.device
-        self.folder = self.broadcast(self.open_folder)
+        self.folder = from_main(self.open_folder)
         self.best = self.folder / "checkpoints" / "best"
         self.last = self.folder / "checkpoints" / "last"
         named = {"task": self.task, "method": self.method}
@@ -120,24 +119,6 @@ class Run:
         folder, self.lock = open_run_folder(self.config, self.task, self.method)
         return folder
 
-    def broadcast(self, make):
-        """The main process's value on every process; its UserError, too, ends all of them."""
-        if self.world == 1:
-            return make()
-        import torch
-
-        answer = [None, None]  # value, message of the error
-        if self.is_main:
-            try:
-                answer[0] = make()
-            except UserError as error:
-                answer[1] = str(error)
-        torch.distributed.broadcast_object_list(answer, src=0)
-        value, message = answer
-        if message:
-            raise UserError(message)
-        return value
-
     def describe(self, **parts) -> None:
         """For the summary: base={name, sha256}, data={...}, parameters={total, trainable}."""
         self.described.update(parts)
@@ -178,7 +159,7 @@ class Run:
         say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
         if self.config.resume:
             self.restore()
-            self.record.keeps_summary = self.is_main
+            self.record.go_on(self.progress)
             self.record.write_summary(self.progress, self.described, "running")
         self.ready = True
         return ready if len(ready) > 1 else ready[0]
@@ -186,6 +167,9 @@ class Run:
     def unwrap(self, model):
         """The model itself, without what several processes wrap around it."""
         return self.accelerator.unwrap_model(model)
+
+    def bare_models(self) -> list:
+        return [self.unwrap(model) for model in self.models]
 
     @contextmanager
     def frozen(self, model):
@@ -274,7 +258,7 @@ class Run:
         self.under_way.add_loss(name, loss, parts)
         self.accelerator.backward(loss / self.under_way.size)
         if self.idle is None or self.idle:
-            idle = {name for name, p in self.trained() if p.grad is None}
+            idle = {name for name, p in trained_parameters(self.bare_models()) if p.grad is None}
             self.idle = idle if self.idle is None else self.idle & idle
 
     def step_optimizer(self, optimizer, scheduler=None, max_grad_norm: float | None = None) -> bool:
@@ -292,7 +276,7 @@ class Run:
         if name is None:
             raise RuntimeError("run.step_optimizer was called before run.backward: there is no gradient to step on")
         if self.world > 1 and not self.find_unused:
-            self.stop_at_unused(optimizer)
+            check_all_used(optimizer, self.bare_models())
         limit = self.config.max_grad_norm if max_grad_norm is None else max_grad_norm
         step.add_norm(name, clip_gradients(self.accelerator, optimizer, limit))
         take_step(self.accelerator, optimizer, scheduler, step.not_finite())
@@ -327,7 +311,7 @@ class Run:
     def end_step(self, began: float) -> None:
         """Reads what the step gave, stops the run where that is not finite or not asked for, and counts it."""
         step, place, clock = self.under_way, self.progress, self.progress.clock
-        self.stop_if_not_stepped()
+        check_stepped(step.stepped, self.optimizers, self.bare_models())
         logs = (place.step + 1) % LOG_EVERY == 0 or place.step == 0
         step.read(self.signals.pending, with_parts=logs)
         self.stop_wanted = step.signum
@@ -338,7 +322,7 @@ class Run:
         if scaler is not None:
             scaler.update()
         if place.step < FIRST_STEPS:
-            self.stop_if_left_over()
+            check_nothing_left(self.bare_models())
         if place.step + 1 >= FIRST_STEPS:
             self.stop_if_idle()
         place.step += 1
@@ -347,57 +331,11 @@ class Run:
         clock["samples"] += sum(map(len, step.files)) * self.world
         self.under_way = None
         if logs:
-            self.record.add(self.step_line(step))
+            self.record.add_step(step, place, self.optimizers)
         self.signals.busy = False
         self.stop_if_asked()
         if self.config.save_steps and place.step % self.config.save_steps == 0:
             self.save()
-
-    def step_line(self, step: Step) -> dict:
-        """A step's line in metrics.jsonl; docs/summary_schema.md says what its keys mean."""
-        parts = {}
-        for name, part, value in step.part_values:
-            parts.setdefault(key_of(key_of("loss", name), part), []).append(value)
-        losses = {key_of("loss", name): values for name, values in step.means("loss").items()}
-        line = {"step": self.step} | {key: sum(values) / len(values) for key, values in (parts | losses).items()}
-        norms = step.means("gradient")
-        for i, name in sorted(step.stepped.items()):
-            name_ = name if len(self.optimizers) > 1 else "loss"
-            line[key_of("lr", name_)] = max(group["lr"] for group in self.optimizers[i].param_groups)
-            if self.accelerator.scaler is None or all(map(math.isfinite, norms[name])):  # else fp16's scaler skipped it
-                line[key_of("grad_norm", name_)] = sum(norms[name]) / len(norms[name])
-        samples, seconds = self.progress.clock["samples"], self.progress.clock["train_seconds"]
-        before, self.last_line = self.last_line, (samples, seconds)
-        line["samples_per_second"] = round((samples - before[0]) / max(1e-9, seconds - before[1]), 2)
-        peak = peak_memory(self.device)
-        line["peak_memory_bytes"] = peak["gpu"] or peak["cpu"]
-        return line
-
-    def trained(self) -> list:
-        """(name, parameter) of all that trains in what was prepared; with several models, the name begins with the model's."""
-        named = []
-        for model in map(self.unwrap, self.models):
-            start = f"{type(model).__name__}." if len(self.models) > 1 else ""
-            named += [(start + name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return named
-
-    def stop_if_not_stepped(self) -> None:
-        """RuntimeError unless every optimizer has stepped, each on losses of a name of its own."""
-        stepped, count = self.under_way.stepped, len(self.optimizers)
-        forgotten = [self.name_of_optimizer(i) for i in range(count) if i not in stepped]
-        if forgotten or not stepped:
-            raise RuntimeError(f"the step ended without run.step_optimizer(...) for {' and '.join(forgotten) or 'any optimizer'}")
-        if len(set(stepped.values())) < len(stepped):
-            raise RuntimeError(
-                f"{len(stepped)} optimizers stepped on losses of one name ({next(iter(stepped.values()))}): "
-                "give each its own, run.backward(loss, name=...)"
-            )
-
-    def name_of_optimizer(self, index: int) -> str:
-        steps = {id(p) for group in self.optimizers[index].param_groups for p in group["params"]}
-        bare = [self.unwrap(model) for model in self.models]
-        names = [type(model).__name__ for model in bare if any(id(p) in steps for p in model.parameters())]
-        return f"optimizer {index + 1} of {len(self.optimizers)} (over {', '.join(names) or 'no prepared model'})"
 
     def stop_if_idle(self) -> None:
         """Every parameter that trains must have had a gradient within the first steps, else it would silently stay as it is.
@@ -407,25 +345,6 @@ class Run:
         if self.idle:
             names = ", ".join(sorted(self.idle)[:3])
             raise UserError(f"{len(self.idle)} trainable tensors got no gradient, so they would never learn: {names}")
-
-    def stop_if_left_over(self) -> None:
-        """After all optimizers stepped no gradient may be left: it would be added to the next step's."""
-        names = [name for name, p in self.trained() if p.grad is not None]
-        if names:
-            raise RuntimeError(
-                f"{len(names)} trainable tensors hold a gradient after all optimizers stepped: {', '.join(names[:3])}. What "
-                "trains must be in an optimizer, and a loss that is not to teach a model needs `with run.frozen(model)`"
-            )
-
-    def stop_at_unused(self, optimizer) -> None:
-        """Several processes would wait for each other for ever if one has a gradient that another lacks."""
-        steps = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is None}
-        names = [name for name, p in self.trained() if id(p) in steps]
-        if names:
-            raise UserError(
-                f"{len(names)} trainable tensors got no gradient in this batch: {', '.join(names[:3])}. If other batches teach "
-                "them, run.prepare(..., find_unused=True) lets processes agree on who has one"
-            )
 
     def stop_if_asked(self) -> None:
         signum = self.stop_wanted or (self.world == 1 and self.signals.pending)
@@ -445,7 +364,7 @@ class Run:
         if not self.is_main:
             return
         state = {
-            "models": [moving_state(self.unwrap(model)) for model in self.models],
+            "models": [moving_state(model) for model in self.bare_models()],
             "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [companion.state_dict() for companion in self.companions],
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
@@ -456,9 +375,8 @@ class Run:
 
     def restore(self) -> None:
         """Loads the newest whole checkpoint into what was prepared, if there is one, and cuts metrics.jsonl to its length."""
-        is_there = self.broadcast(lambda: load_state(self.last) is not None)  # the main process renames what is damaged
+        is_there = from_main(lambda: load_state(self.last) is not None)  # the main process renames what is damaged
         if not is_there:
-            self.record.cut(0)
             say("no checkpoint was saved yet: starting at step 0")
             return
         state, saved = load_state(self.last)
@@ -471,8 +389,8 @@ class Run:
                 )
         if then.processes != self.world:
             raise UserError(f"--resume: the run was started with {then.processes} processes and has {self.world} now")
-        for model, tensors in zip(self.models, state["models"], strict=True):
-            load_moving_state(self.unwrap(model), tensors)
+        for model, tensors in zip(self.bare_models(), state["models"], strict=True):
+            load_moving_state(model, tensors)
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.optimizer.load_state_dict(values)
         for companion, values in zip(self.companions, state["schedulers"], strict=True):
@@ -481,8 +399,5 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         then.resumed_at.append(then.step)
         self.progress = then
-        self.last_line = (then.clock["samples"], then.clock["train_seconds"])
         self.idle = set() if then.step >= FIRST_STEPS else None
-        self.record.last_tick = time.monotonic()
-        self.record.cut(then.log_bytes)
         say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")

@@ -65,6 +65,26 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def from_main(make):
+    """What make() gives on the main process, on every process; its UserError, too, ends all of them."""
+    import torch
+
+    rank, world = process_index()
+    if world == 1:
+        return make()
+    answer = [None, None]  # value, message of the error
+    if rank == 0:
+        try:
+            answer[0] = make()
+        except UserError as error:
+            answer[1] = str(error)
+    torch.distributed.broadcast_object_list(answer, src=0)
+    value, message = answer
+    if message:
+        raise UserError(message)
+    return value
+
+
 def gather_lists(items: list) -> list:
     """The lists of all processes, one after the other, on every process."""
     import torch

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from common.batches import EpochBatches, seed_everything
 from common.checkpoint import load_state
 from common.config import cli
 from common.optim import build_optimizer
+from common.run import Run
+from common.step import Step
 
 GAN = {"script": "toy_gan"}
 
@@ -129,8 +132,6 @@ def parameters_of(optimizer):
 
 
 def test_frozen_gives_back_what_trained_and_lets_gradients_through():
-    from common.run import Run
-
     run = Run(toy_gan.Config(), "gan", "full")
     run.unwrap = lambda model: model
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
@@ -271,6 +272,17 @@ def test_a_loop_that_would_train_wrong_stops_at_its_first_step(tmp_path, fault, 
     assert f"RuntimeError: {words}" in said.replace("the step ended ", "")
     record = json.loads((run_dir(tmp_path) / "summary.json").read_text())
     assert record["status"] == "failed" and record["steps"] == 0
+
+
+def test_an_optimizer_that_was_not_prepared_and_a_step_without_a_loss_are_refused():
+    run, model = Run(toy_gan.Config(), "gan", "full"), torch.nn.Linear(2, 1)
+    known, other = torch.optim.SGD(model.parameters()), torch.optim.SGD(model.parameters())
+    run.optimizers, run.under_way = [SimpleNamespace(optimizer=known)], Step(1, torch.device("cpu"))
+    run.under_way.files.append(["a"])
+    with pytest.raises(RuntimeError, match="got an optimizer that run.prepare did not"):
+        run.step_optimizer(other)
+    with pytest.raises(RuntimeError, match="before run.backward"):
+        run.step_optimizer(known)
 
 
 @pytest.mark.parametrize("fault", ["nan_disc", "nan_gen"])

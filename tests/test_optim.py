@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.config import TrainConfig, UserError
-from common.optim import Step, build_optimizer, clip_gradients, schedule, take_step
+from common.optim import build_optimizer, clip_gradients, schedule, take_step
+from common.step import Step
 
 
 @pytest.fixture(scope="module")

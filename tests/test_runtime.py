@@ -138,6 +138,20 @@ def test_seed_everything_sets_all_generators():
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+def test_seeding_gives_the_bits_of_torch_and_reaches_the_devices_that_there_are(monkeypatch):
+    seed_everything(3, 1)
+    ours = torch.rand(5)
+    torch.manual_seed(number_from(3, 1))
+    assert torch.equal(torch.rand(5), ours)
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: seeds.append(("cuda", seed)))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "manual_seed", lambda seed: seeds.append(("mps", seed)))
+    seed_everything(3, 1)
+    assert seeds == [("cuda", number_from(3, 1)), ("mps", number_from(3, 1))] and torch.equal(torch.rand(5), ours)
+
+
 class Augmented:
     """What a worker sees of a sample: a random number by key, and one of the stream that workers must not use."""
 
