@@ -1,0 +1,544 @@
+"""Measures what training costs in each task, full and by LoRA, here and elsewhere, and writes the table of docs/benchmark.md.
+
+    python scripts/benchmark.py                        # about an hour of one CPU core
+    python scripts/benchmark.py --tasks pose --sizes demo --rounds 1 --steps 1 --page /tmp/table.md     # a smoke run
+
+Real sizes are built from configurations with random weights (nothing is fetched); the demo is each task's own base. Steps are
+timed in turns within one process, and compared within each turn: what else the machine does then weighs on all alike. On a CPU
+the clock is the process's own time on one thread, on a GPU it is the wall's after a synchronisation.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import UserError, cli, parse  # noqa: E402
+
+MEASURED = "<!-- measured: begin -->"  # where the tables go
+MEASURED_END = "<!-- measured: end -->"
+WARM_UP = 1  # steps of every turn that are not timed: the first one makes the optimizer's state
+MARK = "benchmark-result: "  # before the JSON that a process of ours prints last
+# What is timed beside the full fine-tune -> its name in the table.
+VARIANTS = {
+    "full": "full fine-tune",
+    "lora": "LoRA here",
+    "peft": "LoRA, PEFT's own layers",
+    "trainer": "LoRA, HF Trainer + PEFT",
+    "last_k": "LoRA here, last blocks alone",
+    "bf16": "LoRA here, bf16",
+    "frozen_bf16": "LoRA here, bf16, frozen weights too",
+}
+LAST_K = {"real": 4, "demo": 2}  # blocks
+PARTS = ("steps", "memory", "start")
+
+
+@dataclass
+class BenchmarkConfig:
+    """Settings; the comment of a line is its help text."""
+
+    tasks: str = "classification,detection,pose,clip"  # with commas between
+    sizes: str = "real,demo"  # real: from configurations, with random weights; demo: the bases that come along
+    variants: str = "full,lora,peft,trainer,last_k,bf16,frozen_bf16"  # what is timed; full and lora always are
+    rounds: int = 5  # turns
+    steps: int = 3  # timed steps of each variant in a turn
+    batch_size: int = 0  # samples in a batch; 0: as each task's row in this file says
+    parts: str = (
+        "steps,memory,start"  # memory: a process for each of full, lora and peft; start: loading data, and the scripts' start
+    )
+    device: str = "auto"  # auto: a GPU where there is one
+    json: str = str(ROOT / "outputs" / "benchmark.json")  # every number, with the machine
+    page: str = str(ROOT / "docs" / "benchmark.md")  # the tables go between its marks; a page that is not there is made
+    job: str = ""  # what one of the script's own processes measures; for its own use
+
+    def __post_init__(self):
+        known = {"tasks": TASKS, "sizes": ("real", "demo"), "variants": VARIANTS, "parts": PARTS}
+        for name, names in known.items():
+            if strange := [word for word in getattr(self, name).split(",") if word not in names]:
+                raise UserError(f"--{name}: there is no {strange[0]!r}; there are {', '.join(names)}")
+
+
+# ---- the tasks -------------------------------------------------------------------------------------------------------
+
+
+# build(real) -> (model with its head, heads, {name: tensor or value} of one sample, loss(model, batch)).
+
+
+def classification(real: bool):
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import ViTConfig, ViTForImageClassification
+
+    from model import class_layers, load_base, with_classes
+
+    model = ViTForImageClassification(ViTConfig(num_labels=2)) if real else load_base("demo")[0]
+    model = with_classes(model, [f"class {i}" for i in range(10)])
+    sample = {"pixel_values": torch.randn(3, *[model.config.image_size] * 2), "target": torch.tensor(3)}
+    return model, class_layers(model), sample, lambda m, b: cross_entropy(m(pixel_values=b["pixel_values"]).logits, b["target"])
+
+
+def clip(real: bool):
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from model import HEAD, SCALE, ClipClassifier, load_base
+
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig()) if real else load_base("demo")[0]  # defaults: ViT-B/32
+    sample = {"pixel_values": torch.randn(3, *[tower.config.image_size] * 2), "target": torch.tensor(3)}
+    model = ClipClassifier(tower, 10, SCALE)
+    return model, [HEAD], sample, lambda m, b: cross_entropy(m(pixel_values=b["pixel_values"]).logits, b["target"])
+
+
+def detection(real: bool):
+    import torch
+    from transformers import DetrConfig, DetrForObjectDetection
+
+    from model import HEADS, load_base, with_classes
+
+    # defaults: ResNet-50, six layers each way
+    model = DetrForObjectDetection(DetrConfig(use_pretrained_backbone=False)) if real else load_base("demo")[0]
+    model, side = with_classes(model, ["a", "b", "c"]), 320 if real else 96
+    target = {"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.6, 0.5, 0.3, 0.3]])}
+    sample = {"pixel_values": torch.randn(3, side, side), "pixel_mask": torch.ones(side, side).long(), "labels": target}
+    return model, HEADS, sample, lambda m, b: m(**b).loss
+
+
+def pose(real: bool):
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    from formats import KeypointSet
+    from model import HEAD, KeypointModel, keypoint_loss, load_base, with_head
+
+    side = 224 if real else 64
+    base = KeypointModel(ViTModel(ViTConfig(), add_pooling_layer=False), None, {}) if real else load_base("demo")[0]
+    points = KeypointSet([f"point {i}" for i in range(17)], [], [], [0.05] * 17, True)
+    model = with_head(base, points, "heatmap", (side, side))
+    sample = {"pixel_values": torch.randn(3, side, side), "target": torch.rand(17, 2), "visible": torch.ones(17).bool()}
+
+    def loss(m, batch):
+        coords, _, heatmaps = m(batch["pixel_values"])
+        return keypoint_loss(coords, batch["target"], batch["visible"], heatmaps)
+
+    return model, [HEAD], sample, loss
+
+
+def plain_loader(config):
+    from data import build_loaders
+    from model import load_base
+
+    return build_loaders(config, load_base("demo")[1])[0]
+
+
+def pose_loader(config):
+    from data import Preprocess, build_loaders
+    from model import input_size, load_base
+
+    base, processor, _ = load_base("demo")
+    return build_loaders(config, Preprocess(processor, input_size(base, 0)))[0]
+
+
+# A new task joins with a row: its folder, what it trains, of --lora_targets what is measured (the script's own first), samples in
+# a batch by size, and settings -> the demo's train loader.
+TASKS = {
+    "classification": {
+        "folder": "image_tasks/classification",
+        "build": classification,
+        "targets": ("all-linear",),
+        "batch": {"real": 4, "demo": 32},
+        "loader": plain_loader,
+    },
+    "detection": {
+        "folder": "image_tasks/detection",
+        "build": detection,
+        "targets": ("all", "all-linear"),
+        "batch": {"real": 2, "demo": 16},
+        "loader": plain_loader,
+    },
+    "pose": {
+        "folder": "image_tasks/pose",
+        "build": pose,
+        "targets": ("all-linear",),
+        "batch": {"real": 4, "demo": 16},
+        "loader": pose_loader,
+    },
+    "clip": {
+        "folder": "fine_tuning",
+        "build": clip,
+        "targets": ("qv", "all-linear"),
+        "batch": {"real": 8, "demo": 32},
+        "loader": plain_loader,
+    },
+}
+
+
+class Copies:
+    """As many samples as steps need, all the same one."""
+
+    def __init__(self, sample: dict, length: int):
+        self.sample, self.length = sample, length
+
+    def __len__(self):
+        return self.length
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+    def __getitem__(self, _):
+        return self.sample
+
+
+def stack(items: list[dict]) -> dict:
+    import torch
+
+    return {key: torch.stack([i[key] for i in items]) if key != "labels" else [dict(i[key]) for i in items] for key in items[0]}
+
+
+# ---- one process's work ----------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """A task at a size: its model, settings and clock, in a process of its own, since tasks' modules have the same names."""
+
+    def __init__(self, job: dict):
+        import torch
+
+        self.job, self.row, self.real = job, TASKS[job["task"]], job["size"] == "real"
+        sys.path.insert(0, str(ROOT / self.row["folder"]))
+        torch.manual_seed(0)
+        self.cuda = job["device"] != "cpu" and torch.cuda.is_available()
+        if not self.cuda:
+            torch.set_num_threads(1)
+        self.model, self.heads, self.sample, self.loss = self.row["build"](self.real)
+        self.batch = job["batch_size"] or self.row["batch"][job["size"]]
+        self.count = WARM_UP + job["steps"]
+        self.stamps = []
+
+    def settings(self, variant: str, folder: str):
+        """The script's own settings, for so many steps."""
+        from importlib import import_module
+
+        kind = import_module("train" if variant == "full" else "train_lora").Config
+        flags = ["--data_dir", folder] if self.real else []  # which is what chooses between real defaults and the demo's
+        flags += ["--output_dir", folder, "--run_name", variant, "--overwrite", "--epochs", "1", "--batch_size", str(self.batch)]
+        flags += ["--max_steps_per_epoch", str(self.count), "--precision", "bf16" if "bf16" in variant else "fp32"]
+        flags += ["--device", "cuda" if self.cuda else "cpu"]
+        if variant != "full":
+            flags += ["--lora_dropout", "0", "--lora_targets", self.job["targets"]]
+            flags += ["--lora_last_k", str(LAST_K[self.job["size"]])] if variant == "last_k" else []
+            flags += ["--frozen_dtype", "bf16"] if variant == "frozen_bf16" else []
+        return parse(kind, flags)
+
+    def adapted(self, variant: str, config):
+        """The model of a variant."""
+        from peft import LoraConfig
+
+        from common.peft_adapters import add_adapter
+        from model import lora_targets
+
+        model = copy.deepcopy(self.model)
+        if variant == "full":
+            return model.requires_grad_(True)
+        names = lora_targets(model, config.lora_targets, config.lora_last_k)
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names)
+        model = add_adapter(model, lora, self.heads, frozen_dtype=config.frozen_dtype)
+        for module in model.modules():
+            if variant in ("peft", "trainer") and hasattr(module, "lora_A"):
+                del module.forward  # back to PEFT's own
+        return model
+
+    def tick(self) -> None:
+        import torch
+
+        if self.cuda:
+            torch.cuda.synchronize()
+        self.stamps.append(time.perf_counter() if self.cuda else time.process_time())
+
+    def turn(self, variant: str) -> list[float]:
+        """Seconds of each timed step of a variant."""
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision, and we change it between turns
+        self.stamps = []
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            config = self.settings(variant, folder)
+            model = self.adapted(variant, config)
+            (self.by_trainer if variant == "trainer" else self.by_our_loop)(model, config, folder)
+        return [after - before for before, after in zip(self.stamps[WARM_UP:], self.stamps[WARM_UP + 1 :], strict=False)]
+
+    def by_our_loop(self, model, config, _) -> None:
+        from common.bases import train_mode
+        from common.batches import EpochBatches, build_loader
+        from common.optim import build_optimizer
+        from common.run import Run
+
+        data = Copies(self.sample, self.batch * self.count)
+        loader = build_loader(data, EpochBatches(len(data), self.batch, config.seed), stack)
+        with Run(config, task="benchmark", method="benchmark") as run:
+            optimizer, scheduler = build_optimizer(model, config, run.total_steps(loader))
+            model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+            train_mode(model)
+            for batch in run.batches(loader, 1):
+                self.tick()
+                run.backward(self.loss(model, batch))
+                run.step_optimizer(optimizer, scheduler)
+            self.tick()
+
+    def by_trainer(self, model, config, folder: str) -> None:
+        """The same model, batches and optimizer in HF's Trainer, its settings as they are."""
+        from transformers import Trainer, TrainerCallback, TrainingArguments
+
+        tick, loss = self.tick, self.loss
+
+        class Stamp(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                tick()
+
+            def on_train_end(self, *_, **__):
+                tick()
+
+        class LossTrainer(Trainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                return loss(model, inputs)
+
+        options = {"max_grad_norm": config.max_grad_norm, "learning_rate": config.lr, "weight_decay": config.weight_decay}
+        options |= {"report_to": [], "save_strategy": "no", "remove_unused_columns": False, "disable_tqdm": True}
+        options |= {"per_device_train_batch_size": self.batch, "max_steps": self.count, "use_cpu": not self.cuda}
+        arguments = TrainingArguments(output_dir=folder, **options)
+        data = Copies(self.sample, self.batch * self.count)
+        LossTrainer(model=model, args=arguments, train_dataset=data, data_collator=stack, callbacks=[Stamp()]).train()
+
+    def steps(self) -> dict:
+        """{"seconds": {variant: [one number a turn]}}, in turns; with what the adapter holds and what answering costs."""
+        from torch import device
+
+        from common.runtime import environment
+
+        seconds = {variant: [] for variant in self.job["variants"]}
+        for _ in range(self.job["rounds"]):
+            for variant, found in seconds.items():
+                found.append(min(self.turn(variant)))
+        machine = environment(device("cuda" if self.cuda else "cpu"), 1)
+        return {"seconds": seconds, "batch": self.batch, "machine": machine, **self.answering()}
+
+    def answering(self) -> dict:
+        """Parameters and bytes of both checkpoints; seconds of a forward pass of one sample, unmerged and merged."""
+        import torch
+
+        from common.lora import count_parameters
+        from common.peft_adapters import save_adapter_files
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            config = self.settings("lora", folder)
+            model = self.adapted("lora", config).eval()
+            save_adapter_files(model, Path(folder) / "adapter")
+            size = sum(file.stat().st_size for file in (Path(folder) / "adapter").iterdir())
+        total = count_parameters(self.adapted("full", config))["total"]
+        facts = {"parameters": [total, count_parameters(model)["trainable"]], "bytes": [4 * total, size]}
+        device = "cuda" if self.cuda else "cpu"
+        pixels = self.sample["pixel_values"][None].to(device)
+        models = {"unmerged": model.to(device), "merged": copy.deepcopy(model).merge_and_unload().to(device)}
+        found = {name: [] for name in models}
+        with torch.no_grad():
+            for _ in range(2 + 5 * self.job["rounds"]):
+                for name, each in models.items():
+                    self.stamps = []
+                    self.tick()
+                    each(pixels)
+                    self.tick()
+                    found[name].append(self.stamps[1] - self.stamps[0])
+        return {**facts, "latency": {name: statistics.median(values[2:]) for name, values in found.items()}}
+
+    def memory(self) -> dict:
+        """Peak of the process (CPU) or of the device's allocator in bytes, over a few steps of one variant."""
+        import torch
+
+        self.turn(self.job["variants"][0])
+        on_cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"bytes": torch.cuda.max_memory_allocated() if self.cuda else on_cpu}
+
+    def loading(self) -> dict:
+        """Seconds until the demo's data is ready, and of loading one training sample, in this process."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            config = self.settings("lora", folder)
+            self.stamps = []
+            self.tick()
+            loader = self.row["loader"](config)
+            self.tick()
+            loader.batch_sampler.set_range(1, 0, None)
+            samples = sum(len(batch["pixel_values"]) for batch in loader)
+            self.tick()
+        return {"ready": self.stamps[1] - self.stamps[0], "sample": (self.stamps[2] - self.stamps[1]) / samples}
+
+
+def first_step(job: dict) -> dict:
+    """Seconds of wall time: of train_lora.py --help, and of its demo until the first step is in metrics.jsonl."""
+    place = ROOT / TASKS[job["task"]]["folder"]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "train_lora.py", "--help"], cwd=place, capture_output=True, check=True)
+    seconds = {"help": time.perf_counter() - began}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train_lora.py", "--epochs", "1", "--max_steps_per_epoch", "1", "--output_dir", folder]
+        began = time.perf_counter()
+        script = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while "first_step" not in seconds and script.poll() is None:
+            time.sleep(0.01)
+            lines = [line for file in Path(folder).glob("*/*/metrics.jsonl") for line in file.read_text().splitlines()]
+            if any('"step": 1' in line for line in lines):
+                seconds["first_step"] = time.perf_counter() - began
+        script.wait()
+    return seconds
+
+
+def work(job: dict) -> None:
+    """What one of our processes does: a measurement, printed as JSON."""
+    if job["part"] == "start":
+        result = {**first_step(job), **Bench(job).loading()}
+    else:
+        result = getattr(Bench(job), job["part"])()
+    print(MARK + json.dumps(result), flush=True)
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def measure(config, **job) -> dict:
+    """The result of a process of ours, whatever it printed before."""
+    job = {**job, "rounds": config.rounds, "steps": config.steps, "batch_size": config.batch_size, "device": config.device}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode or MARK not in done.stdout:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"{job['part']} of {job['task']} ({job['size']}) ended with {done.returncode}: {last}")
+    return json.loads(done.stdout.rpartition(MARK)[2])
+
+
+def measure_all(config):
+    """Yields a record for each task, size and choice of layers."""
+    variants = list(dict.fromkeys(["full", "lora", *config.variants.split(",")]))
+    parts = config.parts.split(",")
+    for size in config.sizes.split(","):
+        for task in config.tasks.split(","):
+            for targets in TASKS[task]["targets"]:
+                row = {"task": task, "size": size, "targets": targets}
+                print(f"measuring {task}, {size}, {targets}", flush=True)
+                row |= measure(config, part="steps", variants=variants, **row)
+                if "memory" in parts:
+                    both = ("full", "lora", "peft")
+                    row["memory"] = {v: measure(config, part="memory", variants=[v], **row)["bytes"] for v in both}
+                if "start" in parts and size == "demo" and targets == TASKS[task]["targets"][0]:
+                    row["start"] = measure(config, part="start", **row)
+                yield row
+
+
+def ratio(row: dict, over: str, under: str) -> str:
+    """Median of the turns' ratios, with the lowest and the highest in brackets; nothing where one was not timed."""
+    seconds = row["seconds"]
+    if over not in seconds or under not in seconds:
+        return ""
+    found = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
+    return f"{statistics.median(found):.2f} [{min(found):.2f}-{max(found):.2f}]"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def tables(rows: list[dict]) -> str:
+    """Markdown: steps, sizes and memory, starting."""
+    named = [(f"{r['task']}, {r['size']}, {r['targets']}", r) for r in rows]
+    others = [name for name in VARIANTS if name != "full" and any(name in r["seconds"] for r in rows)]
+    steps = [
+        [name, f"{r['batch']}", f"{statistics.median(r['seconds']['full']) * 1e3:.0f} ms"]
+        + [ratio(r, other, "full") for other in others]
+        + [ratio(r, "trainer", "lora")]
+        for name, r in named
+    ]
+    sizes = []
+    for name, r in named:
+        (total, trained), (whole, adapter), latency = r["parameters"], r["bytes"], r["latency"]
+        memory = [f"{r['memory'][v] / 1e6:.0f} MB" if "memory" in r else "" for v in ("full", "lora", "peft")]
+        answer = [f"{latency[kind] * 1e3:.1f} ms" for kind in ("unmerged", "merged")]
+        sizes.append([name, f"{trained:,} of {total:,}", f"{adapter / 1e6:.2f} of {whole / 1e6:.2f} MB", *memory, *answer])
+    head = ["task, size, layers", "batch", VARIANTS["full"], *(VARIANTS[o] for o in others), "HF Trainer / LoRA here"]
+    blocks = ["Time of a step, as a share of the full fine-tune's: median of the turns [lowest-highest].", table(head, steps)]
+    head = [
+        "task, size, layers",
+        "trained parameters",
+        "checkpoint",
+        "peak, full",
+        "peak, LoRA here",
+        "peak, PEFT",
+        "unmerged",
+        "merged",
+    ]
+    blocks += ["What trains and is saved, memory of a training process, and a forward pass of one sample.", table(head, sizes)]
+    starts = [
+        [
+            r["task"],
+            *(f"{r['start'][key]:.1f} s" for key in ("help", "first_step", "ready")),
+            f"{r['start']['sample'] * 1e3:.2f} ms",
+        ]
+        for r in rows
+        if "start" in r
+    ]
+    if starts:
+        head = ["demo", "--help", "until the first step", "data ready", "loading a sample"]
+        blocks += ["Starting train_lora.py, and the demo's data alone.", table(head, starts)]
+    return "\n\n".join(blocks)
+
+
+def write_page(page: Path, made: str) -> None:
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"{MEASURED}\n{MEASURED_END}\n"
+    if text.count(MEASURED) != 1 or text.count(MEASURED_END) != 1:
+        raise UserError(f"{page} has no place for the tables: it needs the lines {MEASURED} and {MEASURED_END}")
+    head, rest = text.split(MEASURED)
+    page.write_text(f"{head}{MEASURED}\n{made}\n{MEASURED_END}{rest.split(MEASURED_END)[1]}", encoding="utf-8")
+
+
+def main(argv=None):
+    config = parse(BenchmarkConfig, argv)
+    if config.job:
+        return work(json.loads(config.job))
+    file, rows = Path(config.json).expanduser(), []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for row in measure_all(config):
+        rows.append(row)
+        file.write_text(json.dumps({"processor": processor_name(), "rows": rows}, indent=1), encoding="utf-8")
+    machine, on_gpu = rows[0]["machine"], not rows[0]["machine"]["device"].startswith("cpu")
+    clock = "wall time, synchronised" if on_gpu else "the process's own time on one thread"
+    where = f"{machine['device']} ({processor_name()}), {clock}"
+    made = (
+        f"{tables(rows)}\n\nMeasured on {where}; {config.rounds} turns of {config.steps} steps, the fastest of each turn. Rank "
+        f"and alpha are the scripts' own, dropout is 0; last blocks: {LAST_K['real']} (demo: {LAST_K['demo']}). torch "
+        f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}."
+    )
+    write_page(Path(config.page).expanduser(), made)
+    print(f"{made}\nsaved in {config.page} and {file}")
+
+
+def processor_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    cli(main)
