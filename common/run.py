@@ -15,7 +15,8 @@ from common.config import UserError, write_yaml
 from common.folders import open_run_folder
 from common.optim import clip_gradients, take_step
 from common.record import Record, in_words, key_of, without_nan
-from common.runtime import Interrupted, StopSignals, from_main, process_index, progress, say, start_accelerator
+from common.runtime import Interrupted, StopSignals, from_main, gather_lists, process_index, progress, say, start_accelerator
+from common.samples import Faults
 from common.step import Step, check_all_used, check_nothing_left, check_stepped, trained_parameters
 
 FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
@@ -86,7 +87,7 @@ class Run:
             write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
         self.record.write_summary(self.progress, self.described, "running")
         say(f"run folder {self.folder}")
-        self.signals = StopSignals(wait_always=self.world > 1).__enter__()
+        self.signals = StopSignals(wait_always=False).__enter__()
         seed_everything(self.config.seed, "build")
         return self
 
@@ -162,6 +163,7 @@ class Run:
             self.record.go_on(self.progress)
             self.record.write_summary(self.progress, self.described, "running")
         self.ready = True
+        self.signals.wait_always = self.world > 1  # until now there was nothing to save together
         return ready if len(ready) > 1 else ready[0]
 
     def unwrap(self, model):
@@ -248,6 +250,20 @@ class Run:
                     began = time.monotonic()
                     bar.set_postfix({key_of("loss", name): f"{mean:.4f}" for name, mean in place.mean_losses().items()})
                 bar.update()
+        if hasattr(loader.dataset, "new_faults"):
+            self.leave_out(gather_lists(loader.dataset.new_faults()))
+
+    def leave_out(self, faults: list[tuple[str, str]]) -> None:
+        """[(path, fault)] of files that turned out bad in training, on any process: each is named and counted once."""
+        new = Faults()
+        for path, fault in faults:
+            if path not in self.progress.unreadable:
+                self.progress.unreadable[path] = fault
+                new.add_error(fault, path)
+        new.report()
+        for fault, count in new.counts().items():
+            left_out = self.described["data"]["left_out"]
+            left_out[fault] = left_out.get(fault, 0) + count
 
     def backward(self, loss, /, name: str = "loss", **parts) -> None:
         """Backward pass of one batch's loss, divided by the batches of the step. parts: what it is the sum of, for the record.
@@ -398,6 +414,7 @@ class Run:
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         then.resumed_at.append(then.step)
-        self.progress = then
+        self.progress, unreadable = dataclasses.replace(then, unreadable={}), then.unreadable
+        self.leave_out(unreadable.items())
         self.idle = set() if then.step >= FIRST_STEPS else None
         say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")

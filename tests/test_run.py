@@ -185,6 +185,17 @@ def expected_scalars(run: Path) -> dict:
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_file_that_turns_out_bad_in_training_is_named_and_counted_once_in_a_run(tmp_path):
+    """Said in every epoch and by every process, it counts once; a run that is taken up again still knows."""
+    said = run_toy(tmp_path, "--fault", "bad_file", "--epochs", "2")
+    told = "left out, file that cannot be read (1): train/007.txt (half of it)"
+    assert said.count(told) == 1
+    left_out = {"file that cannot be read": 1}
+    assert summary(tmp_path / "toy" / "full")["data"]["left_out"] == left_out
+    said = run_toy(tmp_path, "--fault", "bad_file", "--epochs", "2", "--resume")
+    assert said.count(told) == 1 and summary(tmp_path / "toy" / "full")["data"]["left_out"] == left_out
+
+
 def test_summary_of_a_failed_run(tmp_path):
     said = run_toy(tmp_path, "--fault", "crash", expect=99)
     assert "ZeroDivisionError: a fault in the script" in said

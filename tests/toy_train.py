@@ -29,7 +29,7 @@ class Config(TrainConfig):
     batch_norm: bool = True  # a layer whose buffers move in training
     augment: bool = True  # noise on the training samples
     best: Literal["score", "val_loss"] = "score"  # the metric that chooses the best epoch
-    fault: Literal["none", "nan_loss", "nan_metric", "dead", "crash", "passed_by"] = (
+    fault: Literal["none", "nan_loss", "nan_metric", "dead", "crash", "passed_by", "bad_file"] = (
         "none"  # what goes wrong, for the tests of failure
     )
     fault_epoch: int = 2  # when it does
@@ -52,6 +52,9 @@ class Samples:
 
     def __len__(self):
         return len(self.x)
+
+    def new_faults(self):
+        return [(self.name(7), "file that cannot be read, half of it")] * 2 if self.config.fault == "bad_file" else []
 
     def name(self, index: int) -> str:
         return f"{self.split}/{index:03d}.txt"
