@@ -138,19 +138,28 @@ def pose(real: bool):
     return model, [HEAD], sample, loss
 
 
-def plain_loader(config):
-    from data import build_loaders
+def labelled_loader(config):
+    from data import build_loaders, read_tables
     from model import load_base
 
-    return build_loaders(config, load_base("demo")[1])[0]
+    return build_loaders(config, load_base("demo")[1], read_tables(config.data_dir, config.seed))[0]
+
+
+def detection_loader(config):
+    from data import build_loaders, read_tables
+    from model import load_base
+
+    tables = read_tables(config.data_dir, config.data_format, config.seed)
+    return build_loaders(config, load_base("demo")[1], tables)[0]
 
 
 def pose_loader(config):
-    from data import Preprocess, build_loaders
+    from data import Preprocess, build_loaders, read_tables
     from model import input_size, load_base
 
     base, processor, _ = load_base("demo")
-    return build_loaders(config, Preprocess(processor, input_size(base, 0)))[0]
+    tables = read_tables(config.data_dir, config.data_format, config.seed)
+    return build_loaders(config, Preprocess(processor, input_size(base, 0)), tables)[0]
 
 
 # A new task joins with a row: its folder, what it trains, of --lora_targets what is measured (the script's own first), samples in
@@ -161,14 +170,14 @@ TASKS = {
         "build": classification,
         "targets": ("all-linear",),
         "batch": {"real": 4, "demo": 32},
-        "loader": plain_loader,
+        "loader": labelled_loader,
     },
     "detection": {
         "folder": "image_tasks/detection",
         "build": detection,
         "targets": ("all", "all-linear"),
         "batch": {"real": 2, "demo": 16},
-        "loader": plain_loader,
+        "loader": detection_loader,
     },
     "pose": {
         "folder": "image_tasks/pose",
@@ -182,7 +191,7 @@ TASKS = {
         "build": clip,
         "targets": ("qv", "all-linear"),
         "batch": {"real": 8, "demo": 32},
-        "loader": plain_loader,
+        "loader": labelled_loader,
     },
 }
 
