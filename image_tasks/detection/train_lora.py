@@ -33,7 +33,7 @@ class Config(LoraTrainConfig):
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
     lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
-    lora_targets: str = "all"  # qv, all-linear, all (backbone convolutions, too), or a regular expression of layer names
+    lora_targets: str = setting("all-linear", demo="all")  # qv, all-linear, all (convolutions, too), or a pattern for layer names
 
 
 def main(argv=None):
