@@ -194,7 +194,10 @@ def call(task, script, *args, expect=0, **options):
 
 
 def in_task(task, function, *args) -> str:
-    """function(*args) in a fork in which the modules of the task can be imported; what it printed."""
+    """function(*args) in a fork in which the modules of the task can be imported; what it printed.
+
+    The function starts no fork of its own (no trained(), no call()): the watchdog of a fork's fork can hang.
+    """
 
     def run():
         enter(task.folder)

@@ -146,6 +146,7 @@ def test_crash_in_the_first_save(tmp_path):
     assert crashes(tmp_path, start, save, check, 1) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [1, 2])
 def test_crash_in_a_later_save(tmp_path, saves):
     start = tmp_path / "start"
@@ -162,6 +163,7 @@ def test_crash_in_a_later_save(tmp_path, saves):
     assert crashes(tmp_path, start, save, check, saves + 1) > 10
 
 
+@pytest.mark.slow
 def test_crash_in_saving_the_same_step_again(tmp_path):
     """As when a signal stops a run at a step that has been saved already."""
     start = tmp_path / "start"
@@ -176,6 +178,7 @@ def test_crash_in_saving_the_same_step_again(tmp_path):
     assert crashes(tmp_path, start, save, check, 3, 6) > 10
 
 
+@pytest.mark.slow
 def test_two_crashes_in_a_row(tmp_path):
     start = tmp_path / "start"
     save(start, 1, step=5), save(start, 2, step=6)
@@ -203,6 +206,7 @@ def words_of(folder: Path) -> set[str]:
     return {p.read_text().split()[0] for p in files}
 
 
+@pytest.mark.slow
 def test_crash_in_replacing_the_best_model(tmp_path):
     start = tmp_path / "start"
     save_best(start, "old")

@@ -177,6 +177,7 @@ def made(bases):
 # ---- what trains, and what is not even there -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_recipe_on_a_vit_b32_trains_as_many_parameters_as_it_says(capsys):
     """r 8 on q and v: 12 blocks x 2 layers x 8 (768 + 768); on the meta device, where weights take no memory."""
     from peft import get_peft_model

@@ -5,11 +5,12 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import pytest
+from conftest import ROOT, Script
+from tasks import scratch
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "compare.py"
 
 FULL = {
@@ -78,13 +79,13 @@ def write_run(folder, changes=None, text=None):
     return folder
 
 
-def compare(*args, fails=False):
-    """What the command printed: to stdout, or with `fails` the one line of its error."""
-    result = subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True)
+def compare(*args, fails=False, draw=False):
+    """What the command printed: to stdout, or with `fails` the one line of its error. Its picture is empty without `draw`."""
+    script = Script(SCRIPT.parent, SCRIPT.name, args, scratch() / f"compare-{time.monotonic_ns()}", draw=draw)
+    result = script.wait(expect=2 if fails else 0)
     if not fails:
-        assert result.returncode == 0, result.stderr
         return result.stdout
-    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stdout == "", result
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
     return result.stderr
 
@@ -115,7 +116,7 @@ def test_verdict_and_table_say_what_the_summaries_hold(tmp_path):
 
 
 def test_files_hold_the_same_and_a_picture(tmp_path):
-    said = compare_pair(tmp_path)
+    said = compare_pair(tmp_path, draw=True)
     page = (tmp_path / "out" / "compare.md").read_text()
     assert said.split("\n\nwrote")[0].strip() in page and "(compare.png)" in page
     assert cells(page, "map") == ["0.610", "0.590"] and "per_class" not in page

@@ -604,6 +604,7 @@ def ask_all(runs: dict[str, Path], foreign: Path, file: Path) -> None:
     file.write_text(json.dumps(answers))
 
 
+@pytest.mark.slow
 @each(SCRIPTS)
 def test_every_script_can_be_taken_out(script, place):
     kind = asked_of(script.name)

@@ -718,6 +718,7 @@ def test_validate_without_a_tree(tmp_path, prepare):
 # --demo ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_is_sound(tmp_path, prepare):
     folder = tmp_path / "demo"
     run_script(ROOT, "scripts/prepare_dog_dataset.py", "--demo", "--output_dir", folder)

@@ -140,6 +140,7 @@ def torchrun(folder: Path, *flags) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     """Started as the README says, told to stop by a signal to torchrun alone, gone on: the weights of one process."""
     flags = [*SAME, "--num_workers", "1", "--pause", "0.1"]

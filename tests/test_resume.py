@@ -53,6 +53,7 @@ def test_the_settings_that_may_differ_do_not_matter(tmp_path, undisturbed):
     assert bits(tmp_path / "toy" / "other")[0] != undisturbed[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "kills"),
     [
@@ -108,6 +109,7 @@ def read_until(process, words: str) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_save_and_resume(tmp_path, undisturbed):
     run = tmp_path / "toy" / "full"
     flags = ["--output_dir", tmp_path, *LONG, "--pause", "0.05"]
