@@ -100,7 +100,7 @@ def clip(real: bool):
 
     tower = CLIPVisionModelWithProjection(CLIPVisionConfig()) if real else load_base("demo")[0]  # defaults: ViT-B/32
     sample = {"pixel_values": torch.randn(3, *[tower.config.image_size] * 2), "target": torch.tensor(3)}
-    model = ClipClassifier(tower, 10, SCALE)
+    model = ClipClassifier(tower, [f"class {i}" for i in range(10)], SCALE)
     return model, [HEAD], sample, lambda m, b: cross_entropy(m(pixel_values=b["pixel_values"]).logits, b["target"])
 
 
@@ -175,7 +175,7 @@ TASKS = {
     "detection": {
         "folder": "image_tasks/detection",
         "build": detection,
-        "targets": ("all", "all-linear"),
+        "targets": ("all-linear", "all"),
         "batch": {"real": 2, "demo": 16},
         "loader": detection_loader,
     },

@@ -4,9 +4,10 @@ import json
 import sys
 
 import pytest
-from conftest import FOLDERS, ROOT, run_script
+from conftest import FOLDERS, ROOT, run_script, use_task
 
 from common.config import UserError
+from common.lora import is_within
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -68,3 +69,13 @@ def test_a_page_without_a_place_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no place for the tables"):
         benchmark.write_page(tmp_path / "page.md", "numbers")
     assert (tmp_path / "page.md").read_text() == "no marks\n"
+
+
+@pytest.mark.parametrize("task", benchmark.TASKS)
+def test_each_row_builds_a_model_that_learns_from_its_sample(task):
+    row = benchmark.TASKS[task]
+    use_task(ROOT / row["folder"])
+    model, heads, sample, loss = row["build"](False)
+    loss(model, benchmark.stack([sample, sample])).backward()
+    parts = [p for name, p in model.named_parameters() if is_within(name, heads)]
+    assert parts and any(p.grad is not None and p.grad.abs().max() > 0 for p in parts)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.fast_lora import (
     CONV_FROM,
+    CONV_NARROW,
     MERGED_FROM,
     FusedLinear,
     MergedLinear,
@@ -236,10 +237,14 @@ def test_convolutions_equal_two_of_them(conv):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_convolutions_are_merged_where_there_are_many_positions_in_float32():
-    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1)
-    side = 2 * int((CONV_FROM * 9 * 4) ** 0.5 + 1)
-    assert conv_pays(torch.empty(1, 4, side, side), conv) and not conv_pays(torch.empty(1, 4, side // 2, side // 2), conv)
-    assert not conv_pays(torch.empty(1, 4, side, side, dtype=torch.bfloat16), conv)
+def test_convolutions_are_merged_where_they_are_narrow_or_have_many_positions_in_float32():
+    conv = nn.Conv2d(2 * CONV_NARROW, 3 * CONV_NARROW, 3, stride=2, padding=1)
+    side = 2 * int((CONV_FROM * 9 * 2 * CONV_NARROW) ** 0.5 + 1)
+
+    def pays(side, conv=conv, dtype=torch.float32):
+        return conv_pays(torch.empty(1, conv.in_channels, side, side, dtype=dtype), conv)
+
+    assert pays(side) and not pays(side // 2) and not pays(side, dtype=torch.bfloat16)
+    assert pays(4, nn.Conv2d(CONV_NARROW, 512, 3)) and not pays(4, nn.Conv2d(CONV_NARROW + 1, 512, 3))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not conv_pays(torch.empty(1, 4, side, side), conv)
+        assert not pays(side)
