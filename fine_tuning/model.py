@@ -19,7 +19,8 @@ from common.bases import (
     with_saved_adapter,
 )
 from common.config import UserError
-from common.peft_adapters import choose_targets, is_within
+from common.lora import is_within
+from common.peft_adapters import choose_targets
 from common.runtime import say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"

@@ -18,7 +18,8 @@ use_task(TASK)
 from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.peft_adapters import add_adapter, freeze_adapters, is_within  # noqa: E402
+from common.lora import is_within  # noqa: E402
+from common.peft_adapters import add_adapter, freeze_adapters  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
 from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
 from predictor import Predictor  # noqa: E402

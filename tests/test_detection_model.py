@@ -18,7 +18,8 @@ use_task(TASK)
 from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.peft_adapters import add_adapter, is_within  # noqa: E402
+from common.lora import is_within  # noqa: E402
+from common.peft_adapters import add_adapter  # noqa: E402
 from model import (  # noqa: E402
     HEADS,
     load_base,

@@ -16,7 +16,8 @@ from common.bases import (
     open_checkpoint,
     with_saved_adapter,
 )
-from common.peft_adapters import choose_targets, is_within, without_word_embeddings
+from common.lora import is_within
+from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import process_index, say
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"

@@ -9,7 +9,8 @@ from torch import nn
 from common.bases import base_source, load_pretrained, load_under, make_origin, open_checkpoint, with_saved_adapter
 from common.checkpoint import check_holds, fingerprint, read_json, write_json
 from common.config import UserError
-from common.peft_adapters import choose_targets, is_within
+from common.lora import is_within
+from common.peft_adapters import choose_targets
 from common.runtime import process_index, say
 from formats import KEYPOINT_FILE, KeypointSet
 
