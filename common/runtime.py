@@ -104,6 +104,12 @@ def progress(iterable, text: str, total: int | None = None, **options):
     return tqdm(iterable, desc=text, total=total, leave=False, disable=quiet, dynamic_ncols=True, **options)
 
 
+def cores() -> int:
+    """Cores that this process may use; those of the machine are shared by the processes of a run."""
+    many = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, many // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def peak_memory(device) -> dict:
     """{"cpu", "gpu"}: the most bytes that this process has held so far; gpu is None without a CUDA device."""
     import torch

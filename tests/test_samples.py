@@ -16,22 +16,13 @@ import pytest
 import torch
 from conftest import Child
 
-from common import samples as module
+from common import sample_cache
 from common.batches import build_loader
 from common.config import UserError
-from common.samples import (
-    Faults,
-    FileFinder,
-    FileReader,
-    SampleCache,
-    cache_limit,
-    check_files,
-    choose_layout,
-    first_readable,
-    free_memory,
-    hold_out,
-    split_off,
-)
+from common.runtime import cores
+from common.sample_cache import SampleCache, cache_limit, first_readable, free_memory
+from common.samples import Faults, FileFinder, choose_layout, hold_out, split_off
+from common.scan import FileReader, check_files
 
 # A kind of file for these tests: "<count> <value>", e.g. "3 7" for three bytes of value 7. "bad" in it: fine until it is read.
 
@@ -122,7 +113,7 @@ def test_a_listed_file_costs_no_further_look_at_the_disk(tmp_path, monkeypatch):
     write_files(tmp_path / "set", **dict.fromkeys(names, ""))
     finder, asked = FileFinder([tmp_path / "gone", tmp_path / "set"]), []
     exists = os.path.exists
-    monkeypatch.setattr(module.os.path, "exists", lambda path: asked.append(path) or exists(path))
+    monkeypatch.setattr(os.path, "exists", lambda path: asked.append(path) or exists(path))
     assert all(finder.find(name) for name in names) and len(asked) <= 2
 
 
@@ -298,7 +289,7 @@ def test_no_place_for_the_scan_is_no_hindrance(tmp_path, looked, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert check(items, looked)[0] == ["a", "b", "e"] and looked.headers
     monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert check(items, looked)[0] == ["a", "b", "e"]
     assert list((tmp_path / "cache" / "scans").iterdir()) == []
 
@@ -362,7 +353,7 @@ def test_a_scan_uses_the_cores_there_are(tmp_path, looked, monkeypatch):
     good, _ = check_files(items, FileReader("x", ("count",), wait), lambda _, f: f, None, Faults(), 0, "files", whole=False)
     assert len(good) == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert module.cores() == 1
+    assert cores() == 1
 
 
 def one_of_two(rank, items, looked, store, said):
@@ -425,7 +416,7 @@ def test_what_a_worker_loads_all_have_and_what_fails_there_is_known(tmp_path, lo
 
 
 def test_a_batch_is_loaded_on_all_cores(tmp_path, looked, monkeypatch):
-    monkeypatch.setattr(module, "cores", lambda: 3)
+    monkeypatch.setattr(sample_cache, "cores", lambda: 3)
     meeting = threading.Barrier(3, timeout=20)
 
     def wait(item):
@@ -504,7 +495,7 @@ def test_free_memory_is_what_the_container_allows(tmp_path, monkeypatch, lines, 
 
 
 def test_the_cache_takes_a_quarter_shared_by_the_processes(monkeypatch):
-    monkeypatch.setattr(module, "free_memory", lambda: 80)
+    monkeypatch.setattr(sample_cache, "free_memory", lambda: 80)
     assert (cache_limit("auto"), cache_limit("off")) == (20, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cache_limit("auto") == 5

@@ -14,7 +14,9 @@ import torch
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.runtime import process_index, say
-from common.samples import SPLIT_NAMES, Faults, SampleCache, cache_limit, check_files, first_readable, split_off
+from common.sample_cache import SampleCache, cache_limit, first_readable
+from common.samples import SPLIT_NAMES, Faults, split_off
+from common.scan import check_files
 from common.vision.pictures import IMAGE_ENDINGS, decode, header_size, picture_reader
 from common.vision.preprocess import ClassifierPreprocess
 

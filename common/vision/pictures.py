@@ -9,7 +9,7 @@ import numpy as np
 
 # needs: pillow
 from common.config import UserError
-from common.samples import FileReader
+from common.scan import FileReader
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # What a file may hold, whatever its name says: not EPS, for one, which starts another program.

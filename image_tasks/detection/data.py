@@ -13,7 +13,9 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.folders import make_once
 from common.runtime import process_index, say
-from common.samples import Faults, SampleCache, cache_limit, check_files, first_readable
+from common.sample_cache import SampleCache, cache_limit, first_readable
+from common.samples import Faults
+from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
 from formats import Sample, make_sample, read_dataset
