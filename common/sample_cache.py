@@ -18,18 +18,20 @@ FAILED = 2
 
 
 class SampleCache:
-    """cache[i] is load(items[i]), a uint8 array of shape shapes[i]: loaded at its first use, and kept if it is among the
-    first that fit into `limit` bytes. ValueError or OSError where it cannot be loaded.
+    """cache[i] is load(items[i]), an array of shape shapes[i] and one dtype: loaded at its first use, and kept if it is among
+    the first that fit into `limit` bytes. ValueError or OSError where it cannot be loaded, TypeError for another dtype.
 
     The memory is shared with data workers, whoever loads a sample first (where workers are not forked they keep nothing).
     """
 
-    def __init__(self, items: list, load, shapes: list[tuple], limit: int):
+    def __init__(self, items: list, load, shapes: list[tuple], limit: int, dtype: str = "uint8"):
+        import numpy as np
         import torch
 
-        self.items, self.load, self.shapes = items, load, shapes
+        self.items, self.load, self.shapes, self.dtype = items, load, shapes, np.dtype(dtype)
         self.starts, self.bytes, room = [], 0, True  # where a sample's bytes begin; -1: not kept
-        for size in map(math.prod, shapes):
+        for shape in shapes:
+            size = math.prod(shape) * self.dtype.itemsize
             room = room and self.bytes + size <= limit
             self.starts.append(self.bytes if room else -1)
             self.bytes += size if room else 0
@@ -52,7 +54,7 @@ class SampleCache:
         shape, start = self.shapes[index], self.starts[index]
         view = None
         if start >= 0 and self.memory is not None:
-            view = np.frombuffer(self.memory, np.uint8, math.prod(shape), start).reshape(shape)
+            view = np.frombuffer(self.memory, self.dtype, math.prod(shape), start).reshape(shape)
             if self.state[index] == KEPT:
                 return view
         try:
@@ -62,6 +64,8 @@ class SampleCache:
         except (OSError, ValueError):
             self.state[index] = FAILED
             raise
+        if array.dtype != self.dtype:  # copied into the cache, floats would become other numbers without a word
+            raise TypeError(f"{self.items[index].path} was loaded as {array.dtype}; the cache was told {self.dtype}")
         if view is None:
             return array
         view[...] = array

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import os
 import tempfile
 from collections.abc import Callable
@@ -73,6 +74,10 @@ class Scan:
             self.folder, self.file = "", None
         self.entries = [None] * len(self.paths)
 
+    def name(self, path: Path) -> str:
+        """How a file is told apart from the others: its path from the folder that holds them all (every patient has a ct.nii)."""
+        return os.path.abspath(path).removeprefix(self.folder)
+
     def look(self, text: str) -> None:
         """Fills the entries, from the scan file or with a look at the file's header."""
         known, stamps = self.read(), []
@@ -89,7 +94,8 @@ class Scan:
 
         def look_at(number):
             facts, fault, lasting = attempt(self.reader.look, Path(self.paths[number]))
-            return self.note(number, [*(stamps[number] if lasting else (-1, -1)), facts and list(facts), fault, False])
+            facts = facts and [*map(operator.index, facts)]  # a header read with numpy has numbers that JSON does not know
+            return self.note(number, [*(stamps[number] if lasting else (-1, -1)), facts, fault, False])
 
         for number, entry in zip(new, in_parts(new, look_at, text), strict=True):
             self.note(number, entry)
@@ -166,10 +172,12 @@ def well_formed(entry, count: int) -> bool:
     return isinstance(facts, list) and len(facts) == count and all(type(v) is int and 0 < v < 2**48 for v in facts)
 
 
-def check_files(items: list, reader: FileReader, measure, load, faults: Faults, cache_bytes: int, text: str, whole: bool = True):
+def check_files(
+    items: list, reader: FileReader, measure, load, faults: Faults, cache_bytes: int, text: str, whole: bool = True, dtype="uint8"
+):
     """(numbers of the items whose files are good, SampleCache of these) of items that each have a path.
 
-    measure(item, facts) gives the shape of what load(item) will give, a uint8 array. They and the reader name a fault by a
+    measure(item, facts) gives the shape of what load(item) will give, an array of `dtype`. They and the reader name a fault by a
     ValueError, "fault" or "fault, detail". With `whole` every file is read to the end once, if no scan has done so before,
     and what is read stays in the cache while it fits into cache_bytes; else only headers are looked at, and a file may turn
     out bad when it is used. text: what the progress bar calls the files.
@@ -186,8 +194,8 @@ def check_files(items: list, reader: FileReader, measure, load, faults: Faults, 
                 shapes.append(tuple(measure(item, facts)))
                 good.append(number)
             except ValueError as error:
-                faults.add_error(str(error), item.path.name)
-        cache = SampleCache([items[number] for number in good], load, shapes, cache_bytes)
+                faults.add_error(str(error), scan.name(item.path))
+        cache = SampleCache([items[number] for number in good], load, shapes, cache_bytes, dtype)
         if whole:
             scan.prove(good, cache.__getitem__, f"checking {text}")
     finally:  # also when it is interrupted: what is known now need not be looked at again
@@ -197,5 +205,5 @@ def check_files(items: list, reader: FileReader, measure, load, faults: Faults, 
     sound = [place for place, number in enumerate(good) if not scan.entries[number][3]]
     for number in good:
         if scan.entries[number][3]:
-            faults.add_error(scan.entries[number][3], items[number].path.name)
+            faults.add_error(scan.entries[number][3], scan.name(items[number].path))
     return [good[place] for place in sound], cache.only(sound)

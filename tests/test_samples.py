@@ -405,6 +405,46 @@ class CachedData(torch.utils.data.Dataset):
         return self.cache.items[index].path.name
 
 
+def test_what_is_kept_of_floats_is_their_very_bits(tmp_path, looked):
+    items = write_files(tmp_path / "set", a="3", b="2", c="4")
+    reader = FileReader("floats 1", ("count",), partial(header, looked))
+
+    def load_floats(item, dtype="float32"):
+        return np.linspace(-1, 1, int(item.path.read_text()), dtype=dtype)
+
+    for limit, kept in ((20, 2), (19, 1), (0, 0)):
+        options = (reader, lambda _, facts: facts, load_floats, Faults(), limit, "files")
+        _, cache = check_files(items, *options, dtype="float32")
+        assert cache.kept == kept
+        for _ in range(2):
+            for item, array in zip(items, map(cache.__getitem__, range(3)), strict=True):
+                assert array.dtype == np.float32 and np.array_equal(array, load_floats(item))
+    for limit in (0, 100):  # told nothing, a cache holds bytes: -1 to 1 would become 255, 0 and 1
+        with pytest.raises(TypeError, match="a was loaded as float32; the cache was told uint8"):
+            SampleCache(items, load_floats, [(3,), (2,), (4,)], limit)[0]
+
+
+def test_facts_may_be_numpys_and_must_be_whole_numbers(tmp_path, looked):
+    items = write_files(tmp_path / "set", a="3 7")
+    for number in (np.int16, np.uint64):
+        reader = FileReader("numpy", ("count",), lambda path, number=number: tuple(number(n) for n in header(looked, path)))
+        check_files(items, reader, lambda _, facts: facts, partial(load, looked), Faults(), 0, "files")
+    assert looked.headers == ["a"], "the second start knew it"
+    reader = FileReader("floats", ("count",), lambda path: (3.5,))
+    with pytest.raises(TypeError):  # kept, it would be looked at again at every start
+        check_files(items, reader, lambda _, facts: facts, partial(load, looked), Faults(), 0, "files")
+
+
+def test_a_fault_names_its_file_where_every_folder_has_one_of_that_name(tmp_path, looked):
+    items = [
+        write_files(tmp_path / "set" / patient, ct=text)[0] for patient, text in (("p1", ""), ("p2", "3 bad"), ("p3", "1 1"))
+    ]
+    faults, reader = Faults(), FileReader("counts 1", ("count",), partial(header, looked))
+    check_files(items, reader, lambda _, facts: facts, partial(load, looked), faults, 0, "files")
+    places = [place.replace(os.sep, "/") for place in sum(faults.found.values(), [])]
+    assert places == ["p1/ct (nothing in it)", "p2/ct (half of it)"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked here, and keep nothing")
 def test_what_a_worker_loads_all_have_and_what_fails_there_is_known(tmp_path, looked):
     cache = cache_of(tmp_path, looked, **{str(number): f"5000 {number}" for number in range(9)}, x="1 bad")
