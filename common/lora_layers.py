@@ -100,7 +100,10 @@ class LoRALayer(nn.Module):
         """
         owner, names, dim = weight_home(self.base_layer)
         weight = self.weight
-        values = (weight,) if dim is None else (torch.norm_except_dim(weight, 2, dim), weight)
+        values = (weight,)
+        if dim is not None:
+            norm = torch.norm_except_dim(weight, 2, dim)
+            values = norm, torch.where(norm > 0, weight, getattr(owner, names[1]))  # g = 0: any direction but 0, else 0 / 0
         self.kept = {name: getattr(owner, name) for name in names}
         self.place(
             owner, dim, {name: nn.Parameter(value, requires_grad=False) for name, value in zip(names, values, strict=True)}
@@ -111,7 +114,7 @@ class LoRALayer(nn.Module):
         """Puts the base's own parameters back."""
         owner, _, dim = weight_home(self.base_layer)
         for name, parameter in self.kept.items():
-            parameter.data = parameter.data.to(getattr(owner, name).device)  # the model may have moved meanwhile
+            parameter.data = parameter.data.to(getattr(owner, name))  # the model may have moved meanwhile, in device or dtype
         self.place(owner, dim, self.kept)
         self.kept = {}
 
@@ -215,7 +218,8 @@ def weight_home(layer) -> tuple[nn.Module, tuple[str, ...], int | None]:
             return steps, ("original0", "original1"), steps[0].dim
     elif layer._parameters.get("weight") is not None:
         return layer, ("weight",), None
-    raise UserError(f"LoRA: the weight of {layer} is computed by something other than weight_norm, so it cannot be merged")
+    kind = type_before_parametrizations(layer).__name__
+    raise UserError(f"LoRA: the weight of a {kind} is computed by something other than weight_norm, so it cannot be merged")
 
 
 def base_weight(layer) -> torch.Tensor:
