@@ -265,7 +265,8 @@ def cli(main, *args, **kwargs):
     try:
         main(*args, **kwargs)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # What a file told may hold anything: one line, and nothing that a terminal would obey.
+        print("error: " + "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -123,6 +123,10 @@ def put_adapter(model, config: dict, tensors: dict, strict: bool) -> list[str]:
     for part in [parts] if isinstance(parts, str) else parts:  # a part of which there is anything must be there in full
         inside = {name for name in own if is_within(name, [part])}
         whole |= inside if strict or inside & whole else set()
+    doubly = sorted(name for name in whole if any(name.startswith(f"{layer}.") for layer in settings))
+    if doubly and strict:
+        raise UserError(f"{doubly[0]} trained whole, and its layer has an adapter as well: only one can be")
+    whole.difference_update(doubly)
     add_lora(model, settings, sorted(whole))
     return faults + load_lora_state_dict(model, tensors, strict)
 

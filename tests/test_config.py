@@ -202,3 +202,12 @@ def test_cli_ends_in_one_line(capsys):
         cli(fails)
     assert leaving.value.code == 2
     assert capsys.readouterr().err == "error: the cat is on the keyboard\n"
+
+
+def test_an_error_stays_one_line_whatever_a_file_has_told(capsys):
+    def fails():
+        raise UserError("unknown key a\nb\x1b[31m\u202e")
+
+    with pytest.raises(SystemExit):
+        cli(fails)
+    assert capsys.readouterr().err == "error: unknown key a b [31m \n"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import pytest
@@ -613,6 +614,26 @@ def test_merging_is_exact_whatever_the_norm_is_over(norm, dim):
         assert same(bits(model), before) and torch.equal(model(x), y)
 
 
+@pytest.mark.parametrize("norm", [NORMS["old"], NORMS["new"]], ids=["old", "new"])
+def test_a_channel_that_weight_norm_has_switched_off_stays_so_when_merged(norm):
+    model = One(norm(nn.Conv1d(4, 6, 3)))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith(("weight_g", "original0")))[2] = 0
+    inject_lora(model, LoRAConfig(r=2, target_modules="all"))
+    with torch.no_grad():
+        model.layer.lora_B.weight += torch.tensor([1, 1, 0, 1, 1, 1])[:, None, None]
+    x = torch.randn(1, 4, 9)
+    y = model(x)
+    assert distance(merge_lora(model, inplace=False)(x), y) < 1e-5
+
+
+def test_unmerging_follows_a_model_that_changed_its_precision_meanwhile():
+    model = merge_lora(adapted(NORMS["new"])).double()
+    y = model(signal().double())
+    unmerge_lora(model)
+    assert {t.dtype for t in model.parameters()} == {torch.float64} and distance(model(signal().double()), y) < 1e-5
+
+
 def test_merging_leaves_a_layer_alone_that_shares_the_weight():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
@@ -631,7 +652,7 @@ def test_a_weight_that_is_computed_otherwise_trains_and_is_not_merged():
     shake(model).eval()
     before = bits(model)
     for inplace in (True, False):
-        with pytest.raises(UserError, match="something other than weight_norm"):
+        with pytest.raises(UserError, match="^LoRA: the weight of a Linear is computed by something other than weight_norm.*$"):
             merge_lora(model, inplace=inplace)
     assert same(bits(model), before)
 
@@ -838,6 +859,8 @@ HOSTILE = {
     "another base": (lambda c, t: t.update({KEY: torch.zeros(4, 31)}), ["fc.lora_A.weight is (4, 31), expected (4, 32)"]),
     "a layer that is not there": (lambda c, t: t.update({"x.lora_A.weight": torch.zeros(4, 3)}), ["x.lora_A.weight is (4, 3)"]),
     "a head of other classes": (lambda c, t: t.update({"head.bias": torch.zeros(7)}), ["head.bias is (7,), expected (124,)"]),
+    "a bias beside an adapter": (lambda c, t: t.update({"fc.bias": torch.zeros(244)}), ["fc.bias trained whole", "adapter"]),
+    "a layer twice": (lambda c, t: c.update(modules_to_save=["fc"]), ["fc.bias trained whole", "adapter as well"]),
     "a head lost": (lambda c, t: c.update(modules_to_save=["speaker"]), ["speaker.weight is missing, expected (10, 64)"]),
 }
 
@@ -852,6 +875,28 @@ def test_a_folder_that_is_wrong_or_hostile_is_refused(change, words, tmp_path):
         load_adapter(model, tmp_path / "a")
     assert all(word in str(error.value) for word in words), error.value
     assert same(bits(model), before), "the model is the bare base"
+
+
+def test_a_layer_may_train_whole_whose_name_ends_as_that_of_an_adapted_one(tmp_path):
+    def build():
+        return nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), part=nn.Sequential(OrderedDict(fc=nn.Linear(4, 3)))))
+
+    model, other, x = build(), build(), torch.randn(2, 4)
+    inject_lora(model, LoRAConfig(r=2, target_modules=lambda name, module: name == "fc", modules_to_save=["part"]))
+    other.load_state_dict(merge_lora(model, inplace=False).state_dict())
+    shake(model)
+    save_adapter(model, tmp_path / "a")
+    load_adapter(other, tmp_path / "a")
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("name", [ADAPTER_CONFIG, "manifest.json"])
+def test_json_that_is_nested_without_end_is_refused(tmp_path, name):
+    save_adapter(adapted(), tmp_path / "a")
+    tamper(tmp_path / "a", lambda config, tensors: None)
+    (tmp_path / "a" / name).write_text("[" * 200_000)
+    with pytest.raises(UserError, match=name):
+        load_adapter(toy(), tmp_path / "a")
 
 
 def test_a_regular_expression_in_a_file_is_never_run(tmp_path):
