@@ -262,7 +262,7 @@ class Run:
                 new.add_error(fault, path)
         new.report()
         for fault, count in new.counts().items():
-            left_out = self.described["data"]["left_out"]
+            left_out = self.described.setdefault("data", {}).setdefault("left_out", {})
             left_out[fault] = left_out.get(fault, 0) + count
 
     def backward(self, loss, /, name: str = "loss", **parts) -> None:
@@ -301,6 +301,8 @@ class Run:
 
     def end_epoch(self, metrics: dict, best: str, higher_is_better: bool = True) -> bool:
         """Records an epoch's validation metrics. True on the process that should now save the model as the best so far."""
+        if self.under_way is not None:  # its gradients would be added to those of the next epoch's first step
+            raise RuntimeError("the loop left run.batches before its end; --max_steps_per_epoch cuts epochs short")
         self.stop_if_idle()
         losses = {f"train_{key_of('loss', name)}": mean for name, mean in self.progress.mean_losses().items()}
         record = {"epoch": self.progress.epoch, "step": self.step, **losses, **without_nan(metrics)}

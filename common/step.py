@@ -138,7 +138,7 @@ def check_stepped(stepped: dict[int, str], optimizers: list, models: list) -> No
     if len(set(stepped.values())) < len(stepped):
         raise RuntimeError(
             f"{len(stepped)} optimizers stepped on losses of one name ({next(iter(stepped.values()))}): "
-            "give each its own, run.backward(loss, name=...)"
+            "give each its own, run.backward(loss, name=...), and let run.step_optimizer follow the backward pass of its loss"
         )
 
 

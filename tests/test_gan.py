@@ -264,6 +264,10 @@ def test_a_step_waits_for_the_device_once(tmp_path, accumulate):
         ("forget_gen", "without run.step_optimizer(...) for optimizer 1 of 2 (over Generator)"),
         ("unfrozen", "4 trainable tensors hold a gradient after all optimizers stepped: Discriminator.0.weight"),
         ("one_name", "2 optimizers stepped on losses of one name (gen)"),
+        (
+            "late_step",
+            "2 optimizers stepped on losses of one name (gen): give each its own, run.backward(loss, name=...), and let",
+        ),
     ],
 )
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -272,6 +276,13 @@ def test_a_loop_that_would_train_wrong_stops_at_its_first_step(tmp_path, fault, 
     assert f"RuntimeError: {words}" in said.replace("the step ended ", "")
     record = json.loads((run_dir(tmp_path) / "summary.json").read_text())
     assert record["status"] == "failed" and record["steps"] == 0
+
+
+def test_a_loop_that_is_left_within_an_epoch_is_an_error(tmp_path):
+    """The gradient of a window that was not finished would be added to that of the next epoch's first."""
+    said = run_toy(tmp_path, "--fault", "leave", "--gradient_accumulation_steps", "3", expect=99, **GAN)
+    assert "RuntimeError: the loop left run.batches before its end" in said
+    assert json.loads((run_dir(tmp_path) / "summary.json").read_text())["status"] == "failed"
 
 
 def test_an_optimizer_that_was_not_prepared_and_a_step_without_a_loss_are_refused():

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, metrics_of, run_script, run_toy, start_toy
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.checkpoint import Progress
+from common.run import Run
 
 TYPES = {
     "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -194,6 +196,13 @@ def test_a_file_that_turns_out_bad_in_training_is_named_and_counted_once_in_a_ru
     assert summary(tmp_path / "toy" / "full")["data"]["left_out"] == left_out
     said = run_toy(tmp_path, "--fault", "bad_file", "--epochs", "2", "--resume")
     assert said.count(told) == 1 and summary(tmp_path / "toy" / "full")["data"]["left_out"] == left_out
+
+
+def test_a_file_that_turns_out_bad_is_counted_also_where_the_data_was_not_described():
+    run = Run(SimpleNamespace(), "toy", "full")
+    run.leave_out([("a.wav", "file that cannot be read, half of it")])
+    run.leave_out([("a.wav", "file that cannot be read, half of it"), ("b.wav", "silence")])
+    assert run.described["data"]["left_out"] == {"file that cannot be read": 1, "silence": 1}
 
 
 def test_summary_of_a_failed_run(tmp_path):

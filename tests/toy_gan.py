@@ -31,7 +31,9 @@ class Config(TrainConfig):
     dropout: float = 0.2  # in both models
     average: bool = True  # keep an average of the generator's weights
     decay: float = 0.5  # of the discriminator's rate, each epoch
-    fault: Literal["none", "nan_disc", "nan_gen", "forget_disc", "forget_gen", "unfrozen", "one_name"] = "none"
+    fault: Literal["none", "nan_disc", "nan_gen", "forget_disc", "forget_gen", "unfrozen", "one_name", "late_step", "leave"] = (
+        "none"
+    )
     fault_epoch: int = 2  # when a NaN comes
     pause: float = 0.0  # seconds that a batch takes longer, so that a signal finds the run at work
 
@@ -129,14 +131,18 @@ def main(argv=None):
             gen.train(), disc.train()
             for batch in run.batches(loader, epoch):
                 time.sleep(config.pause)
+                if config.fault == "leave" and run.step == 2:
+                    break
                 fake = gen(batch["z"])
                 loss = disc_loss(disc(batch["x"]), disc(fake.detach()))
                 run.backward(loss, name="gen" if config.fault == "one_name" else "disc")
-                if config.fault != "forget_disc":
+                if config.fault not in ("forget_disc", "late_step"):
                     run.step_optimizer(opt_d, max_grad_norm=0.5)
                 with nullcontext(disc) if config.fault == "unfrozen" else run.frozen(disc) as critic:
                     parts = gen_losses(critic(fake), fake, batch["weight"])
                 run.backward(sum(parts.values()), name="gen", **parts)
+                if config.fault == "late_step":
+                    run.step_optimizer(opt_d)
                 stepped = config.fault != "forget_gen" and run.step_optimizer(opt_g, sched_g, max_grad_norm=1000.0)
                 if stepped and config.average:
                     average.update_parameters(run.unwrap(gen))
