@@ -174,6 +174,7 @@ class Progress:
     base: dict | None = None  # name and sha256 of the model that the run started from
     data: dict | None = None  # and of its data
     processes: int = 1
+    idle: list[str] | None = None  # parameters that train, but have had no gradient yet; None: no step was looked at
     unreadable: dict[str, str] = field(default_factory=dict)  # file -> fault, of what turned out bad while it was trained on
 
     @classmethod

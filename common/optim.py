@@ -57,17 +57,16 @@ def clip_gradients(accelerator, optimizer, max_grad_norm: float):
     return torch.nn.utils.clip_grad_norm_(params, max_grad_norm if max_grad_norm > 0 else math.inf)
 
 
-def take_step(accelerator, optimizer, scheduler, skip) -> None:
+def take_step(optimizer, scheduler, skip) -> None:
     """Step, schedule (where there is one), zero. skip: a tensor () on the device; where it is 1 no weight moves.
 
     Fused optimizers look at it on the device, as they do for a gradient scaler (found_inf), so nobody waits for the number;
-    for others it is read. In fp16 accelerator's scaler skips a step by itself; it is told to update once a step by the caller.
+    for others it is read. In fp16, too: clip_gradients has unscaled the gradients, so one that overflowed has a norm that is not
+    finite, which skip must say; the caller tells accelerator's scaler to update, once a step.
     """
     bare = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper, which knows no found_inf
     looks_itself = getattr(bare, "_step_supports_amp_scaling", False) and skip.device.type in ("cpu", "cuda")
-    if accelerator.scaler is not None:
-        accelerator.scaler.step(bare)
-    elif looks_itself:
+    if looks_itself:
         bare.found_inf = skip
         bare.step()
         del bare.found_inf

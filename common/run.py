@@ -15,9 +15,9 @@ from common.config import UserError, write_yaml
 from common.folders import open_run_folder
 from common.optim import clip_gradients, take_step
 from common.record import Record, in_words, key_of, without_nan
-from common.runtime import Interrupted, StopSignals, from_main, gather_lists, process_index, progress, say, start_accelerator
+from common.runtime import Interrupted, StopSignals, from_main, gather_lists, process_index, progress_bar, say, start_accelerator
 from common.samples import Faults
-from common.step import Step, check_all_used, check_nothing_left, check_stepped, trained_parameters
+from common.step import Step, check_all_used, check_nothing_left, check_own_loss, check_stepped, trained_parameters
 
 FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
@@ -56,7 +56,6 @@ class Run:
         # What was prepared; companions have a state to save, and are neither model nor optimizer.
         self.models, self.optimizers, self.companions = [], [], []
         self.find_unused = False
-        self.idle: set[str] | None = None  # parameters that train, but have had no gradient yet
         self.under_way: Step | None = None  # the optimizer step, between its first batch and its end
         self.stop_wanted = 0  # the signal that some process got
         self.ready = self.finished = False
@@ -200,20 +199,20 @@ class Run:
 
         What the loop's body saved (the best model) is on disk when the checkpoint to resume from is written.
         """
-        progress_ = self.progress
-        if not progress_.history:
+        progress = self.progress
+        if not progress.history:
             record = {"epoch": 0, "step": 0, **without_nan(before())}
             self.signals.busy = True
-            progress_.history.append(record)
+            progress.history.append(record)
             self.record.add(record)
             say(f"before training: {in_words(record)}")
             self.save_and_stop_if_asked()
-        while progress_.epoch <= self.config.epochs and not self.out_of_patience():
-            yield progress_.epoch
-            progress_.next_epoch()
+        while progress.epoch <= self.config.epochs and not self.out_of_patience():
+            yield progress.epoch
+            progress.next_epoch()
             self.save_and_stop_if_asked()
         if self.out_of_patience():
-            say(f"stopped early: {progress_.bad_epochs} epochs without a better {progress_.best_name}")
+            say(f"stopped early: {progress.bad_epochs} epochs without a better {progress.best_name}")
 
     def out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.progress.bad_epochs
@@ -223,18 +222,24 @@ class Run:
 
         gradient_accumulation_steps batches make one optimizer step (fewer at the epoch's end, and the loss is divided by
         as many as there are). max_steps_per_epoch counts optimizer steps. Saves and stops only between two steps.
+
+        loader: a DataLoader, or anything that is iterated likewise and offers (batches.build_loader and EpochBatches do)
+        - len(batch_sampler), batch_sampler.plan(epoch): the epoch's batches of this process, each a list of sample indices;
+        - batch_sampler.set_range(epoch, start, stop): the next iteration yields the plan's batches start..stop alone;
+        - dataset.name(index): what to call a sample where its batch fails, such as its file;
+        - dataset.new_faults(), if there is one: [(path, fault)] of what turned out bad since the last call; asked each epoch.
         """
-        config, accumulate, place = self.config, self.config.gradient_accumulation_steps, self.progress
+        config, accumulate, progress = self.config, self.config.gradient_accumulation_steps, self.progress
         plan = loader.batch_sampler.plan(epoch)
         if config.max_steps_per_epoch:
             plan = plan[: config.max_steps_per_epoch * accumulate]
-        loader.batch_sampler.set_range(epoch, place.batches_done, len(plan))
-        bar = progress(None, f"epoch {epoch}/{config.epochs}", total=len(plan), initial=place.batches_done)
+        loader.batch_sampler.set_range(epoch, progress.batches_done, len(plan))
+        bar = progress_bar(None, f"epoch {epoch}/{config.epochs}", total=len(plan), initial=progress.batches_done)
         self.signals.busy, began = False, time.monotonic()
         batches = iter(loader)
         with bar:
-            while place.batches_done < len(plan):
-                number = place.batches_done  # of this batch in the epoch
+            while progress.batches_done < len(plan):
+                number = progress.batches_done  # of this batch in the epoch
                 batch = to_device(next(batches), self.device)
                 self.signals.busy = True
                 if number % accumulate == 0:
@@ -244,11 +249,11 @@ class Run:
                     model.require_backward_grad_sync = self.under_way.is_last_batch()
                 seed_everything(config.seed, epoch, number, self.rank)
                 yield batch
-                place.batches_done += 1
+                progress.batches_done += 1
                 if self.under_way.is_last_batch():
                     self.end_step(began)
                     began = time.monotonic()
-                    bar.set_postfix({key_of("loss", name): f"{mean:.4f}" for name, mean in place.mean_losses().items()})
+                    bar.set_postfix({key_of("loss", name): f"{mean:.4f}" for name, mean in progress.mean_losses().items()})
                 bar.update()
         if hasattr(loader.dataset, "new_faults"):
             self.leave_out(gather_lists(loader.dataset.new_faults()))
@@ -266,36 +271,44 @@ class Run:
             left_out[fault] = left_out.get(fault, 0) + count
 
     def backward(self, loss, /, name: str = "loss", **parts) -> None:
-        """Backward pass of one batch's loss, divided by the batches of the step. parts: what it is the sum of, for the record.
+        """Backward pass of one batch's loss, divided by the batches of the step. parts: numbers to record beside it.
 
         A loss that is not finite moves no weight, and stops the run with the file names when the step ends. With several
         optimizers each loss has a name of its own, and the optimizer that steps after it goes by that name in the record.
         """
         self.under_way.add_loss(name, loss, parts)
         self.accelerator.backward(loss / self.under_way.size)
-        if self.idle is None or self.idle:
-            idle = {name for name, p in trained_parameters(self.bare_models()) if p.grad is None}
-            self.idle = idle if self.idle is None else self.idle & idle
+        progress = self.progress
+        if len(self.optimizers) > 1 and progress.step < FIRST_STEPS and len(self.under_way.files) == 1:
+            self.under_way.note_first_taught(self.optimizers)
+        if progress.idle is None or progress.idle:
+            idle = [name for name, p in trained_parameters(self.bare_models()) if p.grad is None]
+            progress.idle = idle if progress.idle is None else sorted(set(progress.idle) & set(idle))
 
-    def step_optimizer(self, optimizer, scheduler=None, max_grad_norm: float | None = None) -> bool:
+    def step_optimizer(self, optimizer, scheduler=None, max_grad_norm: float | None = None, name: str | None = None) -> bool:
         """Clip, step, schedule, zero; at the end of an accumulation window, else nothing. Whether it was one.
 
         max_grad_norm: where it is not the config's; 0: never clip. A gradient that is not finite moves no weight.
+        name: what the rate and the norm go by in the record, instead of the loss before; where one loss is for two optimizers
+        (Muon for the matrices, AdamW for the rest), each needs one. Call it after every batch, as the class does: RuntimeError
+        where an optimizer would step on what a loss before the other optimizer's turn has left in it.
         """
         step, known = self.under_way, [id(own.optimizer) for own in self.optimizers]
-        if not step.is_last_batch():
-            return False
-        bare = id(getattr(optimizer, "optimizer", optimizer))
+        bare, name = id(getattr(optimizer, "optimizer", optimizer)), name or step.last_loss()
         if bare not in known:
             raise RuntimeError("run.step_optimizer got an optimizer that run.prepare did not: its state would not be saved")
-        name = step.last_loss()
-        if name is None:
+        if not step.turn:
             raise RuntimeError("run.step_optimizer was called before run.backward: there is no gradient to step on")
+        if len(step.files) == 1:
+            check_own_loss(step, known.index(bare), self.optimizers, self.bare_models())
+        step.turn_is_over = True
+        if not step.is_last_batch():
+            return False
         if self.world > 1 and not self.find_unused:
             check_all_used(optimizer, self.bare_models())
         limit = self.config.max_grad_norm if max_grad_norm is None else max_grad_norm
         step.add_norm(name, clip_gradients(self.accelerator, optimizer, limit))
-        take_step(self.accelerator, optimizer, scheduler, step.not_finite())
+        take_step(optimizer, scheduler, step.not_finite(norms_count=self.accelerator.scaler is None))
         step.stepped[known.index(bare)] = name
         return True
 
@@ -328,31 +341,31 @@ class Run:
 
     def end_step(self, began: float) -> None:
         """Reads what the step gave, stops the run where that is not finite or not asked for, and counts it."""
-        step, place, clock = self.under_way, self.progress, self.progress.clock
+        step, progress, clock = self.under_way, self.progress, self.progress.clock
         check_stepped(step.stepped, self.optimizers, self.bare_models())
-        logs = (place.step + 1) % LOG_EVERY == 0 or place.step == 0
+        logs = (progress.step + 1) % LOG_EVERY == 0 or progress.step == 0
         step.read(self.signals.pending, with_parts=logs)
         self.stop_wanted = step.signum
         scaler = self.accelerator.scaler
-        fault = step.fault(f"at step {place.step + 1}, epoch {place.epoch}", norms_count=scaler is None)
+        fault = step.fault(f"at step {progress.step + 1}, epoch {progress.epoch}", norms_count=scaler is None)
         if fault:
             raise UserError(fault)
         if scaler is not None:
             scaler.update()
-        if place.step < FIRST_STEPS:
+        if progress.step < FIRST_STEPS:
             check_nothing_left(self.bare_models())
-        if place.step + 1 >= FIRST_STEPS:
+        if progress.step + 1 >= FIRST_STEPS:
             self.stop_if_idle()
-        place.step += 1
-        place.count_losses(step.means("loss"))
+        progress.step += 1
+        progress.count_losses(step.means("loss"))
         clock["train_seconds"] += time.monotonic() - began
         clock["samples"] += sum(map(len, step.files)) * self.world
         self.under_way = None
         if logs:
-            self.record.add_step(step, place, self.optimizers)
+            self.record.add_step(step, progress, self.optimizers)
         self.signals.busy = False
         self.stop_if_asked()
-        if self.config.save_steps and place.step % self.config.save_steps == 0:
+        if self.config.save_steps and progress.step % self.config.save_steps == 0:
             self.save()
 
     def stop_if_idle(self) -> None:
@@ -360,9 +373,10 @@ class Run:
 
         (Not in the very first: a batch without boxes, say, rightly gives none to what boxes teach.)
         """
-        if self.idle:
-            names = ", ".join(sorted(self.idle)[:3])
-            raise UserError(f"{len(self.idle)} trainable tensors got no gradient, so they would never learn: {names}")
+        idle = self.progress.idle
+        if idle:
+            names = ", ".join(sorted(idle)[:3])
+            raise UserError(f"{len(idle)} trainable tensors got no gradient, so they would never learn: {names}")
 
     def stop_if_asked(self) -> None:
         signum = self.stop_wanted or (self.world == 1 and self.signals.pending)
@@ -393,11 +407,17 @@ class Run:
 
     def restore(self) -> None:
         """Loads the newest whole checkpoint into what was prepared, if there is one, and cuts metrics.jsonl to its length."""
-        is_there = from_main(lambda: load_state(self.last) is not None)  # the main process renames what is damaged
-        if not is_there:
+        found = None
+
+        def look() -> bool:  # the main process first, as it renames what is damaged
+            nonlocal found
+            found = load_state(self.last)
+            return found is not None
+
+        if not from_main(look):
             say("no checkpoint was saved yet: starting at step 0")
             return
-        state, saved = load_state(self.last)
+        state, saved = found or load_state(self.last)
         then = Progress.from_saved(saved)
         for what in ("base", "data"):
             before, now = ((part or {}).get("sha256") for part in (getattr(then, what), self.described.get(what)))
@@ -418,5 +438,6 @@ class Run:
         then.resumed_at.append(then.step)
         self.progress, unreadable = dataclasses.replace(then, unreadable={}), then.unreadable
         self.leave_out(unreadable.items())
-        self.idle = set() if then.step >= FIRST_STEPS else None
+        if self.progress.idle is None and then.step >= FIRST_STEPS:  # as checkpoints were that did not keep it
+            self.progress.idle = []
         say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")

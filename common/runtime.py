@@ -96,7 +96,7 @@ def gather_lists(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def progress(iterable, text: str, total: int | None = None, **options):
+def progress_bar(iterable, text: str, total: int | None = None, **options):
     """A progress bar on the main process, gone when it is done; where nobody watches (no terminal) none at all."""
     from tqdm import tqdm
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.runtime import cores, gather_lists, process_index, progress
+from common.runtime import cores, gather_lists, process_index, progress_bar
 from common.sample_cache import SampleCache
 from common.samples import Faults, attempt
 
@@ -27,7 +27,7 @@ def in_parts(items: list, work, text: str) -> list:
         return []
     rank, world = process_index()
     mine, done = items[rank::world], []
-    with ThreadPoolExecutor(cores()) as pool, progress(None, text, total=len(mine)) as bar:
+    with ThreadPoolExecutor(cores()) as pool, progress_bar(None, text, total=len(mine)) as bar:
         for first in range(0, len(mine), 64):  # `map` of all at once could not be interrupted
             part = mine[first : first + 64]
             done += pool.map(work, part)

@@ -27,8 +27,11 @@ class Step:
         self.size, self.device, self.world = size, device, world  # size: batches in this accumulation window
         self.files: list[list[str]] = []  # of this process, for each batch so far
         self.numbers: list[Number] = []
-        self.parts: list[tuple[str, str, Any]] = []  # (name of the loss, name of the part, tensor ())
-        self.stepped: dict[int, str] = {}  # place of an optimizer in run.optimizers -> name of the loss before its step
+        self.parts: list[tuple[str, str, Any]] = []  # (name of the loss, name of the part, number or detached tensor)
+        self.stepped: dict[int, str] = {}  # place of an optimizer in run.optimizers -> the name that its step goes by
+        self.first_taught: dict[int, str] = {}  # such a place -> name of the loss that gave it its first gradient
+        self.turn: list[str] = []  # names of the losses since an optimizer had its turn before
+        self.turn_is_over = False
         self.rows: list[list[float]] = []  # after `read`: the numbers, for each process
         self.signum = 0  # after `read`: the signal that some process got
         self.part_values: list[tuple[str, str, float]] = []  # after `read`, if asked for: of all processes
@@ -45,8 +48,13 @@ class Step:
         return value.detach().to(self.device, torch.float32).reshape(())
 
     def add_loss(self, name: str, loss, parts: dict) -> None:
+        """Of one batch. parts are kept as they are: most steps are not recorded, and never make numbers of them."""
+        if self.turn_is_over:
+            self.turn, self.turn_is_over = [], False
+        self.turn.append(name)
         self.numbers.append(Number("loss", name, len(self.files) - 1, self.tensor(loss)))
-        self.parts += [(name, part, self.tensor(value)) for part, value in parts.items()]
+        detached = {part: value.detach() if hasattr(value, "detach") else value for part, value in parts.items()}
+        self.parts += [(name, part, value) for part, value in detached.items()]
 
     def add_norm(self, name: str, norm) -> None:
         self.numbers.append(Number("gradient", name, len(self.files) - 1, self.tensor(norm)))
@@ -54,11 +62,22 @@ class Step:
     def last_loss(self) -> str | None:
         return next((number.name for number in reversed(self.numbers) if number.kind == "loss"), None)
 
-    def not_finite(self):
-        """A tensor (): 1 where some number so far, in some process, is not finite, else 0. Nobody waits for it here."""
+    def note_first_taught(self, optimizers: list) -> None:
+        """Right after a backward pass: which optimizers got their first gradient of the step from it."""
+        for i, optimizer in enumerate(optimizers):
+            if i not in self.first_taught and any(p.grad is not None for g in optimizer.param_groups for p in g["params"]):
+                self.first_taught[i] = self.turn[-1]
+
+    def not_finite(self, norms_count: bool = True):
+        """A tensor (): 1 where some number so far, in some process, is not finite, else 0. Nobody waits for it here.
+
+        norms_count: whether the norms of optimizers before the last one count; in fp16 each skips its own infinite gradients.
+        """
         import torch
 
-        flag = 1 - torch.stack([number.value for number in self.numbers]).isfinite().all().float()
+        last = self.numbers[-1]
+        values = [number.value for number in self.numbers if norms_count or number.kind == "loss" or number is last]
+        flag = 1 - torch.stack(values).isfinite().all().float()
         if self.world > 1:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return flag
@@ -73,7 +92,7 @@ class Step:
             every = [torch.empty_like(own) for _ in range(self.world)]
             torch.distributed.all_gather(every, own)
         parts = self.parts if with_parts else []
-        values = torch.cat([*every, *(value.reshape(1) for _, _, value in parts)]).tolist()
+        values = torch.cat([*every, *(self.tensor(value).reshape(1) for _, _, value in parts)]).tolist()
         ends, length = len(own) * self.world, len(own)
         self.rows = [values[i : i + length - 1] for i in range(0, ends, length)]
         self.signum = int(max(values[length - 1 : ends : length]))
@@ -125,20 +144,39 @@ def trained_parameters(models: list) -> list:
     return [(name, p) for name, p in named if p.requires_grad]
 
 
+def optimizer_in_words(i: int, optimizers: list, models: list) -> str:
+    """An optimizer, in words: its number, and the models whose parameters it holds."""
+    ids = {id(p) for group in optimizers[i].param_groups for p in group["params"]}
+    names = [type(model).__name__ for model in models if any(id(p) in ids for p in model.parameters())]
+    return f"optimizer {i + 1} of {len(optimizers)} (over {', '.join(names) or 'no prepared model'})"
+
+
+def check_own_loss(step: Step, i: int, optimizers: list, models: list) -> None:
+    """At the turn of optimizer i in the first batch of a step: what taught it first is a loss since the turn before.
+
+    (Two optimizers whose turns follow each other share the losses before them.) Else it would step on what is left of
+    another's loss, and clear it, so that nothing is left to see.
+    """
+    first = step.first_taught.get(i)
+    if first is not None and first not in step.turn:
+        who, last = optimizer_in_words(i, optimizers, models), " and ".join(step.turn)
+        raise RuntimeError(
+            f"{who} steps after the loss {last}, but holds gradients of the loss {first}. A loss that is not to teach a model "
+            "needs `with run.frozen(model)` or a detached input; what two losses are to teach together steps after the "
+            "backward passes of both"
+        )
+
+
 def check_stepped(stepped: dict[int, str], optimizers: list, models: list) -> None:
-    """Every optimizer has stepped, each on losses of its own name. stepped: place in optimizers -> name of the loss before."""
-    forgotten = []
-    for i, optimizer in enumerate(optimizers):
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        names = [type(model).__name__ for model in models if any(id(p) in ids for p in model.parameters())]
-        if i not in stepped:
-            forgotten.append(f"optimizer {i + 1} of {len(optimizers)} (over {', '.join(names) or 'no prepared model'})")
+    """Every optimizer has stepped, each under a name of its own. stepped: place in optimizers -> that name."""
+    forgotten = [optimizer_in_words(i, optimizers, models) for i in range(len(optimizers)) if i not in stepped]
     if forgotten or not stepped:
         raise RuntimeError(f"the step ended without run.step_optimizer(...) for {' and '.join(forgotten) or 'any optimizer'}")
     if len(set(stepped.values())) < len(stepped):
         raise RuntimeError(
             f"{len(stepped)} optimizers stepped on losses of one name ({next(iter(stepped.values()))}): "
-            "give each its own, run.backward(loss, name=...), and let run.step_optimizer follow the backward pass of its loss"
+            "give each its own, run.backward(loss, name=...), and let run.step_optimizer follow the backward pass of its loss; "
+            "where one loss is for several optimizers, run.step_optimizer(optimizer, name=...)"
         )
 
 
@@ -155,7 +193,7 @@ def check_nothing_left(models: list) -> None:
 def check_all_used(optimizer, models: list) -> None:
     """Every parameter has a gradient: several processes would wait for each other for ever if one has it and another lacks it."""
     ids = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is None}
-    names = [name for name, p in trained_parameters(models) if id(p) in ids]
+    names = [name for name, p in trained_parameters(models) if id(p) in ids] if ids else []
     if names:
         raise UserError(
             f"{len(names)} trainable tensors got no gradient in this batch: {', '.join(names[:3])}. If other batches teach "

@@ -22,7 +22,7 @@ from common.checkpoint import load_state
 from common.config import cli
 from common.optim import build_optimizer
 from common.run import Run
-from common.step import Step
+from common.step import Step, check_own_loss
 
 GAN = {"script": "toy_gan"}
 
@@ -254,6 +254,30 @@ def test_a_step_waits_for_the_device_once(tmp_path, accumulate):
     assert reads == [[step, "tolist"] for step in range(3 * math.ceil(16 / accumulate))]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a CUDA device, which alone says who waits for it")
+def test_nothing_in_a_step_waits_for_a_cuda_device_but_the_one_read(tmp_path):
+    """torch raises where the host waits, from a step's first batch on; the read at its end may, and is counted."""
+
+    def forbid_waiting():
+        create, read, reads = Step.__init__, Step.read, []
+
+        def watched(self, *args):
+            torch.cuda.set_sync_debug_mode("error")
+            create(self, *args)
+
+        def allowed(self, *args, **kwargs):
+            torch.cuda.set_sync_debug_mode("default")
+            reads.append(len(reads))
+            (tmp_path / "reads.json").write_text(json.dumps(reads))
+            read(self, *args, **kwargs)
+
+        Step.__init__, Step.read = watched, allowed
+
+    # The first steps look for what a loop forgot, on the host alone; so all 48 are held to it.
+    main_in_child(tmp_path, forbid_waiting, "--device", "cuda", "--no_average")
+    assert len(json.loads((tmp_path / "reads.json").read_text())) == 48
+
+
 # ---- faults --------------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +287,10 @@ def test_a_step_waits_for_the_device_once(tmp_path, accumulate):
         ("forget_disc", "without run.step_optimizer(...) for optimizer 2 of 2 (over Discriminator)"),
         ("forget_gen", "without run.step_optimizer(...) for optimizer 1 of 2 (over Generator)"),
         ("unfrozen", "4 trainable tensors hold a gradient after all optimizers stepped: Discriminator.0.weight"),
+        (
+            "unfrozen_gen_first",
+            "optimizer 2 of 2 (over Discriminator) steps after the loss disc, but holds gradients of the loss gen",
+        ),
         ("one_name", "2 optimizers stepped on losses of one name (gen)"),
         (
             "late_step",
@@ -283,6 +311,67 @@ def test_a_loop_that_is_left_within_an_epoch_is_an_error(tmp_path):
     said = run_toy(tmp_path, "--fault", "leave", "--gradient_accumulation_steps", "3", expect=99, **GAN)
     assert "RuntimeError: the loop left run.batches before its end" in said
     assert json.loads((run_dir(tmp_path) / "summary.json").read_text())["status"] == "failed"
+
+
+def turns_of(*events):
+    """A step of three models, each with an optimizer: "gen:GD" is a loss gen that leaves gradients in G and D; "G": it steps."""
+    models = {name: torch.nn.Linear(1, 1) for name in "DGT"}
+    optimizers = [torch.optim.SGD(model.parameters()) for model in models.values()]
+    step = Step(1, torch.device("cpu"))
+    step.files.append(["a"])
+    for event in events:
+        name, is_loss, reached = event.partition(":")
+        if is_loss:
+            step.add_loss(name, 1.0, {})
+            for model in reached:
+                models[model].weight.grad = torch.ones(1, 1)
+            step.note_first_taught(optimizers)
+        else:
+            check_own_loss(step, "DGT".index(name), optimizers, list(models.values()))
+            step.turn_is_over = True
+            models[name].zero_grad()
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        ["disc:D", "D", "gen:G", "G"],
+        ["gen:G", "G", "disc:D", "D"],
+        ["gen:GT", "G", "T", "disc:D", "D"],  # two optimizers on one loss
+        ["rough:G", "fine:G", "G", "disc:D", "D"],  # two losses for one optimizer
+        ["rough:GT", "fine:DT", "G", "D", "T"],  # a trunk that both losses teach
+    ],
+)
+def test_what_is_taught_by_design_steps(events):
+    turns_of(*events)
+
+
+@pytest.mark.parametrize(
+    ("events", "first"),
+    [
+        (["gen:GD", "G", "disc:D", "D"], "gen"),  # not frozen
+        (["disc:DG", "D", "gen:G", "G"], "disc"),  # not detached
+        (["rough:GT", "G", "fine:DT", "D", "T"], "rough"),  # a trunk whose gradients are of models of two moments
+    ],
+)
+def test_an_optimizer_does_not_step_on_what_an_earlier_turn_left(events, first):
+    with pytest.raises(RuntimeError, match=f"but holds gradients of the loss {first}"):
+        turns_of(*events)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_generator_may_go_first(tmp_path, accumulate):
+    run_toy(tmp_path, "--gen_first", "--gradient_accumulation_steps", accumulate, **GAN)
+    assert json.loads((run_dir(tmp_path) / "summary.json").read_text())["status"] == "finished"
+
+
+def test_two_optimizers_on_one_loss_are_recorded_each_by_its_name(tmp_path, undisturbed):
+    run_toy(tmp_path, "--two_for_gen", "--gradient_accumulation_steps", "3", **GAN)
+    whole, parted = (next(line for line in metrics_of(run) if "epoch" not in line) for run in (undisturbed, run_dir(tmp_path)))
+    assert set(parted) == set(whole) | {"lr_gen_matrices", "grad_norm_gen_matrices"}
+    assert parted["lr_gen_matrices"] == 5e-3 and parted["lr_gen"] == whole["lr_gen"] < 5e-3  # the first has no schedule
+    norms = parted["grad_norm_gen"], parted["grad_norm_gen_matrices"]
+    assert min(norms) > 0 and math.hypot(*norms) == pytest.approx(whole["grad_norm_gen"], rel=1e-5)
 
 
 def test_an_optimizer_that_was_not_prepared_and_a_step_without_a_loss_are_refused():

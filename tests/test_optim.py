@@ -36,7 +36,7 @@ def clip_and_step(accelerator, optimizer, scheduler, limit: float) -> float:
     """As Run.step_optimizer does it; the norm before clipping."""
     step = Step(1, torch.device("cpu"))
     step.add_norm("loss", clip_gradients(accelerator, optimizer, limit))
-    take_step(accelerator, optimizer, scheduler, step.not_finite())
+    take_step(optimizer, scheduler, step.not_finite())
     step.read(0, with_parts=False)
     return step.means("gradient")["loss"][0]
 
@@ -125,7 +125,7 @@ def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradient_is(accelera
     step.add_loss("loss", loss, {})
     loss.backward()
     step.add_norm("loss", clip_gradients(accelerator, accelerator.prepare_optimizer(optimizer), 1.0))
-    take_step(accelerator, optimizer, None, step.not_finite())
+    take_step(optimizer, None, step.not_finite())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     step.read(0, with_parts=False)
     said = step.fault("at step 3, epoch 1")
@@ -161,11 +161,54 @@ def test_fp16_scaler_skips_an_infinite_gradient_and_goes_on():
         scaler.scale(factor * model(torch.ones(2, 4)).sum()).backward()
         step = Step(1, torch.device("cpu"))
         step.add_norm("loss", clip_gradients(accelerator, optimizer, 1.0))
-        take_step(accelerator, optimizer, None, step.not_finite())
+        take_step(optimizer, None, step.not_finite())
         same = all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         assert same == (factor == math.inf)
         step.read(0, with_parts=False)
         assert step.fault("here", norms_count=False) is None
+    scaler.update()
+    assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_fp16_moves_nothing_after_a_loss_that_is_not_finite(fused):
+    """Neither the model of that loss, whose own gradients are finite here, nor the one that steps after it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator = SimpleNamespace(scaler=scaler, unscale_gradients=scaler.unscale_)
+    step, models = Step(1, torch.device("cpu")), [net(), net()]
+    step.files.append(["a"])
+    for name, model, more in zip(("disc", "gen"), models, (math.inf, 0.0), strict=True):
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+        loss = model(torch.ones(2, 4)).sum() + more
+        step.add_loss(name, loss, {})
+        scaler.scale(loss).backward()
+        step.add_norm(name, clip_gradients(accelerator, optimizer, 1.0))
+        take_step(optimizer, None, step.not_finite(norms_count=False))
+        assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items()), name
+    step.read(0, with_parts=False)
+    assert step.fault("here", norms_count=False).startswith("the loss disc is inf here; the batch held a; nothing was changed")
+
+
+@pytest.mark.parametrize("bad", ["disc", "gen"])
+def test_fp16_an_overflow_of_one_optimizer_is_no_others(bad):
+    """In one step: the optimizer whose gradient overflowed skips, the other one steps, and the scale halves once."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    accelerator = SimpleNamespace(scaler=scaler, unscale_gradients=scaler.unscale_)
+    step, models = Step(1, torch.device("cpu")), [net(), net()]
+    step.files.append(["a"])
+    for name, model in zip(("disc", "gen"), models, strict=True):
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        loss = model(torch.ones(2, 4)).sum()
+        step.add_loss(name, loss, {})
+        scaler.scale(loss).backward()
+        if name == bad:
+            model[0].weight.grad[0, 0] = math.inf
+        step.add_norm(name, clip_gradients(accelerator, optimizer, 1.0))
+        take_step(optimizer, None, step.not_finite(norms_count=False))
+        same = all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+        assert same == (name == bad), name
     scaler.update()
     assert scaler.get_scale() == 2.0
 

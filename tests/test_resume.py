@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, metrics_of, run_toy, start_toy
@@ -230,6 +231,31 @@ def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, undisturbed):
     said = run_toy(tmp_path, *LONG, "--save_steps", "1", "--pause", "0.01", "--resume")
     assert f"resumed at step {saved['step']}," in said
     assert bits(run) == undisturbed
+
+
+@pytest.mark.parametrize(("fault", "batch", "code"), [("passed_by_later", 6, 0), ("dead", 3, 2)])
+def test_what_has_had_a_gradient_is_known_after_a_resume_within_the_first_steps(tmp_path, fault, batch, code):
+    """Step 10 looks whether all that trains has had one; those before the stop count, as passed_by_later's five."""
+    flags = ["--fault", fault, "--max_steps_per_epoch", "5", "--pause", "0.02"]
+    child = start_toy(tmp_path, *flags)
+    child.wait_for(lambda: child.text.count("at work") >= batch)
+    child.kill(signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM and batch <= summary(tmp_path / "toy" / "full")["steps"] < 10
+    said = run_toy(tmp_path, *flags, "--resume", expect=code)
+    assert ("2 trainable tensors got no gradient" in said) == (code == 2)
+
+
+def test_a_resume_reads_its_checkpoint_once(tmp_path, monkeypatch):
+    from common import run as run_module
+
+    state = {"models": [], "optimizers": [], "schedulers": [], "scaler": {}}
+    run_module.save_state(tmp_path, state, {"step": 3})
+    run, reads = run_module.Run(None, "toy", "full"), []
+    run.last, run.accelerator = tmp_path, SimpleNamespace(scaler=None)
+    load = run_module.load_state
+    monkeypatch.setattr(run_module, "load_state", lambda folder: reads.append(folder) or load(folder))
+    run.restore()
+    assert run.step == 3 and reads == [tmp_path]
 
 
 @pytest.mark.parametrize("name", ["state.pt", "progress.json", "manifest.json"])

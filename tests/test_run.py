@@ -7,12 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, metrics_of, run_script, run_toy, start_toy
 from PIL import Image
 from safetensors.torch import load_file
 
 from common.checkpoint import Progress
 from common.run import Run
+from common.step import Step
 
 TYPES = {
     "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
@@ -107,8 +109,6 @@ def test_config_yaml_repeats_the_run(finished, tmp_path):
 
 def test_best_model_is_the_one_of_the_best_epoch(tmp_path):
     """The lowest loss is it here; loaded again, the model that was saved has that loss."""
-    import torch
-
     run_toy(tmp_path, "--epochs", "4", "--lr", "0.3", "--best", "val_loss", "--run_name", "low")
     run = tmp_path / "toy" / "low"
     epochs = [r for r in lines(run) if r.get("epoch")]
@@ -203,6 +203,21 @@ def test_a_file_that_turns_out_bad_is_counted_also_where_the_data_was_not_descri
     run.leave_out([("a.wav", "file that cannot be read, half of it")])
     run.leave_out([("a.wav", "file that cannot be read, half of it"), ("b.wav", "silence")])
     assert run.described["data"]["left_out"] == {"file that cannot be read": 1, "silence": 1}
+
+
+def test_parts_are_turned_into_numbers_only_for_a_line(monkeypatch):
+    """A step that is not recorded keeps forty of them without work on the device, and without the graph behind them."""
+    turned, original = [], Step.tensor
+    monkeypatch.setattr(Step, "tensor", lambda self, value: turned.append(value) or original(self, value))
+    for is_logged in (False, True):
+        step, weight = Step(1, torch.device("cpu")), torch.ones((), requires_grad=True)
+        step.files.append(["a"])
+        step.add_loss("loss", weight * 2, {"plain": 0.5} | {f"part_{i}": weight * i for i in range(40)})
+        assert not any(torch.is_tensor(value) and value.requires_grad for _, _, value in step.parts)
+        turned.clear()
+        step.read(0, with_parts=is_logged)
+        assert len(turned) == (42 if is_logged else 1)  # the signal is one
+    assert step.part_values[0] == ("loss", "plain", 0.5) and step.part_values[-1] == ("loss", "part_39", 39.0)
 
 
 def test_summary_of_a_failed_run(tmp_path):

@@ -31,9 +31,20 @@ class Config(TrainConfig):
     dropout: float = 0.2  # in both models
     average: bool = True  # keep an average of the generator's weights
     decay: float = 0.5  # of the discriminator's rate, each epoch
-    fault: Literal["none", "nan_disc", "nan_gen", "forget_disc", "forget_gen", "unfrozen", "one_name", "late_step", "leave"] = (
-        "none"
-    )
+    gen_first: bool = False  # the generator learns before the discriminator
+    two_for_gen: bool = False  # one optimizer for the generator's matrices and one for the rest, on the same loss
+    fault: Literal[
+        "none",
+        "nan_disc",
+        "nan_gen",
+        "forget_disc",
+        "forget_gen",
+        "unfrozen",
+        "unfrozen_gen_first",
+        "one_name",
+        "late_step",
+        "leave",
+    ] = "none"
     fault_epoch: int = 2  # when a NaN comes
     pause: float = 0.0  # seconds that a batch takes longer, so that a signal finds the run at work
 
@@ -98,7 +109,8 @@ def evaluate(gen) -> dict:
 
     gen.eval()
     with torch.no_grad():
-        points = gen(torch.randn(64, 4, generator=torch.Generator().manual_seed(1)))
+        z = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+        points = gen(z.to(next(gen.parameters()).device))
     return {"off_ring": float((points.norm(dim=1) - 1).abs().mean()), "off_center": float(points.mean(dim=0).norm())}
 
 
@@ -121,12 +133,38 @@ def main(argv=None):
         run.describe(base={"name": "none", "sha256": "0"}, data={"name": "ring", "sha256": fingerprint({"x": data.x})})
 
         gen, disc = build_models(config)
-        opt_g, sched_g = build_optimizer(gen, config, run.total_steps(loader))
+        matrices = [p for p in gen.parameters() if p.ndim == 2] if config.two_for_gen else []
+        more = [torch.optim.Muon(matrices, lr=config.lr)] if matrices else []
+        rest = [p for p in gen.parameters() if all(p is not matrix for matrix in matrices)]
+        opt_g, sched_g = build_optimizer(gen, config, run.total_steps(loader), [{"params": rest, "lr": config.lr}])
         opt_d = torch.optim.AdamW(disc.parameters(), lr=config.lr_disc, betas=(0.8, 0.99), fused=True)
         decay_d = torch.optim.lr_scheduler.ExponentialLR(opt_d, config.decay)
         average = torch.optim.swa_utils.AveragedModel(gen, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
-        gen, disc, opt_g, opt_d, sched_g, decay_d, average = run.prepare(gen, disc, opt_g, opt_d, sched_g, decay_d, average)
+        gen, disc, opt_g, opt_d, sched_g, decay_d, average, *more = run.prepare(
+            gen, disc, opt_g, opt_d, sched_g, decay_d, average, *more
+        )
 
+        def teach_disc(batch, fake):
+            loss = disc_loss(disc(batch["x"]), disc(fake.detach()))
+            run.backward(loss, name="gen" if config.fault == "one_name" else "disc")
+            if config.fault not in ("forget_disc", "late_step"):
+                run.step_optimizer(opt_d, max_grad_norm=0.5)
+
+        def teach_gen(batch, fake):
+            with nullcontext(disc) if config.fault.startswith("unfrozen") else run.frozen(disc) as critic:
+                parts = gen_losses(critic(fake), fake, batch["weight"])
+            run.backward(sum(parts.values()), name="gen", **parts)
+            if config.fault == "late_step":
+                run.step_optimizer(opt_d)
+            for optimizer in more:
+                run.step_optimizer(optimizer, max_grad_norm=1000.0, name="gen_matrices")
+            stepped = config.fault != "forget_gen" and run.step_optimizer(opt_g, sched_g, max_grad_norm=1000.0)
+            if stepped and config.average:
+                average.update_parameters(run.unwrap(gen))
+
+        turns = [teach_disc, teach_gen]
+        if config.gen_first or config.fault == "unfrozen_gen_first":
+            turns.reverse()
         for epoch in run.epochs(before=lambda: evaluate(run.unwrap(gen))):
             gen.train(), disc.train()
             for batch in run.batches(loader, epoch):
@@ -134,18 +172,8 @@ def main(argv=None):
                 if config.fault == "leave" and run.step == 2:
                     break
                 fake = gen(batch["z"])
-                loss = disc_loss(disc(batch["x"]), disc(fake.detach()))
-                run.backward(loss, name="gen" if config.fault == "one_name" else "disc")
-                if config.fault not in ("forget_disc", "late_step"):
-                    run.step_optimizer(opt_d, max_grad_norm=0.5)
-                with nullcontext(disc) if config.fault == "unfrozen" else run.frozen(disc) as critic:
-                    parts = gen_losses(critic(fake), fake, batch["weight"])
-                run.backward(sum(parts.values()), name="gen", **parts)
-                if config.fault == "late_step":
-                    run.step_optimizer(opt_d)
-                stepped = config.fault != "forget_gen" and run.step_optimizer(opt_g, sched_g, max_grad_norm=1000.0)
-                if stepped and config.average:
-                    average.update_parameters(run.unwrap(gen))
+                for turn in turns:
+                    turn(batch, fake)
             if run.end_epoch(evaluate(run.unwrap(gen)), "off_ring", higher_is_better=False):
                 with atomic_folder(run.best) as folder:
                     save_file(dict(run.unwrap(gen).state_dict()), folder / "model.safetensors")

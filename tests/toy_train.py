@@ -29,7 +29,7 @@ class Config(TrainConfig):
     batch_norm: bool = True  # a layer whose buffers move in training
     augment: bool = True  # noise on the training samples
     best: Literal["score", "val_loss"] = "score"  # the metric that chooses the best epoch
-    fault: Literal["none", "nan_loss", "nan_metric", "dead", "crash", "passed_by", "bad_file"] = (
+    fault: Literal["none", "nan_loss", "nan_metric", "dead", "crash", "passed_by", "passed_by_later", "bad_file"] = (
         "none"  # what goes wrong, for the tests of failure
     )
     fault_epoch: int = 2  # when it does
@@ -71,6 +71,8 @@ class Samples:
         if self.config.augment:
             with seeded(self.config.seed, epoch, index):
                 x = x + 0.1 * torch.randn(x.shape)
+        if self.config.fault == "passed_by_later":  # than the first epoch
+            x = torch.cat([x[:1].abs() * (1 if epoch == 1 else -1), x[1:]])
         if index == 7 and self.config.fault == "nan_loss" and epoch >= self.config.fault_epoch:
             x = x * float("nan")
         return {"x": x, "y": y}
@@ -95,13 +97,13 @@ def build_model(config):
             self.second = nn.Linear(32, 32)
             self.dropout = nn.Dropout(config.dropout)
             self.last = nn.Linear(32, 1)
-            if config.fault in ("dead", "passed_by"):
+            if config.fault in ("dead", "passed_by", "passed_by_later"):
                 self.unused = nn.Linear(32, 1)
 
         def forward(self, x, y=None):
             h = torch.tanh(self.second(torch.tanh(self.norm(self.first(x)))))
             out = self.last(self.dropout(h))
-            if config.fault == "passed_by" and x[0, 0] > 0:  # as a part that learns from boxes, where there are some
+            if config.fault.startswith("passed_by") and x[0, 0] > 0:  # as a part that learns from boxes, where there are some
                 out = out + self.unused(h)
             return out if y is None else ((out - y) ** 2).mean()
 

@@ -8,7 +8,7 @@ import torch
 
 from common.class_metrics import softmax
 from common.config import UserError
-from common.runtime import progress
+from common.runtime import progress_bar
 from common.samples import Faults
 from common.vision.pictures import as_pixels
 from common.vision.preprocess import ClassifierPreprocess
@@ -54,7 +54,7 @@ class ClassPredictor:
 
         The others are noted in faults.
         """
-        for first in progress(range(0, len(paths), batch_size), "classifying"):
+        for first in progress_bar(range(0, len(paths), batch_size), "classifying"):
             ready = []
             for path in paths[first : first + batch_size]:
                 try:

@@ -5,13 +5,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from common.class_metrics import classification_metrics
-from common.runtime import gather_lists, progress
+from common.runtime import gather_lists, progress_bar
 from common.vision.labelled import collate
 
 
 def predict(model, loader) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N,), logits (N, K)) of the loader's pictures, of all processes, in the order of the data set."""
-    found = dict(gather_lists(classify(model, progress(loader, "evaluating"))))  # processes repeat a batch to have equally many
+    found = dict(gather_lists(classify(model, progress_bar(loader, "evaluating"))))  # some twice: batches are shared out evenly
     order = sorted(found)
     return np.array([loader.dataset.samples[i].label for i in order]), np.stack([found[i] for i in order])
 

@@ -48,7 +48,7 @@ def main(argv=None, method="full", doc=None):
     from common.batches import EvalBatches
     from common.checkpoint import write_json
     from common.folders import newest_best, predictions_folder
-    from common.runtime import progress, start_accelerator
+    from common.runtime import progress_bar, start_accelerator
     from common.samples import Faults
     from common.vision.pictures import decode, find_pictures
     from data import Preprocess, collate, pictures_only
@@ -67,7 +67,7 @@ def main(argv=None, method="full", doc=None):
 
     results, seconds, shapes = [], 0.0, [dataset.shape(i) for i in range(len(dataset))]
     print(f"{'picture':40} {'objects':>7} {'ms':>8}")
-    for keys in progress(EvalBatches(shapes, config.batch_size), "detecting"):
+    for keys in progress_bar(EvalBatches(shapes, config.batch_size), "detecting"):
         batch = collate([dataset[key] for key in keys])
         began = time.perf_counter()
         (found,) = detect(model, processor, [batch], with_loss=False)

@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from common.batches import to_device
 from common.plots import figure, save_figure
-from common.runtime import gather_lists, progress
+from common.runtime import gather_lists, progress_bar
 from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
 
@@ -19,7 +19,7 @@ SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")  #
 
 def predict(model, processor, loader) -> tuple[list[dict], float]:
     """What `detect` finds in the pictures of all processes, in order, and the mean loss over pictures."""
-    found = gather_lists([item for items in detect(model, processor, progress(loader, "evaluating")) for item in items])
+    found = gather_lists([item for items in detect(model, processor, progress_bar(loader, "evaluating")) for item in items])
     found = {item["index"]: item for item in found}  # processes repeat a batch to have equally many
     return [found[index] for index in sorted(found)], sum(item["loss"] for item in found.values()) / len(found)
 

@@ -54,7 +54,7 @@ def main(argv=None, method="full", doc=None):
 
     from common.checkpoint import write_json
     from common.folders import newest_best, predictions_folder
-    from common.runtime import progress, start_accelerator
+    from common.runtime import progress_bar, start_accelerator
     from common.samples import Faults
     from common.vision.pictures import find_pictures
     from data import Preprocess, eval_loader, figures_only
@@ -74,7 +74,7 @@ def main(argv=None, method="full", doc=None):
     root = predictions_folder(config, origin)
 
     poses, results, seconds = {path: [] for path in pictures}, [], 0.0
-    for batch in progress(eval_loader(dataset, config.batch_size), "looking"):
+    for batch in progress_bar(eval_loader(dataset, config.batch_size), "looking"):
         began = time.perf_counter()
         (found,) = detect(model, [batch])
         if accelerator.device.type == "cuda":

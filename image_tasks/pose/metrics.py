@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 
 from common.batches import to_device
 from common.plots import draw_bars, draw_history, figure, save_figure
-from common.runtime import gather_lists, progress
+from common.runtime import gather_lists, progress_bar
 from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
 from formats import KeypointSet
@@ -21,7 +21,7 @@ AREA_OF_BOX = 0.53  # OKS wants the area of the body's outline; where the data h
 
 def predict(model, loader) -> tuple[list[dict], float | None]:
     """What `detect` finds for the figures of all processes, in order, and the mean loss over visible keypoints."""
-    found = gather_lists([item for items in detect(model, progress(loader, "evaluating")) for item in items])
+    found = gather_lists([item for items in detect(model, progress_bar(loader, "evaluating")) for item in items])
     found = {item["index"]: item for item in found}  # processes repeat a batch to have equally many
     visible = sum(item["visible"] for item in found.values())
     loss = sum(item["loss"] * item["visible"] for item in found.values()) / visible if visible else None
