@@ -55,6 +55,7 @@ class Run:
         self.folder = self.best = self.last = Path()
         # What was prepared; companions have a state to save, and are neither model nor optimizer.
         self.models, self.optimizers, self.companions = [], [], []
+        self.bare_models: list = []  # without what several processes wrap around them; to unwrap one walks all its modules
         self.find_unused = False
         self.under_way: Step | None = None  # the optimizer step, between its first batch and its end
         self.stop_wanted = 0  # the signal that some process got
@@ -147,6 +148,7 @@ class Run:
             elif isinstance(thing, torch.nn.Module):
                 thing = self.accelerator.prepare_model(thing)
                 self.models.append(thing)
+                self.bare_models.append(self.unwrap(thing))
             elif isinstance(thing, torch.optim.Optimizer):
                 thing = self.accelerator.prepare_optimizer(thing)
                 self.optimizers.append(thing)
@@ -168,9 +170,6 @@ class Run:
     def unwrap(self, model):
         """The model itself, without what several processes wrap around it."""
         return self.accelerator.unwrap_model(model)
-
-    def bare_models(self) -> list:
-        return [self.unwrap(model) for model in self.models]
 
     @contextmanager
     def frozen(self, model):
@@ -282,7 +281,7 @@ class Run:
         if len(self.optimizers) > 1 and progress.step < FIRST_STEPS and len(self.under_way.files) == 1:
             self.under_way.note_first_taught(self.optimizers)
         if progress.idle is None or progress.idle:
-            idle = [name for name, p in trained_parameters(self.bare_models()) if p.grad is None]
+            idle = [name for name, p in trained_parameters(self.bare_models) if p.grad is None]
             progress.idle = idle if progress.idle is None else sorted(set(progress.idle) & set(idle))
 
     def step_optimizer(self, optimizer, scheduler=None, max_grad_norm: float | None = None, name: str | None = None) -> bool:
@@ -290,8 +289,8 @@ class Run:
 
         max_grad_norm: where it is not the config's; 0: never clip. A gradient that is not finite moves no weight.
         name: what the rate and the norm go by in the record, instead of the loss before; where one loss is for two optimizers
-        (Muon for the matrices, AdamW for the rest), each needs one. Call it after every batch, as the class does: RuntimeError
-        where an optimizer would step on what a loss before the other optimizer's turn has left in it.
+        (Muon for the matrices, AdamW for the rest), they need names that differ. Call it after every batch, as above:
+        RuntimeError where an optimizer would step on what a loss before another optimizer's turn has left in it.
         """
         step, known = self.under_way, [id(own.optimizer) for own in self.optimizers]
         bare, name = id(getattr(optimizer, "optimizer", optimizer)), name or step.last_loss()
@@ -300,12 +299,12 @@ class Run:
         if not step.turn:
             raise RuntimeError("run.step_optimizer was called before run.backward: there is no gradient to step on")
         if len(step.files) == 1:
-            check_own_loss(step, known.index(bare), self.optimizers, self.bare_models())
+            check_own_loss(step, known.index(bare), self.optimizers, self.bare_models)
         step.turn_is_over = True
         if not step.is_last_batch():
             return False
         if self.world > 1 and not self.find_unused:
-            check_all_used(optimizer, self.bare_models())
+            check_all_used(optimizer, self.bare_models)
         limit = self.config.max_grad_norm if max_grad_norm is None else max_grad_norm
         step.add_norm(name, clip_gradients(self.accelerator, optimizer, limit))
         take_step(optimizer, scheduler, step.not_finite(norms_count=self.accelerator.scaler is None))
@@ -342,7 +341,7 @@ class Run:
     def end_step(self, began: float) -> None:
         """Reads what the step gave, stops the run where that is not finite or not asked for, and counts it."""
         step, progress, clock = self.under_way, self.progress, self.progress.clock
-        check_stepped(step.stepped, self.optimizers, self.bare_models())
+        check_stepped(step.stepped, self.optimizers, self.bare_models)
         logs = (progress.step + 1) % LOG_EVERY == 0 or progress.step == 0
         step.read(self.signals.pending, with_parts=logs)
         self.stop_wanted = step.signum
@@ -353,7 +352,7 @@ class Run:
         if scaler is not None:
             scaler.update()
         if progress.step < FIRST_STEPS:
-            check_nothing_left(self.bare_models())
+            check_nothing_left(self.bare_models)
         if progress.step + 1 >= FIRST_STEPS:
             self.stop_if_idle()
         progress.step += 1
@@ -396,7 +395,7 @@ class Run:
         if not self.is_main:
             return
         state = {
-            "models": [moving_state(model) for model in self.bare_models()],
+            "models": [moving_state(model) for model in self.bare_models],
             "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [companion.state_dict() for companion in self.companions],
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
@@ -427,7 +426,7 @@ class Run:
                 )
         if then.processes != self.world:
             raise UserError(f"--resume: the run was started with {then.processes} processes and has {self.world} now")
-        for model, tensors in zip(self.bare_models(), state["models"], strict=True):
+        for model, tensors in zip(self.bare_models, state["models"], strict=True):
             load_moving_state(model, tensors)
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.optimizer.load_state_dict(values)
