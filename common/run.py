@@ -20,6 +20,11 @@ from common.samples import Faults
 from common.step import Step, check_all_used, check_nothing_left, check_own_loss, check_stepped, trained_parameters
 
 FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
+# Said where --resume finds other data.
+MAYBE_DAMAGED = (
+    "; if no file has changed, one is known to be damaged that was not, or the reverse: give --cache as at the start, and if "
+    "that was off, an empty folder as LORA_WORKSHOP_CACHE"
+)
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
 
 
@@ -423,6 +428,7 @@ class Run:
             if before != now:
                 raise UserError(
                     f"--resume: the {what} is not the one that this run started with (sha256 {before} then, {now} now)"
+                    + (MAYBE_DAMAGED if what == "data" else "")
                 )
         if then.processes != self.world:
             raise UserError(f"--resume: the run was started with {then.processes} processes and has {self.world} now")

@@ -73,7 +73,11 @@ class SampleCache:
         return view
 
     def fill(self, indices) -> None:
-        """Loads those that are to be kept and are not yet, on all cores."""
+        """Loads those that are to be kept and are not yet, on all cores; a data worker, one of many, leaves them to their use."""
+        import torch
+
+        if torch.utils.data.get_worker_info() is not None:
+            return
         new = [i for i in dict.fromkeys(indices) if self.starts[i] >= 0 and self.state[i] == NEW]
         if len(new) > 1 and self.memory is not None and cores() > 1:
             with ThreadPoolExecutor(cores()) as pool:
@@ -91,7 +95,7 @@ class SampleCache:
         """[(path, fault)] of the samples that could not be loaded, by this process or its workers, since the last call."""
         new = [i for i in (self.state == FAILED).nonzero().flatten().tolist() if i not in self.told]
         self.told.update(new)
-        faults = [attempt(self.load, self.items[i])[1] or "file that could not be read for a while" for i in new]
+        faults = [attempt(self.__getitem__, i)[1] or "file that could not be read for a while" for i in new]
         return [(str(self.items[i].path), fault) for i, fault in zip(new, faults, strict=True)]
 
     def __getstate__(self):

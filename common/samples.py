@@ -48,14 +48,22 @@ class Faults:
             say(f"left out, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
 
 
+class BadFile(ValueError):
+    """What is wrong with a file itself, "fault" or "fault, detail", whatever it is to be used for: a reader's word on it.
+
+    A ValueError of another kind is a task's: an annotation that claims another size, a preprocessing that cannot take it.
+    """
+
+
 def attempt(work, *arguments):
-    """(result or None, fault or "", whether trying again would give the same) of work, whose ValueError names a fault."""
+    """(result or None, fault or "", whether it lies in the file and stays) of work, whose ValueError names a fault."""
     try:
         return work(*arguments), "", True
     except (OSError, ValueError) as error:
         cause = error.__cause__ or error  # the disk's and the memory's troubles pass; what is in the file stays
         passes = isinstance(cause, MemoryError) or getattr(cause, "errno", None) is not None
-        return None, "".join(c if c.isprintable() else "?" for c in str(error))[:400], not passes
+        lasting = isinstance(error, BadFile) and not passes
+        return None, "".join(c if c.isprintable() else "?" for c in str(error))[:400], lasting
 
 
 # ---- finding files -----------------------------------------------------------------------------------------------------

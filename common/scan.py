@@ -40,8 +40,7 @@ def in_parts(items: list, work, text: str) -> list:
 @dataclass
 class FileReader:
     """How to look at a kind of file. look(path) reads its header and gives the facts that `fields` names, whole numbers
-    above 0; ValueError, "fault" or "fault, detail", where it is no such file. kind names the reader and its version: what
-    another one found is not believed.
+    above 0; BadFile where it is no such file. kind names the reader and its version: what another one found is not believed.
     """
 
     kind: str
@@ -101,7 +100,10 @@ class Scan:
             self.note(number, entry)
 
     def prove(self, numbers: list[int], load, text: str) -> None:
-        """Has load(place) read to the end the files of these entries that nobody has read yet; place: in `numbers`."""
+        """Has load(place) read to the end the files of these entries that nobody has read yet; place: in `numbers`.
+
+        Only a BadFile is kept as the file's fault: every task shares the scan, and another one may do well with the file.
+        """
         new = [place for place, number in enumerate(numbers) if not self.entries[number][4]]
         new = sorted(set(gather_lists(new)))
 
@@ -177,10 +179,10 @@ def check_files(
 ):
     """(numbers of the items whose files are good, SampleCache of these) of items that each have a path.
 
-    measure(item, facts) gives the shape of what load(item) will give, an array of `dtype`. They and the reader name a fault by a
-    ValueError, "fault" or "fault, detail". With `whole` every file is read to the end once, if no scan has done so before,
-    and what is read stays in the cache while it fits into cache_bytes; else only headers are looked at, and a file may turn
-    out bad when it is used. text: what the progress bar calls the files.
+    measure(item, facts) gives the shape of what load(item) will give, an array of `dtype`. They name a fault by a ValueError,
+    "fault" or "fault, detail"; of a BadFile the scan keeps it. With `whole` every file is read to the end once, if no scan has
+    done so before, and what is read stays in the cache while it fits into cache_bytes; else only headers are looked at, and a
+    file that no scan knows to be bad may turn out so when it is used. text: what the progress bar calls the files.
     """
     scan = Scan([item.path for item in items], reader)
     try:
@@ -189,7 +191,7 @@ def check_files(
         for number, (item, entry) in enumerate(zip(items, scan.entries, strict=True)):
             _, _, facts, fault, _ = entry
             try:
-                if not facts or (fault and whole):
+                if fault:
                     raise ValueError(fault)
                 shapes.append(tuple(measure(item, facts)))
                 good.append(number)

@@ -594,8 +594,8 @@ def test_the_cache_respects_its_limit(tmp_path, decoded):
     splits, *_ = read(make(tmp_path, "coco"))
     picture = 3 * 32 * 32
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (9 * picture, 3)):
-        _, cache, used = check_samples(splits["train"], Preprocess(processor()), Faults(), limit, "test")
-        assert cache.kept == kept and used <= limit
+        _, cache = check_samples(splits["train"], Preprocess(processor()), Faults(), limit, "test")
+        assert cache.kept == kept and cache.bytes <= limit
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------------------
@@ -636,7 +636,7 @@ def test_boxes_follow_their_pixels_through_augmentation(tmp_path, size):
     path = draw(tmp_path / "a.png", [("cat", 37, 21, 50, 31)], size=(160, 100))
     sample = make_sample(path, (160, 100), [(37, 21, 87, 52, 0, False, 0)])
     preprocess = Preprocess(processor(size=size, do_normalize=False))
-    samples, cache, _ = check_samples([sample], preprocess, Faults(), 10**6, "test")
+    samples, cache = check_samples([sample], preprocess, Faults(), 10**6, "test")
     moved = DetectionData(samples, preprocess, cache, augment=True)
     seen, plain = set(), DetectionData(samples, preprocess, cache)
     for epoch in range(200):

@@ -440,6 +440,20 @@ def test_a_second_start_decodes_at_first_use_and_gives_the_same(tmp_path, decode
     assert len(decoded) == 9  # once each, by the second
 
 
+def test_the_cache_may_be_turned_off_and_on_once_a_scan_knows_the_bad_files(tmp_path, monkeypatch):
+    """The data and its hash are the same then, so that a run goes on either way; a file is found to be bad by reading it."""
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "scans"))
+    folder = make(tmp_path / "set", "folders val")
+    file = folder / "train" / "cat" / "000.png"
+    file.write_bytes(file.read_bytes()[:-40])
+    unknown = loaded(folder, cache="off")[3]
+    known = loaded(folder, cache="auto")[3]
+    assert unknown["train"] == 9 and known["train"] == 8 and unknown["sha256"] != known["sha256"]
+    assert loaded(folder, cache="off")[3] == known == loaded(folder, cache="auto")[3]
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "empty"))  # what --resume advises a run that began with off
+    assert loaded(folder, cache="off")[3] == unknown
+
+
 def test_what_turns_out_bad_in_training_stops_nothing(tmp_path):
     """Another picture, with its own class, takes the place: the same one in whatever order items are drawn."""
     make(tmp_path, "folders val")

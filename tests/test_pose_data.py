@@ -513,7 +513,7 @@ def test_no_annotation_fails_otherwise_than_by_name(tmp_path):
             tried += 1
             try:
                 splits, points, _, _ = read(tmp_path)
-                samples, cache, _ = check_samples(splits["train"], preprocess(), Faults(), 10**6, "train")
+                samples, cache = check_samples(splits["train"], preprocess(), Faults(), 10**6, "train")
                 dataset = data.PoseData(samples, cache, preprocess(), points, augment=True)
                 for index in range(len(samples)):
                     item = dataset[(1, index)]
@@ -834,12 +834,12 @@ def test_the_cache_respects_its_limit_and_holds_no_more_than_crops_need(tmp_path
     splits, *_ = read(make(tmp_path))
     picture = 3 * W * H
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (9 * picture, 3)):
-        _, cache, used = check_samples(splits["train"], preprocess(), Faults(), limit, "test")
-        assert cache.kept == kept and used <= limit
-    _, cache, used = check_samples(splits["train"], preprocess(4, 4), Faults(), 10**6, "test")
-    assert all(p.shrunk > 1 for p in cache.items) and used < picture
-    figures, cache, used = check_samples([*splits["train"], *splits["train"]], preprocess(), Faults(), 10**6, "test")
-    assert len(figures) == 6 and len(cache) == 3 and used == 3 * picture  # a picture with two figures is kept once
+        _, cache = check_samples(splits["train"], preprocess(), Faults(), limit, "test")
+        assert cache.kept == kept and cache.bytes <= limit
+    _, cache = check_samples(splits["train"], preprocess(4, 4), Faults(), 10**6, "test")
+    assert all(p.shrunk > 1 for p in cache.items) and cache.bytes < picture
+    figures, cache = check_samples([*splits["train"], *splits["train"]], preprocess(), Faults(), 10**6, "test")
+    assert len(figures) == 6 and len(cache) == 3 and cache.bytes == 3 * picture  # a picture with two figures is kept once
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

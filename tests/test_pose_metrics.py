@@ -55,7 +55,7 @@ def dataset_of(samples, points, size=(32, 32)):
         do_normalize = False
 
     preprocess = Preprocess(Processor, size)
-    good, cache, _ = check_samples(samples, preprocess, Faults(), 10**8, "test")
+    good, cache = check_samples(samples, preprocess, Faults(), 10**8, "test")
     assert len(good) == len(samples)
     return PoseData(good, cache, preprocess, points)
 

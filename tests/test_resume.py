@@ -205,7 +205,7 @@ def test_other_data_is_refused_and_the_record_stays(tmp_path):
     (run / "config.yaml").write_text(text.replace("samples: 64", "samples: 65"))  # as if the data had grown
     before = (run / "summary.json").read_bytes()
     said = run_toy(tmp_path, "--epochs", "1", "--samples", "65", "--resume", expect=2)
-    assert "the data is not the one" in said
+    assert "the data is not the one" in said and "give --cache as at the start" in said
     assert (run / "summary.json").read_bytes() == before
 
 

@@ -21,7 +21,7 @@ from common.batches import build_loader
 from common.config import UserError
 from common.runtime import cores
 from common.sample_cache import SampleCache, cache_limit, first_readable, free_memory
-from common.samples import Faults, FileFinder, choose_layout, hold_out, split_off
+from common.samples import BadFile, Faults, FileFinder, choose_layout, hold_out, split_off
 from common.scan import FileReader, check_files
 
 # A kind of file for these tests: "<count> <value>", e.g. "3 7" for three bytes of value 7. "bad" in it: fine until it is read.
@@ -38,7 +38,7 @@ def header(looked, path):
     looked.headers.append(path.name)
     cells = path.read_text().split()
     if not cells:
-        raise ValueError("empty file, nothing in it")
+        raise BadFile("empty file, nothing in it")
     return (int(cells[0]),)
 
 
@@ -46,7 +46,7 @@ def load(looked, item):
     looked.whole.append(item.path.name)
     cells = item.path.read_text().split()
     if "bad" in cells:
-        raise ValueError("file that cannot be read, half of it")
+        raise BadFile("file that cannot be read, half of it")
     return np.full(int(cells[0]), int(cells[1]), dtype=np.uint8)
 
 
@@ -196,10 +196,40 @@ def test_with_headers_alone_a_bad_file_shows_when_it_is_used(tmp_path, looked):
         cache[2]
     assert cache.new_faults() == [(str(tmp_path / "set" / "d"), "file that cannot be read, half of it")]
     assert cache.new_faults() == []
-    # A whole scan that knows better changes nothing: what is trained on depends on the data and the setting alone.
-    check(items, looked)
-    assert check(items, looked, whole=False)[0] == good
-    assert check(items, looked)[0] == ["a", "b", "e"] and not looked.headers
+    # Once a scan knows better both ways give the same.
+    whole = check(items, looked)
+    assert whole[0] == ["a", "b", "e"]
+    headers = check(items, looked, whole=False)
+    assert (headers[0], headers[2]) == (whole[0], whole[2]) and not looked.headers and not looked.whole
+
+
+def test_what_one_task_cannot_use_another_may(tmp_path, looked):
+    """A scan is shared: a fault of the file itself is kept in it, one of a task's own is not."""
+    items = write_files(tmp_path / "set", a="1 1", b="2 2", c="3 bad")
+    reader = FileReader("counts 1", ("count",), partial(header, looked))
+
+    def picky(item):
+        array = load(looked, item)
+        if len(array) == 2:
+            raise ValueError("file that this task cannot take")
+        return array
+
+    for _ in range(2):
+        faults = Faults()
+        good, _ = check_files(items, reader, lambda _, facts: facts, picky, faults, 10**6, "files")
+        assert good == [0] and faults.counts() == {"file that cannot be read": 1, "file that this task cannot take": 1}
+    good, cache, faults = check(items, looked)
+    assert good == ["a", "b"] and faults == {"file that cannot be read": 1} and looked.whole == ["b"]
+    assert cache[1].tolist() == [2, 2]
+
+
+def test_a_file_that_changes_in_training_is_named_as_such(tmp_path, looked):
+    cache = cache_of(tmp_path, looked, a="3 1", b="2 2")
+    (tmp_path / "set" / "b").write_text("4 2")
+    with pytest.raises(ValueError, match="changed"):
+        cache[1]
+    told = "file that has changed since it was looked at, (4,) instead of (2,)"
+    assert cache.new_faults() == [(str(tmp_path / "set" / "b"), told)] and cache.new_faults() == []
 
 
 def test_a_file_that_could_not_be_read_is_not_remembered(tmp_path, looked, monkeypatch):
@@ -466,6 +496,28 @@ def test_a_batch_is_loaded_on_all_cores(tmp_path, looked, monkeypatch):
     cache = SampleCache([SimpleNamespace(path=Path(str(i))) for i in range(7)], wait, [(4,)] * 7, 24)
     cache.fill([0, 1, 2, 1, 6])  # the last does not fit, so it is not loaded for nothing
     assert [int(state) for state in cache.state] == [1, 1, 1, 0, 0, 0, 0]
+
+
+class ThreadData(torch.utils.data.Dataset):
+    """Whether each sample was loaded by the process's main thread."""
+
+    def __init__(self, samples):
+        shapes, items = [(1,)] * samples, [SimpleNamespace(path=Path(str(i))) for i in range(samples)]
+        self.cache = SampleCache(
+            items, lambda _: np.array([threading.current_thread() is threading.main_thread()], np.uint8), shapes, 99
+        )
+
+    def __getitems__(self, indices):
+        self.cache.fill(indices)
+        return [torch.from_numpy(self.cache[i].copy()) for i in indices]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked here")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_data_worker_starts_no_threads(monkeypatch, workers):
+    monkeypatch.setattr(sample_cache, "cores", lambda: 3)
+    loader = build_loader(ThreadData(4), [[0, 1], [2, 3]], torch.stack, workers)
+    assert torch.cat(list(loader)).flatten().tolist() == [int(workers > 0)] * 4
 
 
 def test_what_takes_the_place_of_a_bad_file_is_a_function_of_seed_epoch_and_index(tmp_path, looked):

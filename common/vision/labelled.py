@@ -4,6 +4,7 @@ import csv
 import hashlib
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,11 +59,11 @@ def read_dataset(source: Path, seed: int, faults: Faults):
             f"{source} holds {found}; expected train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg, or a CSV file with "
             f"the columns path and label"
         )
-    splits, number_of = {}, {name: number for number, name in enumerate(names)}
+    splits, start, number_of = {}, f"{root.as_posix()}/", {name: number for number, name in enumerate(names)}
     for split, (path, label) in rows:
         if label not in number_of:
             raise UserError(f"{source}: the {split} split has the class {label!r}, which the training data has not")
-        name = path.as_posix().removeprefix(f"{root.as_posix()}/")
+        name = path.as_posix().removeprefix(start)
         splits.setdefault(split, []).append(Sample(path, name, number_of[label]))
     if "val" not in splits:
         splits["train"], splits["val"] = split_classes(splits["train"], names, seed)
@@ -112,10 +113,14 @@ def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
 
 def pictures_below(folder: Path) -> list[Path]:
     """The picture files in a folder at any depth, in order of their parts."""
-    found = []
-    for place, _, names in os.walk(folder):
-        paths = (os.path.join(place, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS)
-        found += [path for path in paths if os.path.isfile(path)]
+    found, folders = [], [folder]
+    for place in folders:  # which grows; a listing says what is a file, so that none of them is asked
+        with suppress(OSError), os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS and entry.is_file():
+                    found.append(entry.path)
     return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 

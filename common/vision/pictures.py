@@ -9,17 +9,19 @@ import numpy as np
 
 # needs: pillow
 from common.config import UserError
+from common.samples import BadFile
 from common.scan import FileReader
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # What a file may hold, whatever its name says: not EPS, for one, which starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+READER = 2  # goes up when read_header or decode find another size or fault in some file: scans of before are not believed
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may say how a PNG is turned
 
 
 @contextmanager
 def picture_faults():
-    """What a decoder raises in the block becomes a ValueError that names the fault."""
+    """What a decoder raises in the block becomes a BadFile that names the fault."""
     from PIL import UnidentifiedImageError
 
     try:
@@ -27,10 +29,10 @@ def picture_faults():
             warnings.simplefilter("ignore")
             yield
     except UnidentifiedImageError as error:
-        raise ValueError("no picture that can be decoded") from error
+        raise BadFile("no picture that can be decoded") from error
     except Exception as error:  # on a damaged file a decoder may raise anything: struct.error, TypeError, SyntaxError ...
         reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"picture that cannot be decoded, {reason[0]}") from error
+        raise BadFile(f"picture that cannot be decoded, {reason[0]}") from error
 
 
 def annotated_size(stored: tuple[int, int], upright: tuple[int, int], claimed: tuple[int, int] | None) -> tuple[int, int]:
@@ -44,7 +46,7 @@ def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.n
     """A picture file as uint8 RGB, (height, width, 3), turned upright as its EXIF orientation says.
 
     claimed: the annotation's (width, height). If it is the size of the stored, unturned picture, whoever drew the boxes
-    ignored the orientation, so it is ignored here, too. ValueError says what is wrong with the file.
+    ignored the orientation, so it is ignored here, too. BadFile says what is wrong with the file.
     """
     from PIL import Image, ImageOps
 
@@ -58,7 +60,7 @@ def decode(source: Path | bytes, claimed: tuple[int, int] | None = None) -> np.n
 
 
 def to_rgb(image) -> np.ndarray:
-    """A PIL image of any mode as uint8 (H, W, 3). ValueError for floating-point numbers, whose range is not known."""
+    """A PIL image of any mode as uint8 (H, W, 3). BadFile for floating-point numbers, whose range is not known."""
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip everything above 255
@@ -66,7 +68,7 @@ def to_rgb(image) -> np.ndarray:
         eight_bits = image.mode == "I" and values.max() <= 255
         image = Image.fromarray((values / (1 if eight_bits else 257)).clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("picture of floating-point numbers, whose range is not known")
+        raise BadFile("picture of floating-point numbers, whose range is not known")
     return np.array(image.convert("RGB"))
 
 
@@ -86,7 +88,7 @@ def as_pixels(image) -> np.ndarray:
 
 
 def read_header(path: Path) -> tuple[int, int, int]:
-    """(width, height, EXIF orientation 1 to 8) of a picture file as it is stored. ValueError as in decode.
+    """(width, height, EXIF orientation 1 to 8) of a picture file as it is stored. BadFile as in decode.
 
     Pixels are decoded only where the orientation is known no sooner: in formats that are rare for large data, and in a PNG
     that may carry it behind the pixels.
@@ -109,7 +111,7 @@ def picture_reader() -> FileReader:
     """read_header, for a scan."""
     import PIL
 
-    return FileReader(f"pictures by Pillow {PIL.__version__}", ("width", "height", "orientation"), read_header)
+    return FileReader(f"pictures, reader {READER} with Pillow {PIL.__version__}", ("width", "height", "orientation"), read_header)
 
 
 def header_size(header: tuple[int, int, int], claimed: tuple[int, int] | None) -> tuple[int, int]:

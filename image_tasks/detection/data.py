@@ -155,7 +155,7 @@ def collate(items: list[dict]) -> dict:
 
 
 def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, whole=True):
-    """(samples that are usable, cache of their resized pictures, its bytes): see check_files.
+    """(samples that are usable, cache of their resized pictures): see check_files.
 
     Boxes are clipped to the picture; those without area, or not finite, are dropped.
     """
@@ -169,7 +169,7 @@ def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults,
     samples = [samples[number] for number in good]
     for sample in samples:
         clean_boxes(sample, *sample.size, faults)
-    return samples, cache, cache.bytes
+    return samples, cache
 
 
 def load_resized(preprocess: Preprocess, sample: Sample) -> np.ndarray:
@@ -235,7 +235,7 @@ def build_loaders(config, processor, tables):
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, whole=True):
     """(samples, preprocess, cache) for DetectionData; UserError where no picture is left."""
-    samples, cache, _ = check_samples(samples, preprocess, faults, limit, split, whole)
+    samples, cache = check_samples(samples, preprocess, faults, limit, split, whole)
     if not samples:
         raise UserError(f"the {split} split has no picture that can be used")
     return samples, preprocess, cache

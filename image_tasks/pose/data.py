@@ -215,7 +215,7 @@ def shrink_factor(box: np.ndarray, size: tuple[int, int], padding: float) -> int
 def check_samples(
     samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, posed=True, whole=True
 ):
-    """(samples that are usable, cache of their pictures, its bytes): see check_files. cache.items are Pictures.
+    """(samples that are usable, cache of their pictures): see check_files. cache.items are Pictures.
 
     Keypoints that are not finite or lie outside their picture count as unlabelled; with `posed`, samples without any that
     counts are left out. What is kept of a picture is shrunk to what the crops need.
@@ -250,7 +250,7 @@ def check_samples(
                 good.append(sample)
             else:
                 faults.add("figure without a keypoint that counts", f"{sample.path.name} ({sample.where})")
-    return good, cache, cache.bytes
+    return good, cache
 
 
 def fits(box: np.ndarray, size: tuple[int, int]) -> bool:
@@ -311,7 +311,7 @@ def build_loaders(config, preprocess: Preprocess, tables):
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, posed=True, whole=True):
     """(samples, cache) for PoseData; UserError where no figure is left."""
-    samples, cache, _ = check_samples(samples, preprocess, faults, limit, split, posed, whole)
+    samples, cache = check_samples(samples, preprocess, faults, limit, split, posed, whole)
     if not samples:
         raise UserError(f"the {split} split has no figure that can be used")
     return samples, cache
