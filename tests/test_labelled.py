@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.batches import EpochBatches, build_loader
 from common.config import UserError
-from common.samples import Faults
+from common.samples import BadFile, Faults
 from common.vision.labelled import (
     LabelledPictures,
     Sample,
@@ -438,6 +438,24 @@ def test_a_second_start_decodes_at_first_use_and_gives_the_same(tmp_path, decode
     for mine, theirs in zip(*items, strict=True):
         assert torch.equal(mine["pixels"], theirs["pixels"]) and torch.equal(mine["target"], theirs["target"])
     assert len(decoded) == 9  # once each, by the second
+
+
+def test_a_mended_reader_does_not_believe_the_faults_of_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "scans"))
+    folder = make(tmp_path / "set", "folders val")
+
+    def faulty(path):
+        raise BadFile("picture that this reader cannot take")
+
+    with monkeypatch.context() as before:
+        before.setattr("common.vision.pictures.READER", 1)
+        before.setattr("common.vision.labelled.decode", faulty)
+        with pytest.raises(UserError, match="no picture that can be used"):
+            loaded(folder)
+        before.setattr("common.vision.labelled.decode", decode)
+        with pytest.raises(UserError, match="no picture that can be used"):
+            loaded(folder)
+    assert loaded(folder)[3]["train"] == 9
 
 
 def test_the_cache_may_be_turned_off_and_on_once_a_scan_knows_the_bad_files(tmp_path, monkeypatch):
