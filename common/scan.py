@@ -4,6 +4,7 @@ import hashlib
 import json
 import operator
 import os
+import stat
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -82,8 +83,8 @@ class Scan:
         known, stamps = self.read(), []
         for number, path in enumerate(self.paths):
             try:
-                stat = os.stat(path)
-                stamps.append([stat.st_size, stat.st_mtime_ns])
+                facts = os.stat(path)
+                stamps.append([facts.st_size, facts.st_mtime_ns])
             except OSError:
                 stamps.append([-1, -1])  # not kept; the reader says what is wrong
             entry = known.get(path[len(self.folder) :])
@@ -122,7 +123,8 @@ class Scan:
     def read(self) -> dict:
         """The scan file's entries, unchecked; {} where there is none that can be used."""
         try:
-            if self.file.stat().st_size > LARGEST_SCAN:
+            facts = self.file.stat()
+            if facts.st_size > LARGEST_SCAN or not stat.S_ISREG(facts.st_mode):  # a pipe would be waited for, for ever
                 return {}
             content = json.loads(self.file.read_text(encoding="utf-8"))
             head, files = content["head"], content["files"]

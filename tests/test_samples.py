@@ -278,6 +278,8 @@ DAMAGE = {
     "nothing known": spoil_entries(lambda content: [*content["files"]["a"][:2], None, "", True]),
     "huge": lambda file: os.truncate(file, 2**40),  # a hole: it takes no room
     "a folder": lambda file: (file.unlink(), file.mkdir()),
+    "a pipe": lambda file: (file.unlink(), os.mkfifo(file)),  # opened, it would wait for a writer
+    "a device": lambda file: (file.unlink(), file.symlink_to("/dev/zero")),  # without an end, and of 0 bytes
 }
 
 
