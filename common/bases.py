@@ -153,14 +153,37 @@ def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Pa
     """
     folder = open_model_folder(Path(folder).expanduser())
     if not (folder / ORIGIN).is_file():
-        raise UserError(f"{folder} holds no {ORIGIN}: only checkpoints that these scripts saved say what they were trained for")
+        best = folder / "checkpoints" / "best"  # of a run folder
+        hint = f"; did you mean {best}?" if (best / ORIGIN).is_file() else ""
+        raise UserError(
+            f"{folder} holds no {ORIGIN}: only checkpoints that these scripts saved say what they were trained for{hint}"
+        )
     origin = read_json(folder / ORIGIN)
     its_task, its_method = (origin.get("task"), origin.get("method")) if isinstance(origin, dict) else (None, None)
-    if its_task != task or its_method not in ([method] if method else WEIGHTS):
+    if its_task != task or its_method not in ([method] if method else list(WEIGHTS)):
         wanted = f"{task} ({method})" if method else task
         raise UserError(f"{folder} is a checkpoint of {its_task} ({its_method}), not of {wanted}")
     check_holds(folder, WEIGHTS[its_method])
+    check_origin(folder, origin)
     return folder, origin
+
+
+def check_origin(folder: Path, origin: dict) -> None:
+    """UserError unless origin.json says what every checkpoint's does, in the form that make_origin writes."""
+    base, classes = origin.get("base"), origin.get("classes", ["any"])  # not every task has classes
+    right = {
+        "base": isinstance(base, dict)
+        and isinstance(base.get("sha256"), str)
+        and isinstance(base.get("name"), str)
+        and base["name"] != "",
+        "classes": isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes),
+        "data_dir": isinstance(origin.get("data_dir"), str),
+        "batch_size": type(origin.get("batch_size")) is int and origin["batch_size"] > 0,
+        "seed": type(origin.get("seed")) is int,
+    }
+    wrong = [key for key, fits in right.items() if not fits]
+    if wrong:
+        raise UserError(f"{folder / ORIGIN} is damaged: its {wrong[0]} is missing, or nothing that these scripts wrote")
 
 
 def load_under(folder: Path, origin: dict, load_base, name: str = ""):

@@ -79,6 +79,40 @@ def test_a_folder_of_another_origin_is_refused(tmp_path, origin):
         open_checkpoint(tmp_path, "toy")
 
 
+ODD = {
+    "method": [["full"], {}, None],
+    "base": [None, "b", {}, {"name": "b"}, {"name": "", "sha256": ""}, {"name": 3, "sha256": ""}, {"name": "b", "sha256": 3}],
+    "classes": [None, [], 3, [1], "cat"],
+    "data_dir": [None, 3, []],
+    "batch_size": [None, "8", 0, True],
+    "seed": [None, "0", 1.5],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in ODD.items() for value in values], ids=str)
+def test_an_origin_that_these_scripts_did_not_write_is_refused(tmp_path, key, value):
+    origin = make_origin("toy", "full", {"name": "b", "sha256": ""}, CONFIG)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "origin.json").write_text(json.dumps(origin))
+    assert open_checkpoint(tmp_path, "toy")[1] == origin
+    (tmp_path / "origin.json").write_text(json.dumps({**origin, key: value}))
+    with pytest.raises(UserError, match="not of toy" if key == "method" else f"its {key} is missing"):
+        open_checkpoint(tmp_path, "toy")
+
+
+def test_an_origin_nested_without_end_is_no_json(tmp_path):
+    (tmp_path / "origin.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"origin\.json is not valid JSON"):
+        open_checkpoint(tmp_path, "toy")
+
+
+def test_a_run_folder_is_answered_with_its_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "best" / "origin.json").touch()
+    with pytest.raises(UserError, match="did you mean .*best"):
+        open_checkpoint(tmp_path, "toy")
+
+
 def test_one_kind_may_be_asked_for(tmp_path):
     (tmp_path / "origin.json").write_text(json.dumps(make_origin("toy", "full", {"name": "b", "sha256": ""}, CONFIG)))
     (tmp_path / "model.safetensors").touch()
