@@ -98,10 +98,11 @@ def export(script: Path, folder: Path, one_file=False, demo=True, overwrite=Fals
 
 def merged_requirements(file: Path, lines: list[str]) -> bytes:
     """The content of a requirements.txt, with the lines for what it does not name yet at its end."""
-    there = file.read_text(encoding="utf-8").rstrip("\n") if file.is_file() else ""
+    # The user's file: in whatever encoding it is, its lines stay as they are.
+    there = file.read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n") if file.is_file() else ""
     named = {distribution(line.strip()) for line in there.splitlines()}
     new = [line for line in lines if distribution(line) not in named]
-    return ("\n".join([there] * bool(there) + new) + "\n").encode()
+    return ("\n".join([there] * bool(there) + new) + "\n").encode(errors="surrogateescape")
 
 
 def main(argv=None):
@@ -113,7 +114,10 @@ def main(argv=None):
     parser.add_argument("--no_demo", "--no-demo", action="store_true", help="leave out demo_base/, the small base model")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there and differ")
     args = parser.parse_args(argv)
-    names = export(args.script, args.folder, args.single_file, not args.no_demo, args.overwrite)
+    try:
+        names = export(args.script, args.folder, args.single_file, not args.no_demo, args.overwrite)
+    except OSError as error:  # a file where a folder must be, a folder where a file must be, no permission
+        raise UserError(f"cannot write the copy: {error.filename}: {error.strerror}") from None
     folder = Path(args.folder).expanduser().resolve()
     print(f"wrote to {folder}: " + ", ".join(names))
     print(f"run it: cd {shlex.quote(str(folder))} && pip install -r requirements.txt && python {Path(args.script).name}")

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from common.config import UserError  # noqa: E402
 from export import export, packages_of_modules, requirements  # noqa: E402
+from export import main as export_main  # noqa: E402
 from local_imports import follow_imports  # noqa: E402
 from single_file import find_clashes, import_lines, single_file  # noqa: E402
 
@@ -220,6 +221,23 @@ def test_requirements_that_are_there_stay(tmp_path):
         export(make_project(tmp_path / "project"), tmp_path / "copy")
         listed = (tmp_path / "copy" / "requirements.txt").read_text()
         assert listed == "Pillow==9.5\nflask\npyyaml>=6\nscipy\nTIMM>=1,<2\n"
+
+
+def test_requirements_in_another_encoding_keep_their_bytes(tmp_path):
+    script, theirs = make_project(tmp_path / "project"), tmp_path / "copy" / "requirements.txt"
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"flask  # caf\xe9\n")
+    export(script, theirs.parent)
+    assert theirs.read_bytes().startswith(b"flask  # caf\xe9\n") and b"scipy\n" in theirs.read_bytes()
+
+
+@pytest.mark.parametrize("in_the_way", ["copy", "copy/train.py", "copy/common", "copy/requirements.txt"])
+def test_what_stands_in_the_way_of_a_copy_is_named(tmp_path, in_the_way):
+    script, place = make_project(tmp_path / "project"), tmp_path / in_the_way
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir() if place.suffix else place.touch()  # a folder where a file goes, or a file where a folder goes
+    with pytest.raises(UserError, match=f"cannot write the copy: .*{place.name}"):
+        export_main([str(script), str(tmp_path / "copy")])
 
 
 def test_files_that_differ_are_kept_unless_overwrite(tmp_path):
