@@ -110,7 +110,8 @@ def class_tensors(build, model) -> list[str]:
     config = copy.deepcopy(model.config)
     config.id2label = dict(enumerate(map(str, range(len(config.id2label) + 1))))
     wider, own = build(config).state_dict(), model.state_dict()
-    return [name for name, tensor in own.items() if wider[name].shape != tensor.shape]
+    # An adapted model has tensors, and names, that its configuration does not know: no class layers.
+    return [name for name, tensor in own.items() if name in wider and wider[name].shape != tensor.shape]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from common import folders
 from common.bases import class_tensors, make_origin, open_checkpoint, save_lora, train_mode
 from common.config import UserError
 from common.folders import eval_places, make_once, newest_best, predictions_folder
+from common.lora import LoRAConfig, inject_lora
 
 CONFIG = SimpleNamespace(data_dir="", batch_size=4, seed=0)
 
@@ -143,8 +144,10 @@ def test_the_library_builds_class_layers_from_the_number_of_labels():
 
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = ViTConfig(**small, image_size=32, patch_size=16, id2label={i: str(i) for i in range(16)})  # as many as channels
-    found = class_tensors(ViTForImageClassification._from_config, ViTForImageClassification(config))
-    assert found == ["classifier.weight", "classifier.bias"]
+    build, model = ViTForImageClassification._from_config, ViTForImageClassification(config)
+    assert class_tensors(build, model) == ["classifier.weight", "classifier.bias"]
+    inject_lora(model, LoRAConfig(r=2, target_modules="all-linear", exclude_modules=["classifier"]))
+    assert class_tensors(build, model) == ["classifier.weight", "classifier.bias"]  # adapters hide nothing, and are none
 
 
 def test_train_mode_keeps_every_kind_of_batch_norm_in_eval():
