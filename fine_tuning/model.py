@@ -308,7 +308,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     that was trained on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
     """
     folder, about = open_checkpoint(folder, "clip")
-    check_origin(folder, about)
+    check_classifier_origin(folder, about)
     tower, processor = load_under(folder, about, load_base, base)
     model = ClipClassifier(tower, about["classes"], about["scale"])
     if about["method"] == "full":
@@ -322,7 +322,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     return with_saved_adapter(model, folder, (HEAD,), merge).eval().to(device), processor, about
 
 
-def check_origin(folder: Path, about: dict) -> None:
+def check_classifier_origin(folder: Path, about: dict) -> None:
     """UserError unless origin.json has what loading needs."""
     names, scale = about.get("classes"), about.get("scale")
     fits = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
