@@ -338,7 +338,7 @@ class Run:
             draw_curves(self.record.lines(), name, best, resumed_at, self.folder / "curves.png")
             value = "null" if best[name] is None else f"{best[name]:.4f}"
             say(f"best {name} {value} in epoch {best['epoch']}")
-            say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB), curves.png and summary.json beside it")
+            say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB); curves.png and summary.json in {self.folder}")
         self.finished = True
 
     # ---- the end of a step ---------------------------------------------------------------------------------------

@@ -120,7 +120,9 @@ def main(argv=None):
         raise UserError(f"cannot write the copy: {error.filename}: {error.strerror}") from None
     folder = Path(args.folder).expanduser().resolve()
     print(f"wrote to {folder}: " + ", ".join(names))
-    print(f"run it: cd {shlex.quote(str(folder))} && pip install -r requirements.txt && python {Path(args.script).name}")
+    data = " --data_dir ..." if args.no_demo and "train" in Path(args.script).name else ""
+    run = f"python {Path(args.script).name}{data}"
+    print(f"run it: cd {shlex.quote(str(folder))} && pip install -r requirements.txt && {run}")
 
 
 if __name__ == "__main__":

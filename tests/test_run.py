@@ -365,7 +365,7 @@ def test_an_output_dir_that_cannot_be(tmp_path):
 def test_the_script_as_a_user_runs_it(tmp_path):
     done = run_script(ROOT / "tests", "toy_train.py", "--output_dir", tmp_path, "--epochs", "1", "--max_steps_per_epoch", "2")
     run = tmp_path / "toy" / "full"
-    assert f"run folder {run}" in done.stdout and done.stdout.rstrip().endswith("summary.json beside it")
+    assert f"run folder {run}" in done.stdout and done.stdout.rstrip().endswith(f"summary.json in {run}")
     record = summary(run)
     check_schema(record)
     assert record["steps"] == 2 and record["status"] == "finished"

@@ -1,4 +1,4 @@
-"""Scores a fine-tuned detector: COCO average precision, curves, and its best and worst pictures.
+"""Scores a fine-tuned detector: COCO average precision, curves, some pictures and its worst.
 
     python eval.py                                           # the newest outputs/detection/full, on its validation data
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/boxes --split test
