@@ -292,6 +292,8 @@ def load_lora_state_dict(model, state: dict, strict: bool = True) -> list[str]:
             faults.append(f"{name} is {given[name].dtype}, expected {own[name].dtype}")
         elif found != wanted:
             faults.append(f"{name} is {found}, expected {wanted if name in own else 'no such tensor'}")
+        elif not given[name].isfinite().all():
+            faults.append(f"{name} holds numbers that are not finite")
         else:
             continue
         given.pop(name, None)

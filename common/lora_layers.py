@@ -192,6 +192,8 @@ class LoRAEmbedding(LoRALayer):
     """A (r, rows) starts at zero and B (width, r) at random, as in PEFT: only rows that are looked up ever change."""
 
     def add_pair(self):
+        if self.base_layer.max_norm is not None:  # it shortens the rows of W that are used, not those of W + s B A
+            raise UserError("LoRA: an Embedding with max_norm changes its own weight, so it takes no adapter")
         rows, width = self.base_layer.weight.shape
         self.lora_embedding_A = nn.Parameter(torch.zeros(self.r, rows))
         self.lora_embedding_B = nn.Parameter(torch.randn(width, self.r))

@@ -317,6 +317,8 @@ def load_adapter_files(model, folder: Path, whole=()):
             saved = load_file(place / ADAPTER_FILE)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
+        if broken := sorted(name for name, tensor in saved.items() if not tensor.isfinite().all()):
+            raise UserError(f"{folder / ADAPTER_FILE}: numbers that are not finite in {broken[0]} ({len(broken)} such tensors)")
         try:
             model = PeftModel.from_pretrained(without_word_embeddings(model), place)
         except (ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -402,6 +402,17 @@ def test_an_adapter_file_that_was_cut_short_is_refused(adapter):
         load_checkpoint(adapter)
 
 
+def test_an_adapter_of_numbers_that_are_not_finite_is_refused(adapter):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in sorted(tensors) if "lora_B" in name)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=f"not finite in {re.escape(name)}"):
+        load_checkpoint(adapter)
+
+
 def test_saving_twice_writes_the_same_bytes(adapter):
     names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert names == sorted(names) and len(names) == 4, "a set's order differs from process to process"

@@ -368,6 +368,11 @@ def test_only_rows_of_an_embedding_that_are_used_change():
     assert moved == [4, 7]
 
 
+def test_an_embedding_that_changes_its_own_weight_is_refused():
+    with pytest.raises(UserError, match="Embedding with max_norm"):
+        inject_lora(One(nn.Embedding(10, 6, max_norm=1.0)), LoRAConfig(r=2, target_modules=["layer"]))
+
+
 class Gather(nn.Module):
     """A convolution over listed neighbours, such as a sparse one is: x (n, in), neighbours (n, k) -> (n, out)."""
 
@@ -689,6 +694,7 @@ def test_state_round_trip_with_all_that_trained():
         (lambda state: state.update(odd=torch.zeros(2)), ["odd is (2,), expected no such tensor"]),
         (lambda state: state.update({"head.bias": torch.zeros(3)}), ["head.bias is (3,), expected (124,)"]),
         (lambda state: state.update({"head.bias": torch.zeros(124, dtype=torch.int64)}), ["head.bias is torch.int64"]),
+        (lambda state: state["fc.lora_B.weight"].view(-1)[7].fill_(torch.nan), ["fc.lora_B.weight holds numbers that are not"]),
     ],
 )
 def test_loading_is_strict_unless_told_otherwise(change, words, capsys):
