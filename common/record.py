@@ -105,7 +105,7 @@ class Record:
         self.last_tick = now
 
     def write_summary(self, progress: Progress, described: dict, status: str, error: str | None = None) -> None:
-        """docs/summary_schema.md says what each key means. described: base, data, parameters."""
+        """docs/summary_schema.md says what each key means. described: base, data, parameters, notes."""
         self.tick(progress)
         if not self.keeps_summary:
             return
@@ -117,6 +117,7 @@ class Record:
             "run_name": self.folder.name,
             "status": status,
             "error": error,
+            "notes": described.get("notes", []),
             "started": self.started.isoformat(timespec="seconds"),
             "ended": None if status == "running" else datetime.now(UTC).isoformat(timespec="seconds"),
             "resumed_at_steps": progress.resumed_at,

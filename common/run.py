@@ -15,7 +15,17 @@ from common.config import UserError, write_yaml
 from common.folders import open_run_folder
 from common.optim import clip_gradients, take_step
 from common.record import Record, in_words, key_of, without_nan
-from common.runtime import Interrupted, StopSignals, from_main, gather_lists, process_index, progress_bar, say, start_accelerator
+from common.runtime import (
+    Interrupted,
+    StopSignals,
+    from_main,
+    gather_lists,
+    guard,
+    process_index,
+    progress_bar,
+    say,
+    start_accelerator,
+)
 from common.samples import Faults
 from common.step import Step, check_all_used, check_nothing_left, check_own_loss, check_stepped, trained_parameters
 
@@ -54,6 +64,7 @@ class Run:
         self.config, self.task, self.method = config, task, method
         self.progress = Progress()
         self.described: dict = {}  # for the summary: base, data, parameters
+        self.notes: list[str] = []  # for the summary: what went wrong after the training, and did not cost it
         # Known once the run is open.
         self.accelerator = self.device = self.signals = self.record = self.lock = None
         self.rank, self.world, self.is_main = 0, 1, True
@@ -105,8 +116,8 @@ class Run:
             if status == "interrupted" and self.ready and self.under_way is None:  # what is in memory is whole
                 self.save()
         finally:
-            said = f"{kind.__name__}: {error}" if kind else None
-            self.record.write_summary(self.progress, self.described, status, said)
+            said = f"{kind.__name__}: {error}" if kind and status != "finished" else None
+            self.record.write_summary(self.progress, {**self.described, "notes": self.notes}, status, said)
             if self.is_main:
                 self.lock.close()
             self.record.close()
@@ -329,17 +340,25 @@ class Run:
         say(f"epoch {self.progress.epoch}/{self.config.epochs}: {in_words(record)}{'  (best)' if is_best else ''}")
         return is_best and self.is_main
 
+    def guard(self, what: str):
+        """For what comes after the training and may not cost it, such as pictures: `with run.guard("the plots"):`.
+
+        An error inside is said and noted in summary.json, and the run goes on to its end.
+        """
+        return guard(what, self.notes)
+
     def finish(self) -> None:
         """Draws curves.png and marks the run as finished; summary.json is written when the `with` block ends."""
+        self.finished = True
         if self.is_main:
             from common.plots import draw_curves
 
             name, best, resumed_at = self.progress.best_name, self.progress.best, self.progress.resumed_at
-            draw_curves(self.record.lines(), name, best, resumed_at, self.folder / "curves.png")
+            with self.guard("curves.png"):
+                draw_curves(self.record.lines(), name, best, resumed_at, self.folder / "curves.png")
             value = "null" if best[name] is None else f"{best[name]:.4f}"
             say(f"best {name} {value} in epoch {best['epoch']}")
             say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB); curves.png and summary.json in {self.folder}")
-        self.finished = True
 
     # ---- the end of a step ---------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ import platform
 import signal
 import sys
 import threading
+from contextlib import contextmanager
 
 from common.config import UserError
 
@@ -63,6 +64,22 @@ def say(text: str) -> None:
     """Prints on the main process only."""
     if process_index()[0] == 0:
         print(text, flush=True)
+
+
+@contextmanager
+def guard(what: str, notes: list[str] | None = None):
+    """What comes after the work may not cost it: an error inside the block is said in one line, and whoever is outside goes on.
+
+    what: what the block makes, "the plots". notes: takes that line, too. A Ctrl-C or SIGTERM ends the block as ever.
+    """
+    try:
+        yield
+    except Exception as error:  # running out of memory is one, too
+        reason = " ".join(str(error).split())[:300]
+        note = f"{what} could not be made: {reason if isinstance(error, UserError) else f'{type(error).__name__}: {reason}'}"
+        say(note)
+        if notes is not None:
+            notes.append(note)
 
 
 def from_main(make):

@@ -175,10 +175,11 @@ class Script(Child):
     """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports.
 
     cwd: another folder to start it in. draw: False leaves empty files where matplotlib's pictures would be, because drawing
-    takes longer than all else that a small run does. rank: (its number, port) as one of two processes.
+    takes longer than all else that a small run does; a function is called instead of matplotlib's savefig.
+    rank: (its number, port) as one of two processes.
     """
 
-    def __init__(self, folder: Path, script: str, args, log: Path, cwd: Path | None = None, draw: bool = True, rank=None):
+    def __init__(self, folder: Path, script: str, args, log: Path, cwd: Path | None = None, draw=True, rank=None):
         import_for_scripts()
 
         def run():
@@ -188,8 +189,8 @@ class Script(Child):
             AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have made one
             if rank:
                 os.environ.update(rank_environment(*rank))
-            if not draw:
-                Figure.savefig = lambda _, path: path.write_bytes(b"")
+            if draw is not True:
+                Figure.savefig = draw or (lambda _, path: path.write_bytes(b""))
             enter(folder)
             os.chdir(cwd or folder)
             sys.argv = [script, *map(str, args)]

@@ -1,8 +1,10 @@
 """What a run leaves behind: the record follows its schema, faults are named, nothing is overwritten."""
 
+import io
 import json
 import math
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from common.checkpoint import Progress
+from common.config import UserError
 from common.run import Run
+from common.runtime import Interrupted
 from common.step import Step
 
 TYPES = {
@@ -23,6 +27,7 @@ TYPES = {
     "boolean": lambda v: isinstance(v, bool),
     "object": lambda v: isinstance(v, dict),
     "null": lambda v: v is None,
+    "list of texts": lambda v: isinstance(v, list) and all(isinstance(i, str) for i in v),
     "list of integers": lambda v: isinstance(v, list) and all(isinstance(i, int) for i in v),
 }
 
@@ -218,6 +223,23 @@ def test_parts_are_turned_into_numbers_only_for_a_line(monkeypatch):
         step.read(0, with_parts=is_logged)
         assert len(turned) == (42 if is_logged else 1)  # the signal is one
     assert step.part_values[0] == ("loss", "plain", 0.5) and step.part_values[-1] == ("loss", "part_39", 39.0)
+
+
+def test_what_goes_wrong_under_the_guard_is_said_noted_and_over():
+    run, said = Run(SimpleNamespace(), "toy", "full"), io.StringIO()
+    with redirect_stdout(said), run.guard("the plots"):
+        raise ValueError("a class name\nthat is $\\frac{$")
+    with redirect_stdout(said), run.guard("the pages"):
+        raise UserError("a.jpg is gone")
+    assert run.notes == [
+        "the plots could not be made: ValueError: a class name that is $\\frac{$",
+        "the pages could not be made: a.jpg is gone",
+    ]
+    assert said.getvalue().splitlines() == run.notes
+    for stop in (Interrupted(15), KeyboardInterrupt()):
+        with pytest.raises(type(stop)), run.guard("the plots"):
+            raise stop
+    assert len(run.notes) == 2
 
 
 def test_summary_of_a_failed_run(tmp_path):

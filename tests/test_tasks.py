@@ -180,15 +180,22 @@ def train_losses(folder):
     return losses
 
 
+def no_memory(*_):
+    raise MemoryError("no room for 6 GB")
+
+
 @pytest.fixture(scope="session")
 def probe(task):
-    """A step of the head alone (--lora_r 0), on data with a broken training sample: the run, and the name of that sample."""
+    """A step of the head alone (--lora_r 0), on data with a broken training sample: the run, and the name of that sample.
+
+    None of its pictures can be drawn.
+    """
     data = scratch() / f"{task.name}_broken"
     shutil.copytree(small_data(task), data)
     broken = max((data / "train").rglob(f"*{task.sample}"))
     broken.write_bytes(broken.read_bytes()[:100])
     args = ["--data_dir", data, "--model", "demo", "--output_dir", data / "runs", *SETTINGS, "--lora_r", 0]
-    said = call(task, "train_lora.py", *args, "--epochs", 1, "--max_steps_per_epoch", 1)
+    said = call(task, "train_lora.py", *args, "--epochs", 1, "--max_steps_per_epoch", 1, draw=no_memory)
     return data / "runs" / task.name / "head", broken, said
 
 
@@ -199,6 +206,15 @@ def test_a_sample_that_cannot_be_read_is_named_counted_and_left_out(task, probe)
     (fault,) = data["left_out"]
     (place,) = re.findall(rf"left out, {re.escape(fault)} \(1\): (\S+)", said.stdout)
     assert broken.as_posix().endswith(f"/{place}"), "its path from the folder that holds all of its split"
+
+
+def test_pictures_that_cannot_be_drawn_do_not_cost_the_training(task, probe):
+    folder, _, said = probe
+    summary = read(folder / "summary.json")
+    assert summary["status"] == "finished" and summary["error"] is None and said.stderr == ""
+    assert summary["notes"][-1] == "curves.png could not be made: MemoryError: no room for 6 GB"
+    assert all(said.stdout.count(note) == 1 for note in summary["notes"]) and "saved" in said.stdout
+    assert len(summary["notes"]) == 2
 
 
 def test_rank_zero_trains_the_head_alone(task, probe):

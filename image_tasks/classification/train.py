@@ -75,8 +75,9 @@ def main(argv=None):
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            best, _, _ = load_checkpoint(run.best, device=run.device)
-            draw_results(best, val_loader.dataset, run.history, run.folder)
+            with run.guard("the plots"):
+                best, _, _ = load_checkpoint(run.best, device=run.device)
+                draw_results(best, val_loader.dataset, run.history, run.folder)
         run.finish()
 
 

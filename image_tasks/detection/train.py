@@ -69,8 +69,9 @@ def main(argv=None):
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            best, _, _ = load_checkpoint(run.best, device=run.device)
-            draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
+            with run.guard("the pictures"):
+                best, _, _ = load_checkpoint(run.best, device=run.device)
+                draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
         run.finish()
 
 

@@ -80,8 +80,9 @@ def main(argv=None):
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
-            draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
+            with run.guard("the pictures"):
+                best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+                draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
         run.finish()
 
 

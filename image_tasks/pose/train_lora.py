@@ -83,8 +83,9 @@ def main(argv=None):
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
-            draw_results(best, val_loader.dataset, points, run.history, run.folder)
+            with run.guard("the plots"):
+                best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+                draw_results(best, val_loader.dataset, points, run.history, run.folder)
         run.finish()
 
 
