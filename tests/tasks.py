@@ -29,7 +29,8 @@ def classifier(base, best):
 
 
 def keypoint_model(base, best):
-    from formats import KeypointSet
+    from keypoints import KeypointSet
+
     from model import input_size, load_base, with_head
 
     base = load_base(base)[0]

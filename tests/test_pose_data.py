@@ -15,6 +15,9 @@ from PIL import Image
 TASK = POSE
 use_task(TASK)
 
+from figure_boxes import place_boxes  # noqa: E402
+from keypoints import UNIFORM_SIGMA, flip_pairs_from_names  # noqa: E402
+
 import data  # noqa: E402
 from common.batches import EpochBatches, build_loader, seeded  # noqa: E402
 from common.config import UserError  # noqa: E402
@@ -33,7 +36,7 @@ from data import (  # noqa: E402
     random_change,
     read_tables,
 )
-from formats import UNIFORM_SIGMA, flip_pairs_from_names, place_boxes, read_dataset  # noqa: E402
+from formats import read_dataset  # noqa: E402
 
 NAMES = ["nose", "left_hand", "right_hand"]
 W, H = 64, 48
@@ -263,9 +266,8 @@ def test_coco_gives_skeleton_flip_pairs_and_sigmas_counted_from_one(tmp_path, ca
 
 
 def test_cocos_seventeen_names_have_cocos_sigmas(tmp_path, capsys):
+    from keypoints import COCO_NAMES
     from pycocotools.cocoeval import Params
-
-    from formats import COCO_NAMES
 
     scene = {"a": [(5 + i, 6 + i) for i in range(17)]}
     content = coco(scene, names=COCO_NAMES)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from keypoints import KeypointSet, Sample
 
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
@@ -17,7 +18,7 @@ from common.samples import Faults
 from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
-from formats import KeypointSet, Sample, read_dataset
+from formats import read_dataset
 
 HERE = Path(__file__).resolve().parent
 PADDING = 1.25  # a box is enlarged by this before it is cut out, as pose models expect; a whole picture is taken as it is
