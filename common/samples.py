@@ -1,5 +1,6 @@
-"""Samples of a data set, whatever they are: what is wrong with them, finding their files, splits."""
+"""Samples of a data set, whatever they are: what is wrong with them, finding and reading their files, splits."""
 
+import codecs
 import hashlib
 import os
 import re
@@ -13,7 +14,16 @@ from urllib.parse import unquote
 from common.config import UserError
 from common.runtime import say
 
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+# Split -> the words that stand for it, the commonest first; split_of finds them in any case.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
+# What else may stand in the name of a split's folder: training_set, Train Images, seg_train.
+SPLIT_FILLERS = "set data dataset split folder seg images image imgs img pictures photos frames files labels"
+# Folders and files that a system leaves in data of others; names with a dot in front (.git, ._a.jpg) are as little data.
+SYSTEM_NAMES = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
 
 
 # ---- faults ------------------------------------------------------------------------------------------------------------
@@ -21,12 +31,13 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test
 
 @dataclass
 class Faults:
-    """What was wrong with a data set: fault -> where, in the order found.
+    """What was wrong with a data set: fault -> where, in the order found; and how what was not plain was understood (notes).
 
     As a context manager it is reported when a UserError leaves the block, for the faults are most often its cause.
     """
 
     found: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def __enter__(self):
         return self
@@ -38,6 +49,10 @@ class Faults:
     def add(self, fault: str, where) -> None:
         self.found[fault].append(str(where))
 
+    def note(self, note: str, where) -> None:
+        """Something that is used, but not as it stands: said in the report, not counted as left out."""
+        self.notes[note].append(str(where))
+
     def add_error(self, error: str, name: str) -> None:
         """Notes an error's text, "fault" or "fault, detail"."""
         fault, _, detail = error.partition(", ")
@@ -47,9 +62,10 @@ class Faults:
         return {fault: len(places) for fault, places in sorted(self.found.items())}
 
     def report(self) -> None:
-        for fault, places in sorted(self.found.items()):
-            more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-            say(f"left out, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
+        for what, table in (("left out", self.found), ("note", self.notes)):
+            for fault, places in sorted(table.items()):
+                more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+                say(f"{what}, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
 
 
 class BadFile(ValueError):
@@ -70,7 +86,73 @@ def attempt(work, *arguments):
         return None, "".join(c if c.isprintable() else "?" for c in str(error))[:400], lasting
 
 
-# ---- finding files -----------------------------------------------------------------------------------------------------
+# ---- finding and reading files -----------------------------------------------------------------------------------------
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is a system's or a tool's, and no data: .git, .ipynb_checkpoints, __MACOSX ..."""
+    return (name.startswith(".") and name not in (".", "..")) or name in SYSTEM_NAMES
+
+
+def visible_entries(folder) -> list[os.DirEntry]:
+    """What is in a folder but is not hidden, in order of the names; nothing where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda entry: entry.name)
+    except OSError:
+        return []
+
+
+def files_below(folder: Path) -> list[str]:
+    """The paths of the files in a folder at any depth, in order of their parts; hidden files and folders are none.
+
+    Links to folders are followed, under the names that they have here, but no folder is read twice: not one around `folder`,
+    so that a link to it is no loop, and of two ways to a folder the one without a link counts.
+    """
+    found, folders, links, read = [], [os.fspath(folder)], [], set()
+    for place in Path(os.path.abspath(folder)).parents:
+        read.add(folder_identity(place))
+    while folders or links:
+        place = folders.pop() if folders else links.pop()
+        identity = folder_identity(place)
+        if identity is None or identity in read:
+            continue
+        read.add(identity)
+        for entry in visible_entries(place):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif entry.is_dir():
+                links.append(entry.path)
+            elif entry.is_file() or not os.path.exists(entry.path):  # a link to what is gone is named by whoever opens it
+                found.append(entry.path)
+    return sorted(found, key=lambda path: path.split(os.sep))
+
+
+def folder_identity(folder) -> tuple[int, int] | None:
+    """(device, inode) of a folder, by whatever path one comes to it; None where there is none."""
+    try:
+        facts = os.stat(folder)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
+
+
+def read_text(file: Path, faults: Faults) -> str:
+    """What a text file of somebody's says, whatever program wrote it. OSError where it cannot be read.
+
+    UTF-8 with or without a byte order mark, or UTF-16 (by its mark, or by the zero bytes of its first letters); else a Windows
+    code page, which no file names: the western one is taken, and faults has a note of it.
+    """
+    content = Path(file).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors="replace")
+    if b"\0" in content[:2]:
+        return content.decode("utf-16-be" if content[0] == 0 else "utf-16-le", errors="replace")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        faults.note("text that is not UTF-8, read as Windows-1252", Path(file).name)
+        return content.decode("cp1252", errors="replace")
 
 
 def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str) -> str:
@@ -174,11 +256,6 @@ class FileFinder:
         return found
 
 
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder of that name is none of the user's data: what programs and macOS's archives leave behind."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def list_files(folder: Path, head: str) -> tuple[Path, set[str]] | None:
     """(folder/head, the names of the files in it); None where there is no such folder."""
     try:
@@ -193,13 +270,39 @@ def list_files(folder: Path, head: str) -> tuple[Path, set[str]] | None:
 # ---- splits ------------------------------------------------------------------------------------------------------------
 
 
+def split_of(name: str, alone: bool = True) -> str | None:
+    """The split that a name stands for: Training, VAL, test_set, train2017, seg_train; None where it names none, or several.
+
+    alone: nothing but the split and what kind of thing it is (SPLIT_FILLERS) may be named, so that a steam_train is none;
+    without it any other word may stand there (instances_Train, training_frames_keypoints).
+    """
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)  # TrainImages
+    words = [word for word in re.findall(r"[^\W\d_]+", apart.lower()) if word not in SPLIT_FILLERS.split()]
+    split_of_word = {spelling: split for split, spellings in SPLIT_NAMES.items() for spelling in spellings}
+    found = [split_of_word.get(word.removesuffix("set")) for word in words]
+    splits = {split for split in found if split}
+    return splits.pop() if len(splits) == 1 and not (alone and None in found) else None
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Split -> the folder in `folder` that is named after it. UserError where two of them stand for one split."""
+    found = {}
+    for entry in visible_entries(folder):
+        split = split_of(entry.name)
+        if split and entry.is_dir():
+            if split in found:
+                raise UserError(f"{folder} holds {found[split].name}/ and {entry.name}/, both of the {split} split; keep one")
+            found[split] = folder / entry.name
+    return {split: found[split] for split in SPLIT_NAMES if split in found}
+
+
 def split_off(names: list[str], seed: int) -> list[bool]:
     """Which samples become validation data where there is none: those of about a fifth of the names, at least one, never all.
 
     names: each sample's own name, or that of its group (speaker, patient, video): samples of one name stay together. A hash
     of (seed, name) decides for each name alone, so that adding samples moves no other. UserError where all have one name.
     """
-    hashes = [hashlib.sha256(f"{seed} {name}".encode()).digest() for name in names]
+    hashes = [hashlib.sha256(f"{seed} {name}".encode(errors="surrogateescape")).digest() for name in names]
     if len(set(hashes)) < 2:
         raise UserError(f"{len(names)} samples of one group, {', '.join(names[:1])}: none can be held out to validate on")
     bound = min(max(bytes([51]), min(hashes) + b"0"), max(hashes))  # 51 / 256 is a fifth

@@ -36,8 +36,8 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse, project_root  # noqa: E402
-from common.samples import SPLIT_NAMES, Faults  # noqa: E402
-from common.vision.pictures import IMAGE_ENDINGS, decode  # noqa: E402
+from common.samples import Faults, split_folders, visible_entries  # noqa: E402
+from common.vision.pictures import decode, is_picture, pictures_below  # noqa: E402
 
 PAGE = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
 DIGEST = "a443fc2f9a851aa1a7b8e4fa4af94b8459fce2c9f5a2f4dd4669cf9673a4ec58"  # sha256 of the official archive, 793,579,520 bytes
@@ -417,19 +417,18 @@ def publish(made: Path, folder: Path, old: Path) -> None:
 
 def find_tree(folder: Path, faults: Faults):
     """(class -> split -> number of pictures, [(split, picture)]) of an ImageFolder tree. UserError where it is none."""
-    places = {split: next((folder / n for n in names if (folder / n).is_dir()), None) for split, names in SPLIT_NAMES.items()}
-    missing = [f"{split}/" for split in ("train", "val") if not places[split]]
+    places = split_folders(folder)
+    missing = [f"{split}/" for split in ("train", "val") if split not in places]
     if missing:
         raise UserError(f"{folder} holds no data set: there is no {' and no '.join(missing)}")
-    places = {split: place for split, place in places.items() if place}
     found, counts = [], {}
     for split, place in places.items():
-        for path in sorted(place.iterdir()):
-            if path.is_dir() and not path.name.startswith("."):
-                files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_ENDINGS and p.is_file())
+        for path in (place / entry.name for entry in visible_entries(place)):
+            if path.is_dir():
+                files = pictures_below(path)
                 found += [(split, file) for file in files]
                 counts.setdefault(path.name, dict.fromkeys(places, 0))[split] = len(files)
-            elif path.suffix.lower() in IMAGE_ENDINGS:
+            elif is_picture(path.name):
                 faults.add("picture outside the class folders", path.relative_to(folder))
     if not counts:
         raise UserError(f"{folder} holds no data set: there are no class folders in train/")

@@ -183,6 +183,7 @@ def test_what_belongs_to_no_class_is_named_and_hidden_folders_are_no_classes(tmp
     faults = Faults()
     splits, classes, _ = read(tmp_path, faults=faults)
     named = {"class folder without pictures": ["train/emu"], "picture outside the class folders": ["train/loose.png"]}
+    named["file that is no picture"] = ["emu/notes.txt"]
     assert classes == CLASSES and faults.found == named
     assert Counter(s.label for s in splits["train"]) == {0: 3, 1: 4, 2: 3}
 

@@ -21,7 +21,18 @@ from common.batches import build_loader
 from common.config import UserError
 from common.runtime import cores
 from common.sample_cache import SampleCache, cache_limit, first_readable, free_memory
-from common.samples import BadFile, Faults, FileFinder, choose_layout, hold_out, split_off
+from common.samples import (
+    BadFile,
+    Faults,
+    FileFinder,
+    choose_layout,
+    files_below,
+    hold_out,
+    read_text,
+    split_folders,
+    split_of,
+    split_off,
+)
 from common.scan import FileReader, check_files
 
 # A kind of file for these tests: "<count> <value>", e.g. "3 7" for three bytes of value 7. "bad" in it: fine until it is read.
@@ -169,6 +180,42 @@ def test_a_listed_file_costs_no_further_look_at_the_disk(tmp_path, monkeypatch):
     assert all(finder.find(name) for name in names) and len(asked) <= 2
 
 
+def test_files_are_found_at_any_depth_through_links_and_none_that_is_hidden(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    names = ["b/c/1", "b/2", "a.x", ".git/3", "b/.ipynb_checkpoints/4", "b/__MACOSX/._5", "b/._6", "b/c/@eaDir/7"]
+    for path in [data / name for name in names] + [elsewhere / "8", elsewhere / ".9"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (data / "linked").symlink_to(elsewhere)
+    (data / "one").symlink_to(elsewhere / "8")
+    (data / "gone").symlink_to(tmp_path / "nowhere")  # whoever opens it says so
+    (data / "b" / "again").symlink_to(data / "b" / "c")  # not twice
+    (elsewhere / "back").symlink_to(data)  # loops
+    (data / "b" / "up").symlink_to("..")
+    (data / "b" / "parent").symlink_to(tmp_path)
+    os.mkfifo(data / "pipe")
+    found = [os.path.relpath(path, data) for path in files_below(data)]
+    assert found == ["a.x", "b/2", "b/c/1", "gone", "linked/8", "one"]
+    assert files_below(tmp_path / "nowhere") == []
+    (tmp_path / ".hidden").symlink_to(data)
+    assert len(files_below(tmp_path / ".hidden")) == 6  # what the user names is data, whatever it is called
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_text_is_read_as_the_program_wrote_it(tmp_path, encoding):
+    (tmp_path / "t.csv").write_bytes("päth,žluť\r\n".encode(encoding))
+    faults = Faults()
+    assert read_text(tmp_path / "t.csv", faults) == "päth,žluť\r\n" and not faults.notes
+
+
+def test_text_of_a_windows_code_page_is_read_and_said(tmp_path, capsys):
+    (tmp_path / "t.csv").write_bytes("Café,Müll\x81".encode("latin-1"))
+    faults = Faults()
+    assert read_text(tmp_path / "t.csv", faults) == "Café,Müll\ufffd" and faults.counts() == {}
+    faults.report()
+    assert capsys.readouterr().out == "note, text that is not UTF-8, read as Windows-1252 (1): t.csv\n"
+
+
 def test_a_layout_is_chosen_by_the_only_sign_or_by_name():
     there = {"rows": True, "trees": [], "heaps": None}
     assert choose_layout(Path("d"), "auto", there, "") == "rows" == choose_layout(Path("d"), "rows", there, "")
@@ -182,6 +229,54 @@ def test_a_layout_is_chosen_by_the_only_sign_or_by_name():
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "split, names",
+    [
+        (
+            "train",
+            ["train", "Training", "TRAIN", "training_set", "trainset", "TrainSet", "train2017", "seg_train", "Train Images"],
+        ),
+        ("val", ["Val", "valid", "VALIDATION", "validation-set", "dev", "eval", "val_data"]),
+        ("test", ["Test", "testing", "test_set", "01_test", "TestImages"]),
+        (
+            None,
+            [
+                "cat",
+                "steam_train",
+                "freight",
+                "contest",
+                "devil",
+                "validated",
+                "trainval",
+                "train_test",
+                "",
+                "2017",
+                "set",
+                "試驗",
+            ],
+        ),
+    ],
+)
+def test_splits_are_known_by_their_usual_names(split, names):
+    assert {split_of(name) for name in names} == {split}
+
+
+def test_a_split_is_found_among_other_words_where_that_is_asked_for():
+    assert split_of("instances_Train2017", alone=False) == "train" and split_of("instances_Train2017") is None
+    assert split_of("testing_frames_keypoints", alone=False) == "test"
+    assert split_of("train_and_val", alone=False) is None is split_of("photos_of_cats", alone=False)
+
+
+def test_two_folders_of_one_split_are_an_error(tmp_path):
+    for name in ("Testing", "Training", ".train", "notes"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "val").touch()
+    assert split_folders(tmp_path) == {"train": tmp_path / "Training", "test": tmp_path / "Testing"}
+    (tmp_path / "test").mkdir()
+    with pytest.raises(UserError, match="Testing/ and test/, both of the test split; keep one"):
+        split_folders(tmp_path)
 
 
 def test_a_fifth_is_split_off_and_adding_samples_moves_no_other():

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import os
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from common.runtime import process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import SPLIT_NAMES, Faults, split_off
 from common.scan import check_files
-from common.vision.pictures import IMAGE_ENDINGS, decode, header_size, picture_reader
+from common.vision.pictures import decode, header_size, is_picture, picture_reader, pictures_below
 from common.vision.preprocess import ClassifierPreprocess
 
 COLUMNS = {
@@ -101,27 +100,14 @@ def read_folder(folder: Path, faults: Faults):
 def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
     """(picture, class name) of every picture in folder/<class>/, at any depth. Hidden folders are no classes."""
     found = []
-    for loose in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS and p.is_file()):
+    for loose in sorted(p for p in folder.iterdir() if is_picture(p.name) and p.is_file()):
         faults.add("picture outside the class folders", f"{folder.name}/{loose.name}")
     for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        pictures = pictures_below(place)
+        pictures = pictures_below(place, faults)
         if not pictures:
             faults.add("class folder without pictures", f"{folder.name}/{place.name}")
         found += [(path, place.name) for path in pictures]
     return found
-
-
-def pictures_below(folder: Path) -> list[Path]:
-    """The picture files in a folder at any depth, in order of their parts."""
-    found, folders = [], [folder]
-    for place in folders:  # which grows; a listing says what is a file, so that none of them is asked
-        with suppress(OSError), os.scandir(place) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in IMAGE_ENDINGS and entry.is_file():
-                    found.append(entry.path)
-    return [Path(path) for path in sorted(found, key=lambda path: path.split(os.sep))]
 
 
 def read_csv(file: Path, folder: Path, faults: Faults) -> list[tuple[str, tuple[Path, str]]]:

@@ -1,22 +1,51 @@
 """Picture files from outside: finding and decoding them."""
 
 import io
+import os
 import warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 # needs: pillow
 from common.config import UserError
-from common.samples import BadFile
+from common.samples import BadFile, Faults, files_below, is_hidden
 from common.scan import FileReader
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 # What a file may hold, whatever its name says: not EPS, for one, which starts another program.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-READER = 2  # goes up when read_header or decode find another size or fault in some file: scans of before are not believed
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+READER = 3  # goes up when read_header or decode find another size or fault in some file: scans of before are not believed
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may say how a PNG is turned
+
+
+@cache
+def picture_endings() -> tuple[str, ...]:
+    """The endings of picture files, in small letters: those that Pillow knows for the formats that decode reads."""
+    from PIL import Image
+
+    read = (*FORMATS, "MPO")  # two pictures in what begins as a JPEG
+    return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in read))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name (or path) should hold a picture."""
+    return os.path.splitext(name)[1].lower() in picture_endings()
+
+
+def pictures_below(folder: Path, faults: Faults | None = None) -> list[Path]:
+    """The picture files in a folder at any depth, in order of their parts; links are followed, hidden parts are no data.
+
+    What other files there are is noted in faults.
+    """
+    found = []
+    for path in files_below(folder):
+        if is_picture(path):
+            found.append(Path(path))
+        elif faults:
+            faults.add("file that is no picture", os.path.join(folder.name, os.path.relpath(path, folder)))
+    return found
 
 
 @contextmanager
@@ -128,8 +157,11 @@ def find_pictures(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
-    found = sorted(path.rglob("*")) if path.is_dir() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
-    found = [p for p in found if p.is_file() and p.suffix.lower() in IMAGE_ENDINGS]
+    if path.is_dir():
+        found = pictures_below(path)
+    else:
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if is_picture(p) and os.path.isfile(p)]
+        found = [p for p in found if not any(is_hidden(part) and part not in path.parts for part in p.parts)]
     if not found:
-        raise UserError(f"--input {pattern}: no picture there ({', '.join(IMAGE_ENDINGS)})")
+        raise UserError(f"--input {pattern}: no picture there ({', '.join(picture_endings())})")
     return found

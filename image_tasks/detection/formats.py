@@ -15,7 +15,7 @@ import numpy as np
 from common.checkpoint import read_json
 from common.config import UserError
 from common.samples import SPLIT_NAMES, Faults, FileFinder, choose_layout, hold_out, inside
-from common.vision.pictures import IMAGE_ENDINGS
+from common.vision.pictures import is_picture, pictures_below
 
 LAYOUTS = "COCO (annotations/*.json), VOC (Annotations/, JPEGImages/) or YOLO (data.yaml, images/, labels/)"
 
@@ -164,7 +164,7 @@ def read_voc(data_dir: Path, faults: Faults):
     """Corner coordinates are taken as they stand (LabelImg's way). `difficult` boxes are treated as crowd: not scored."""
     from xml.etree.ElementTree import ParseError
 
-    pictures = {p.stem: p for p in sorted((data_dir / "JPEGImages").glob("*")) if p.suffix.lower() in IMAGE_ENDINGS}
+    pictures = {p.stem: p for p in sorted((data_dir / "JPEGImages").glob("*")) if is_picture(p.name)}
     finder, parsed = FileFinder([data_dir / "Annotations"]), defaultdict(list)
     for split, stems in voc_stems(data_dir).items():
         for stem in stems:
@@ -258,7 +258,7 @@ def yolo_pictures(data_dir: Path, split: str, settings: dict, faults: Faults) ->
     tries += ["images"] if split == "train" else []
     for place in (inside(data_dir, entry) for entry in tries):
         if place and place.is_dir():
-            return [p for p in sorted(place.rglob("*")) if p.suffix.lower() in IMAGE_ENDINGS]
+            return pictures_below(place)
         if place and place.is_file() and place.suffix == ".txt":
             return listed_pictures(data_dir, place, faults)
     return None

@@ -10,7 +10,7 @@ from keypoints import Sample
 
 from common.config import UserError
 from common.samples import SPLIT_NAMES, Faults, FileFinder
-from common.vision.pictures import IMAGE_ENDINGS
+from common.vision.pictures import is_picture
 
 
 def csv_files(data_dir: Path) -> dict[str, Path]:
@@ -50,7 +50,7 @@ def read_csv_rows(path: Path) -> tuple[tuple[list[str], bool], list[tuple[int, l
     first = rows[0][1]
     if len(first) < 3 or len(first) % 2 == 0:
         raise UserError(f"{path}: {len(first)} columns; expected the picture's name, then x and y of every keypoint")
-    header = not first[0].strip().lower().endswith(IMAGE_ENDINGS)
+    header = not is_picture(first[0].strip())
     count = len(first) // 2
     names = []
     for x, y in zip(first[1::2], first[2::2], strict=True) if header else ():
