@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.checkpoint import Progress, folder_bytes, fsync, write_json
+from common.checkpoint import Progress, folder_bytes, fsync, write_json, write_text
 from common.runtime import environment, peak_memory, say
 from common.step import Step
 
@@ -169,3 +169,14 @@ def without_nan(metrics: dict) -> dict:
 
 def without_place(line: dict) -> dict:
     return {key: value for key, value in line.items() if key not in ("epoch", "step")}
+
+
+def write_samples(path: Path, metric: str, higher_is_better: bool, rows: list[dict], **more) -> None:
+    """samples.json: what an evaluation gave for each sample, from which an error of the metric can be had.
+
+    rows: dicts with "file", and what the task says of it; each is a line of the file. more: what reading them needs.
+    """
+    head = json.dumps({"metric": metric, "higher_is_better": higher_is_better, **more}, ensure_ascii=False, allow_nan=False)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')

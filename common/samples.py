@@ -319,3 +319,16 @@ def hold_out(samples: list, names: list[str], seed: int, where: Path, what: str 
     many = len({name for name, mine in zip(names, chosen, strict=True) if mine})
     say(f"no validation split in {where}: {many} of {every} training {what}, chosen by seed {seed}, become it")
     return train, val
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """What to call files where people read it: by name, or by path from the folder that holds all if two are named alike."""
+    paths = [path.absolute() for path in paths]
+    different = set(paths)
+    if len({path.name for path in different}) == len(different):
+        return [path.name for path in paths]
+    root = Path(os.path.commonpath([path.parent for path in different]))
+    return [path.relative_to(root).as_posix() for path in paths]

@@ -14,19 +14,23 @@ from test_detection_model import CLASSES, save_base
 TASK = DETECTION
 use_task(TASK)
 
+from common.average_precision import average_precision, average_precisions  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from data import DetectionData, Preprocess, check_samples, eval_loader  # noqa: E402
 from formats import make_sample, read_dataset  # noqa: E402
 from metrics import (  # noqa: E402
+    best_f1,
     coco_eval,
     coco_metrics,
+    confidence_curves,
     draw_boxes,
     draw_page,
     draw_per_class,
     draw_precision_recall,
-    draw_predictions,
+    draw_results,
     evaluate,
     predict,
+    sample_rows,
     worst_first,
 )
 from model import load_base  # noqa: E402
@@ -102,6 +106,41 @@ def test_metrics_equal_pycocotools_on_the_file_itself(tmp_path):
     assert 0.05 < metrics["map"] < 0.9 and metrics["map_small"] is not None
 
 
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """(samples, detections, COCOeval): crowds, ties, pictures without a box."""
+    folder = tmp_path_factory.mktemp("scene")
+    found, _ = random_scene(folder)
+    splits, _, _ = read_dataset(folder, "auto", 0, Faults())
+    samples = sorted([*splits["train"], *splits["val"]], key=lambda s: s.path.name)
+    return samples, found, coco_eval(samples, found, CLASSES)
+
+
+def test_average_precision_from_the_rows_is_pycocotools_own(scene):
+    samples, found, scored = scene
+    rows = json.loads(json.dumps(sample_rows(scored, samples, CLASSES)))
+    assert any(sample.crowd.any() for sample in samples) and any("-" in hits for row in rows for _, _, hits in row["found"])
+    assert average_precision(rows, CLASSES) == pytest.approx(scored.stats[0], abs=1e-9)
+
+
+def test_average_precision_of_drawn_pictures_is_that_of_a_data_set_of_just_these(scene):
+    samples, found, _ = scene
+    rng = np.random.default_rng(1)  # no ties: a picture that counts twice has its detections in another order then
+    found = [{**item, "scores": item["scores"] + rng.uniform(0, 0.009, len(item["scores"]))} for item in found]
+    rows = sample_rows(coco_eval(samples, found, CLASSES), samples, CLASSES)
+    draws = rng.multinomial(len(rows), [1 / len(rows)] * len(rows), size=5)
+    values = average_precisions(rows, CLASSES, draws)
+    for counts, value in zip(draws, values, strict=True):
+        numbers = np.repeat(np.arange(len(rows)), counts)
+        again = [{**found[number], "index": i} for i, number in enumerate(numbers)]
+        theirs = coco_eval([samples[number] for number in numbers], again, CLASSES).stats[0]
+        assert value == pytest.approx(theirs, abs=1e-6)
+        assert average_precision([rows[number] for number in numbers], CLASSES) == pytest.approx(theirs, abs=1e-6)
+    assert len(set(values.round(6))) == 5
+    assert np.isnan(average_precision([{"file": "a", "truth": {}, "found": [[0, 0.5, "0" * 10]]}], CLASSES))
+    assert average_precision([{"file": "a", "truth": {"circle": 1}, "found": []}], CLASSES) == 0
+
+
 def load_base_processor():
     from transformers import DetrImageProcessor
 
@@ -135,6 +174,34 @@ def test_nothing_found_is_zero_and_absent_sizes_and_classes_are_none():
     json.dumps(metrics, allow_nan=False)
     background = coco_metrics(coco_eval([sample(), sample()], found, CLASSES), CLASSES)  # nothing there to be found
     assert background["map"] == 0
+
+
+def test_curves_over_confidence_and_the_best_threshold_by_hand():
+    box, far = (10, 10, 60, 60), (200, 100, 260, 160)
+    truth = [sample((0, box), (0, far)), sample((1, box))]
+    found = [
+        detection(0, (0.9, 0, box), (0.6, 0, (100, 10, 150, 60)), (0.3, 0, far)),  # right, wrong, right
+        detection(1, (0.5, 1, box), (0.2, 2, far)),  # right; of a class without a box, which counts in no mean
+    ]
+    scored = coco_eval(truth, found, CLASSES)
+    curves = confidence_curves(scored)
+    at = [200, 400, 550, 700, 950]  # confidence 0.2, 0.4, 0.55, 0.7, 0.95
+    assert curves["recall"][0, at].tolist() == [1, 0.5, 0.5, 0.5, 0]
+    assert curves["precision"][0, at[:4]] == pytest.approx([2 / 3, 1 / 2, 1 / 2, 1]) and np.isnan(curves["precision"][0, 950])
+    assert curves["f1"][:2, 200] == pytest.approx([4 / 5, 1]) and curves["f1"][:2, 550] == pytest.approx([1 / 2, 0])
+    assert np.isnan(curves["f1"][2]).all()
+    best, threshold = best_f1(curves)
+    assert best == pytest.approx(0.9) and 0 <= threshold <= 0.3 and threshold == pytest.approx(0.15, abs=0.001)
+    metrics = coco_metrics(scored, CLASSES)
+    assert (metrics["f1"], metrics["f1_threshold"]) == (best, threshold)
+
+
+def test_what_is_ignored_is_neither_right_nor_wrong_in_the_curves():
+    box, far = (10, 10, 60, 60), (200, 100, 260, 160)
+    hidden = sample((0, box), (0, far))
+    hidden.crowd[1] = True
+    curves = confidence_curves(coco_eval([hidden], [detection(0, (0.9, 0, box), (0.8, 0, far), (0.7, 0, far))], CLASSES))
+    assert curves["precision"][0, 500] == curves["recall"][0, 500] == curves["f1"][0, 500] == 1
 
 
 # ---- batch size ------------------------------------------------------------------------------------------------------
@@ -232,11 +299,11 @@ def test_pages_and_plots_are_readable_pngs(mixed, tmp_path):
         item["scores"] = item["scores"] + 0.4  # some above the threshold
     draw_page(dataset, found, CLASSES, worst_first(samples, found)[:4], tmp_path / "page.png")
     draw_page(dataset, found, CLASSES, [5], tmp_path / "one.png")
-    draw_predictions(model, processor, dataset, CLASSES, tmp_path / "predictions", count=2)
+    draw_results(model, processor, dataset, CLASSES, tmp_path / "run")
     scored = coco_eval(samples, found, CLASSES)
     draw_precision_recall(scored, CLASSES, tmp_path / "pr.png")
     draw_per_class(coco_metrics(scored, CLASSES), tmp_path / "bars.png")
-    for name in ("page.png", "one.png", "predictions/validation.png", "pr.png", "bars.png"):
+    for name in ("page.png", "one.png", "run/predictions/validation.png", "pr.png", "bars.png"):
         with Image.open(tmp_path / name) as picture:
             picture.load()
             assert min(picture.size) > 200 and np.ptp(np.asarray(picture)) > 100

@@ -30,6 +30,7 @@ from metrics import (  # noqa: E402
     point_errors,
     pose_metrics,
     predict,
+    save_samples,
     worst_first,
 )
 from model import keypoint_loss  # noqa: E402
@@ -104,6 +105,21 @@ def test_errors_by_hand(small):
     differences, boxes = point_errors(small, found)
     assert boxes.tolist() == [[10, 10, 80, 60], [0, 0, 120, 90]]
     assert np.isnan(differences).all(axis=2).tolist() == [[False, False, True], [True, False, False]]
+
+
+def test_rows_of_pictures_with_their_weights_give_the_metric_back(tmp_path):
+    """Two figures in one picture, one in another: the rows are of pictures, for these are what is drawn anew."""
+    paths = [*blank(tmp_path / "a", 1), *blank(tmp_path / "b", 1)]  # both called 00.png
+    figures = [figure_of(paths[i], [(20, 20), (40, 40)], [True, labelled]) for i, labelled in ((0, True), (1, True), (0, False))]
+    dataset = dataset_of(figures, keypoints(2))
+    found = found_at(dataset, [[(3, 4), (6, 8)], [(0, 1), (0, 2)], [(0, 9), (0, 99)]])
+    save_samples(dataset, found, tmp_path / "samples.json")
+    told = json.loads((tmp_path / "samples.json").read_text())
+    assert (told["metric"], told["higher_is_better"]) == ("pixel_error", False)
+    assert [row["file"] for row in told["rows"]] == ["a/00.png", "b/00.png"]
+    assert [(row["value"], row["weight"]) for row in told["rows"]] == [(pytest.approx((5 + 10 + 9) / 3), 3), (1.5, 2)]
+    mean = np.average([row["value"] for row in told["rows"]], weights=[row["weight"] for row in told["rows"]])
+    assert mean == pytest.approx(pose_metrics(dataset, found, keypoints(2))["pixel_error"])
 
 
 def test_order_of_figures_and_a_keypoint_that_is_never_labelled(small, tmp_path):

@@ -36,7 +36,16 @@ def main(argv=None, method="full", doc=None):
     from common.folders import eval_places, newest_best
     from common.runtime import start_accelerator
     from data import load_for_eval
-    from metrics import coco_eval, coco_metrics, draw_page, draw_per_class, draw_precision_recall, predict, worst_first
+    from metrics import (
+        coco_eval,
+        coco_metrics,
+        draw_page,
+        draw_per_class,
+        draw_precision_recall,
+        predict,
+        save_samples,
+        worst_first,
+    )
     from model import load_checkpoint
 
     accelerator = start_accelerator(config)
@@ -51,6 +60,7 @@ def main(argv=None, method="full", doc=None):
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
+    save_samples(scored, samples, classes, folder / "samples.json")
     if scored:
         draw_precision_recall(scored, classes, folder / "precision_recall.png")
         draw_per_class(metrics, folder / "per_class.png")

@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from common.batches import to_device
+from common.batches import EvalBatches, to_device
 from common.plots import figure, save_figure
+from common.record import write_samples
 from common.runtime import gather_lists, progress_bar
+from common.samples import short_names
 from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
 
+IOU = 0.5  # a detection that overlaps a box of its class so far has found it, in curves over confidence and on pages
 SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")  # COCOeval.stats[:6]
 
 
@@ -90,10 +93,14 @@ def coco_eval(samples, found: list[dict], classes: list[str]):
 
 
 def coco_metrics(scored, classes: list[str]) -> dict:
-    """map, map_50, ... as numbers from 0 to 1, None where the data has no such box; per class: AP at 0.50:0.95 and at 0.50."""
+    """map, map_50, ... as numbers from 0 to 1, None where the data has no such box; per class: AP at 0.50:0.95 and at 0.50.
+
+    f1, f1_threshold: the best mean over classes of F1 at IoU 0.50, and the least score of a detection there.
+    """
     if scored is None:
         return {name: 0.0 for name in SUMMARY[:3]}
     values = {name: none_if_absent(value) for name, value in zip(SUMMARY, scored.stats[:6], strict=True)}
+    values["f1"], values["f1_threshold"] = best_f1(confidence_curves(scored))
     precision = scored.eval["precision"]  # (IoU thresholds 10, recalls 101, classes, areas 4, detections 3); -1: absent
     for key, part in (("per_class_map", precision[:, :, :, 0, -1]), ("per_class_map_50", precision[:1, :, :, 0, -1])):
         values[key] = {name: mean_precision(part[:, :, k]) for k, name in enumerate(classes)}
@@ -107,6 +114,71 @@ def none_if_absent(value) -> float | None:
 def mean_precision(values: np.ndarray) -> float | None:
     there = values[values > -1]
     return float(there.mean()) if there.size else None
+
+
+def class_entries(scored, k: int) -> list[dict]:
+    """What pycocotools matched of class k in boxes of any size, picture by picture; its evalImgs run class, size, picture."""
+    many = len(scored.params.imgIds)
+    first = k * len(scored.params.areaRng) * many
+    return [entry for entry in scored.evalImgs[first : first + many] if entry]
+
+
+def confidence_curves(scored) -> dict[str, np.ndarray]:
+    """{"confidence": 0, 0.001, ... 1; "precision", "recall", "f1": (K, 1001) of the detections with such a score or more}.
+
+    At IoU 0.50. NaN where a class has no box; precision also where no detection is left.
+    """
+    confidence = np.linspace(0, 1, 1001)
+    curves = {name: np.full((len(scored.params.catIds), 1001), np.nan) for name in ("precision", "recall", "f1")}
+    place = np.flatnonzero(np.isclose(scored.params.iouThrs, IOU))[0]
+    for k in range(len(scored.params.catIds)):
+        entries = class_entries(scored, k)
+        boxes = sum(np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries)
+        if boxes:
+            scores = np.concatenate([entry["dtScores"] for entry in entries])
+            right = np.concatenate([entry["dtMatches"][place] > 0 for entry in entries])
+            counts = np.concatenate([~entry["dtIgnore"][place].astype(bool) for entry in entries])
+            hits, found = (left_above(scores[which], confidence) for which in (right & counts, counts))
+            curves["precision"][k] = np.where(found, hits / np.maximum(1, found), np.nan)
+            curves["recall"][k], curves["f1"][k] = hits / boxes, 2 * hits / (found + boxes)
+    return {"confidence": confidence, **curves}
+
+
+def left_above(scores: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """How many of the scores are as high as each confidence."""
+    return scores.size - np.searchsorted(np.sort(scores), confidence, side="left")
+
+
+def mean_curve(curve: np.ndarray) -> np.ndarray:
+    """The mean over classes (K, N), of those for which there is a value."""
+    there = ~np.isnan(curve)
+    return np.where(there.any(axis=0), np.where(there, curve, 0).sum(axis=0) / np.maximum(1, there.sum(axis=0)), np.nan)
+
+
+def best_f1(curves: dict[str, np.ndarray]) -> tuple[float, float]:
+    """(the best mean F1, its confidence; the middle one where several are as good)."""
+    mean = mean_curve(curves["f1"])
+    best = np.flatnonzero(mean == mean.max())
+    return float(mean.max()), float(curves["confidence"][best[len(best) // 2]])
+
+
+def sample_rows(scored, samples, classes: list[str]) -> list[dict]:
+    """What average_precision takes, a row for each picture: its boxes of each class, and what of the found ones matched."""
+    rows = [{"file": name, "truth": {}, "found": []} for name in short_names([sample.path for sample in samples])]
+    for row, sample in zip(rows, samples, strict=True):
+        counts = np.bincount(sample.labels[~sample.crowd], minlength=len(classes))
+        row["truth"] = {classes[k]: int(counts[k]) for k in np.flatnonzero(counts)}
+    for k in range(len(classes) if scored else 0):
+        for entry in class_entries(scored, k):
+            marks = np.where(entry["dtIgnore"].astype(bool), "-", np.where(entry["dtMatches"] > 0, "1", "0"))  # (IoUs, found)
+            scores = (float(f"{score:.9g}") for score in entry["dtScores"])  # nine digits tell every float32 from the next
+            rows[entry["image_id"]]["found"] += [[k, score, "".join(m)] for score, m in zip(scores, marks.T, strict=True)]
+    return rows
+
+
+def save_samples(scored, samples, classes: list[str], path: Path) -> None:
+    """samples.json, for errors of map by drawing pictures anew."""
+    write_samples(path, "map", True, sample_rows(scored, samples, classes), classes=classes)
 
 
 def evaluate(model, processor, loader, classes: list[str]) -> dict:
@@ -201,11 +273,17 @@ def draw_per_class(metrics: dict, path: Path) -> None:
     save_figure(page, path)
 
 
-def draw_predictions(model, processor, dataset, classes: list[str], folder: Path, count: int = 6) -> None:
-    """validation.png in the folder: the first pictures of the validation data, truth beside what the model finds."""
+def draw_results(model, processor, dataset, classes: list[str], folder: Path) -> None:
+    """What a run leaves of its best model on the validation data: samples.json, plots/, predictions/validation.png."""
     from data import collate
 
-    indices = range(min(count, len(dataset)))
-    batches = [collate([dataset[(0, i)]]) for i in indices]
+    shapes = [dataset.shape(i) for i in range(len(dataset))]
+    batches = (collate([dataset[key] for key in keys]) for keys in EvalBatches(shapes, 8))  # no loader: that has a share only
     found = [item for items in detect(model, processor, batches, with_loss=False) for item in items]
-    draw_page(dataset, found, classes, indices, folder / "validation.png")
+    found = sorted(found, key=lambda item: item["index"])
+    scored = coco_eval(dataset.samples, found, classes)
+    save_samples(scored, dataset.samples, classes, folder / "samples.json")
+    if scored:
+        draw_precision_recall(scored, classes, folder / "plots" / "precision_recall.png")
+        draw_per_class(coco_metrics(scored, classes), folder / "plots" / "per_class.png")
+    draw_page(dataset, found, classes, range(min(6, len(dataset))), folder / "predictions" / "validation.png")

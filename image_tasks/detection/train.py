@@ -41,7 +41,7 @@ def main(argv=None):
     from common.optim import build_optimizer
     from common.run import Run
     from data import build_loaders, read_tables
-    from metrics import draw_predictions, evaluate
+    from metrics import draw_results, evaluate
     from model import backbone_groups, denoises, load_base, load_checkpoint, origin, with_classes
 
     with Run(config, task="detection", method="full") as run:
@@ -71,7 +71,7 @@ def main(argv=None):
         if run.is_main:
             with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, device=run.device)
-                draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
+                draw_results(best, processor, val_loader.dataset, classes, run.folder)
         run.finish()
 
 

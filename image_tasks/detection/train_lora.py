@@ -46,7 +46,7 @@ def main(argv=None):
     from common.peft_adapters import add_adapter
     from common.run import Run
     from data import build_loaders, read_tables
-    from metrics import draw_predictions, evaluate
+    from metrics import draw_results, evaluate
     from model import HEADS, denoises, load_base, load_checkpoint, lora_targets, origin, with_classes
 
     with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
@@ -82,7 +82,7 @@ def main(argv=None):
         if run.is_main:
             with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
-                draw_predictions(best, processor, val_loader.dataset, classes, run.folder / "predictions")
+                draw_results(best, processor, val_loader.dataset, classes, run.folder)
         run.finish()
 
 

@@ -36,7 +36,7 @@ def main(argv=None, method="full", doc=None):
     from common.folders import eval_places, newest_best
     from common.runtime import start_accelerator
     from data import Preprocess, load_for_eval
-    from metrics import draw_page, draw_pck_curve, draw_per_keypoint, pose_metrics, predict, worst_first
+    from metrics import draw_page, draw_pck_curve, draw_per_keypoint, pose_metrics, predict, save_samples, worst_first
     from model import load_checkpoint
 
     accelerator = start_accelerator(config)
@@ -51,6 +51,7 @@ def main(argv=None, method="full", doc=None):
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
+    save_samples(dataset, found, folder / "samples.json")
     draw_pck_curve(dataset, found, points, folder / "pck_curve.png")
     draw_per_keypoint(metrics, folder / "per_keypoint.png")
     draw_page(dataset, found, points, range(min(9, len(dataset))), folder / "predictions.png")

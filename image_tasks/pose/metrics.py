@@ -11,7 +11,9 @@ from keypoints import KeypointSet
 
 from common.batches import to_device
 from common.plots import draw_bars, draw_history, figure, save_figure
+from common.record import write_samples
 from common.runtime import gather_lists, progress_bar
+from common.samples import short_names
 from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
 from model import keypoint_errors
@@ -121,6 +123,19 @@ def oks_metrics(dataset, found: list[dict], boxes: np.ndarray, points: KeypointS
     return {name: None if value < 0 else float(value) for name, value in zip(("oks_ap", "oks_ap_50"), scored.stats, strict=False)}
 
 
+def save_samples(dataset, found: list[dict], path: Path) -> None:
+    """samples.json: the mean error in each picture, and of how many keypoints it is (the weight that gives pixel_error)."""
+    errors = np.linalg.norm(point_errors(dataset, found)[0], axis=2)
+    by_picture = {}
+    for item, row in zip(found, errors, strict=True):
+        by_picture.setdefault(dataset.samples[item["index"]].path, []).extend(row[~np.isnan(row)].tolist())
+    rows = [
+        {"file": name, "value": float(np.mean(values)), "weight": len(values)}
+        for name, values in zip(short_names(list(by_picture)), by_picture.values(), strict=True)
+    ]
+    write_samples(path, "pixel_error", False, rows)
+
+
 def evaluate(model, loader, points: KeypointSet) -> dict:
     """The metrics of a model on a loader's data: val_loss and pose_metrics. Used in training and by eval.py."""
     found, loss = predict(model, loader)
@@ -207,13 +222,14 @@ PANELS = {"Loss": ("train_loss", "val_loss"), "Metrics": ("pixel_error", "mae"),
 
 
 def draw_results(model, dataset, points: KeypointSet, history: list[dict], folder: Path) -> None:
-    """What a run leaves to look at: plots/*.png over epochs and of the model's errors, predictions/validation.png."""
+    """What a run leaves of its best model: samples.json, plots/, predictions/validation.png."""
     from data import collate
 
-    draw_history(history, PANELS, folder / "plots")
     parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
     batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
     found = [item for items in detect(model, batches) for item in items]
+    save_samples(dataset, found, folder / "samples.json")
+    draw_history(history, PANELS, folder / "plots")
     draw_pck_curve(dataset, found, points, folder / "plots" / "pck_curve.png")
     draw_per_keypoint(pose_metrics(dataset, found, points), folder / "plots" / "per_keypoint.png")
     draw_page(dataset, found, points, range(min(6, len(dataset))), folder / "predictions" / "validation.png")
