@@ -32,7 +32,6 @@ def make_pose(config):
     start(config)
     sys.path.insert(0, str(POSE))
     from keypoints import KeypointSet, flip_pairs_from_names, read_pairs
-
     from model import NEW_BETA, HeatmapHead, KeypointModel, load_base
     from synthetic import KEYPOINTS, SKELETON
 

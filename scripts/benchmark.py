@@ -120,9 +120,9 @@ def detection(real: bool):
 
 def pose(real: bool):
     import torch
-    from keypoints import KeypointSet
     from transformers import ViTConfig, ViTModel
 
+    from keypoints import KeypointSet
     from model import HEAD, KeypointModel, keypoint_loss, load_base, with_head
 
     side = 224 if real else 64

@@ -30,7 +30,6 @@ def classifier(base, best):
 
 def keypoint_model(base, best):
     from keypoints import KeypointSet
-
     from model import input_size, load_base, with_head
 
     base = load_base(base)[0]

@@ -15,9 +15,6 @@ from PIL import Image
 TASK = POSE
 use_task(TASK)
 
-from figure_boxes import place_boxes  # noqa: E402
-from keypoints import UNIFORM_SIGMA, flip_pairs_from_names  # noqa: E402
-
 import data  # noqa: E402
 from common.batches import EpochBatches, build_loader, seeded  # noqa: E402
 from common.config import UserError  # noqa: E402
@@ -36,7 +33,9 @@ from data import (  # noqa: E402
     random_change,
     read_tables,
 )
+from figure_boxes import place_boxes  # noqa: E402
 from formats import read_dataset  # noqa: E402
+from keypoints import UNIFORM_SIGMA, flip_pairs_from_names  # noqa: E402
 
 NAMES = ["nose", "left_hand", "right_hand"]
 W, H = 64, 48
@@ -98,6 +97,16 @@ LAYOUTS = {  # where the training annotations lie, where their pictures, and the
     "coco, roboflow": ("train/_annotations.coco.json", "train", "valid/_annotations.coco.json", "valid"),
     "coco, flat": ("figures_train.json", "images", "figures_val.json", "images"),
     "coco, single": ("annotations.json", "images", None, None),
+    "coco, cvat": (
+        "annotations/person_keypoints_Train.json",
+        "images/Train",
+        "annotations/person_keypoints_Val.json",
+        "images/Val",
+    ),
+    "coco, cvat subset": ("annotations/person_keypoints_default.json", "images/default", None, None),
+    "coco, fiftyone": ("train/labels.json", "train/data", "val/labels.json", "val/data"),
+    "coco, fiftyone single": ("labels.json", "data", None, None),
+    "coco, upper case": ("Training/keypoints.coco.JSON", "Training/images", "VALID/a.json", "VALID/images"),
     "csv": ("train.csv", "train", "val.csv", "val"),
     "csv, frames": ("training_frames_keypoints.csv", "training", "validation_frames_keypoints.csv", "validation"),
     "csv, images/": ("figures_train.csv", "images/train", "figures_valid.csv", "images/valid"),
@@ -111,7 +120,7 @@ def make(folder, layout="coco", content=None, val=None):
     train_file, train_place, val_file, val_place = LAYOUTS[layout]
     for file, place, scene in ((train_file, train_place, SCENE), (val_file, val_place, {"a": SCENE["a"]})):
         if file:
-            write(folder / file, (coco if file.endswith("json") else table)(scene))
+            write(folder / file, (coco if file.lower().endswith("json") else table)(scene))
             for name, points in scene.items():
                 draw(folder / place / f"{name}.png", points)
     if layout == "coco":  # annotations for COCO's other tasks lie in the same folder
@@ -167,7 +176,7 @@ def test_every_layout_gives_the_same_samples(tmp_path, layout, capsys):
     assert ("no validation split" in out) == single and f"OKS with sigma {UNIFORM_SIGMA} for every keypoint" in out
     assert points.skeleton == ([(0, 1), (0, 2)] if layout.startswith("coco") else [])
     if not single:
-        assert [s.path.parent.name for s in val.samples] == [LAYOUTS[layout][3].split("/")[-1]]
+        assert [s.path.parent for s in val.samples] == [tmp_path / LAYOUTS[layout][3]]
 
 
 @pytest.mark.parametrize("layout", ["coco, single", "csv, single"])
@@ -244,6 +253,11 @@ def test_a_folder_of_two_layouts_or_of_none_asks_for_the_format(tmp_path):
         (["left_eye", "right_eye", "left_ear"], []),  # one without its partner: nothing can be mirrored
         (["nose", "tail"], []),
         (["nostril", "collar"], []),  # an l or r at the end of a word is no side
+        (["lefteye", "nose", "righteye", "earleft", "earright"], [(0, 2), (3, 4)]),
+        (["LEye", "REye", "lank", "rank", "kneel", "kneer"], [(0, 1), (2, 3), (4, 5)]),
+        (["lip", "rump", "tail"], []),  # nor where no partner is there
+        (["left_eye", "right_eye", "lefty"], [(0, 1)]),
+        (["left_left", "right_right", "left_right"], []),
         (["0", "1"], []),
     ],
 )
@@ -265,9 +279,41 @@ def test_coco_gives_skeleton_flip_pairs_and_sigmas_counted_from_one(tmp_path, ca
     assert type(points).from_json(json.loads(json.dumps(json_facts))) == points
 
 
+@pytest.mark.parametrize(
+    "skeleton, lines",
+    [
+        ([[0, 1], [0, 2]], [(0, 1), (0, 2)]),  # counted from 0
+        ([[1, 2], [1, 3]], [(0, 1), (0, 2)]),
+        ([["nose", "left_hand"]], [(0, 1)]),
+        (None, []),
+        ([[0, 3]], None),
+        ([[1]], None),
+        ([[1, 9]], None),
+        ([["nose", "tail"]], None),
+        ({"a": 1}, None),
+        ("nose", None),
+        (7, None),
+    ],
+)
+def test_a_skeleton_may_count_from_zero_and_one_that_makes_no_sense_is_not_drawn(tmp_path, skeleton, lines, capsys):
+    content = coco(skeleton=skeleton)
+    splits, points, *_ = read(make(tmp_path, content=content, val=content))
+    assert points.skeleton == (lines or []) and len(splits["train"]) == 3
+    assert ("no skeleton is drawn: " in capsys.readouterr().out) == (lines is None)
+
+
+def test_what_a_mirrored_picture_swaps_is_said_once(tmp_path, capsys):
+    read(make(tmp_path))
+    assert capsys.readouterr().out.count("a mirrored picture swaps, by their names: left_hand and right_hand\n") == 1
+    content = coco(flip_pairs=[[1, 3]])
+    read(make(tmp_path, content=content, val=content))
+    assert "a mirrored picture swaps, as the data says: nose and right_hand" in capsys.readouterr().out
+
+
 def test_cocos_seventeen_names_have_cocos_sigmas(tmp_path, capsys):
-    from keypoints import COCO_NAMES
     from pycocotools.cocoeval import Params
+
+    from keypoints import COCO_NAMES
 
     scene = {"a": [(5 + i, 6 + i) for i in range(17)]}
     content = coco(scene, names=COCO_NAMES)
@@ -287,9 +333,6 @@ def test_cocos_seventeen_names_have_cocos_sigmas(tmp_path, capsys):
         ({"flip_pairs": [["nose", "tail"]]}, "is no pair of keypoints"),
         ({"flip_pairs": [[1, 2, 3]]}, "is no pair of keypoints"),
         ({"flip_pairs": 7}, "7 is no list of pairs of keypoints"),
-        ({"skeleton": [[1]]}, "is no pair of keypoints"),
-        ({"skeleton": {"a": 1}}, "is no list of pairs of keypoints"),
-        ({"skeleton": "nose"}, "nose is no list of pairs of keypoints"),
         ({"sigmas": [0.1]}, "1 sigmas for 3 keypoints"),
         ({"sigmas": [0.1, 0, 0.1]}, "there must be a positive one for each"),
         ({"sigmas": [0.1, math.nan, 0.1]}, "there must be a positive one for each"),
@@ -328,7 +371,7 @@ def test_a_keypoints_json_beside_the_data_adds_what_the_data_lacks(tmp_path, cap
     write(tmp_path / "keypoints.json", facts)
     points = read(tmp_path)[1]
     assert points.names == facts["names"] and points.named and points.skeleton == [(0, 1)] and points.flip_pairs == [(1, 2)]
-    assert points.sigmas == [0.1, 0.2, 0.3] and "mirrored" not in capsys.readouterr().out
+    assert points.sigmas == [0.1, 0.2, 0.3] and "no mirrored" not in capsys.readouterr().out
     write(tmp_path / "keypoints.json", {"flip_pairs": [[1, 2]]})  # names stay as they were
     points = read(tmp_path)[1]
     assert points.flip_pairs == [(0, 1)] and points.names == ["0", "1", "2"]
@@ -404,19 +447,20 @@ def test_annotations_that_cannot_be_used_are_named_and_counted(tmp_path, capsys)
     assert facts["left_out"] == {
         "annotation of a category without keypoints": 1,
         "annotation whose id is given twice": 1,
-        "annotation without image_id, category_id, bbox and 3 keypoints": 10,
+        "annotation without image_id, category_id and 3 keypoints": 7,
         "annotations of an image that is not listed": 1,
         "box that does not fit its picture": 3,
-        "box without area": 3,
         "crowd annotation": 1,
-        "image entry without id, file_name, width and height": 2,
+        "image entry without id and file_name": 1,
         "keypoint outside its picture": 2,
         "keypoint that is no number": 3,
-        "picture that is listed twice": 1,
-        "picture that is not there": 1,
+        "picture that is not there": 2,
     }
-    assert [s.labelled.tolist() for s in train.samples[3:]] == [[True, False, False]] * 2 + [[True, False, True]]
+    assert [s.labelled.tolist() for s in train.samples[-3:]] == [[True, False, False]] * 2 + [[True, False, True]]
     text = capsys.readouterr().out
+    framed = [s for s in train.samples if s.where.split()[-1] in ("201", "202", "203", "204", "205", "215")]
+    assert len(framed) == 6 and all(s.box.tolist() == box_of(SCENE["a"], margin=0) for s in framed)
+    assert "note, figure without a box of its own, cut out around its keypoints (6): " in text
     for told in (
         "gone.png",
         "unsized.png",
@@ -429,7 +473,82 @@ def test_annotations_that_cannot_be_used_are_named_and_counted(tmp_path, capsys)
     for index in range(len(train)):
         item = train[(1, index)]
         assert torch.isfinite(item["target"]).all() and torch.isfinite(item["back"]).all()
-    assert not train[(1, 3)]["visible"][1:].any()
+    assert not train[(1, len(train) - 2)]["visible"][1:].any()
+
+
+def test_a_figure_without_a_usable_box_is_cut_out_around_its_keypoints(tmp_path, capsys):
+    flat, upright = [(20, 24), (12, 24), (30, 24)], [(20, 10), (20, 24), (20, 34)]
+    content = coco({"a": SCENE["a"], "b": flat, "c": upright})
+    boxes = ([], [12, 24, 18, 0], None)
+    for note, box in zip(content["annotations"], boxes, strict=True):
+        note.update(bbox=box, area=0)
+    content["annotations"][0]["keypoints"][3:6] = [W + 500, 24, 2]  # outside: it does not widen the box
+    train, _, _, facts = loaded(make(tmp_path, content=content))
+    assert [s.box.tolist() for s in train.samples] == [[20, 10, 10, 12], [12, 21.75, 18, 4.5], [17, 10, 6, 24]]
+    assert facts["left_out"] == {"keypoint outside its picture": 1}
+    for index, sample in enumerate(train.samples):
+        assert train[(0, index)]["visible"].tolist() == sample.labelled.tolist()
+    assert "cut out around its keypoints (3): person_keypoints_train2017.json annotation 100" in capsys.readouterr().out
+
+
+def test_one_point_has_no_size_so_the_whole_picture_is_seen_or_the_figure_is_left_out(tmp_path):
+    content = coco({"a": [(20, 10)], "b": [(40, 30)]}, names=["nose"])
+    content["annotations"].append({**content["annotations"][0], "id": 200, "keypoints": [30, 30, 2]})
+    for note in content["annotations"]:
+        note["bbox"] = [*note["keypoints"][:2], 0, 0]
+    val = coco({"a": [(20, 10)]}, names=["nose"])
+    train, _, _, facts = loaded(make(tmp_path, content=content, val=val))
+    assert [(s.path.stem, s.box) for s in train.samples] == [("b", None)] and facts["left_out"] == {"box without area": 2}
+
+
+def test_ids_may_be_text_and_pictures_without_a_size(tmp_path):
+    content = coco()
+    for image in content["images"]:
+        image.update(id=str(image["id"]), width=None, height=0)
+        del image["height"]
+    content["categories"][0]["id"] = "7"
+    train, _, _, facts = loaded(make(tmp_path, content=content))
+    assert len(train) == 3 and facts["left_out"] == {}
+    np.testing.assert_allclose(train.samples[1].points, SCENE["b"])
+    numbers = coco()
+    for note in numbers["annotations"]:
+        note.update(image_id=str(note["image_id"]), category_id=str(note["category_id"]))
+    assert len(loaded(make(tmp_path, content=numbers))[0]) == 3
+
+
+def test_a_picture_that_two_entries_list_has_the_figures_of_both(tmp_path):
+    content = coco({"a": SCENE["a"], "b": SCENE["b"], "c": SCENE["c"]})
+    content["images"][1]["file_name"] = "a.png"
+    train, _, _, facts = loaded(make(tmp_path, content=content))
+    assert [s.path.stem for s in train.samples] == ["a", "a", "c"] and facts["left_out"] == {}
+    assert train.pictures[train.samples[0].path].figures == train.samples[:2]
+
+
+def test_keypoints_without_visibility_count_unless_they_are_zero(tmp_path, capsys):
+    content = coco()
+    for note in content["annotations"]:
+        del note["keypoints"][2::3]
+    content["annotations"][2]["keypoints"][2:4] = [0, 0]
+    train, _, _, facts = loaded(make(tmp_path, content=content))
+    assert facts["left_out"] == {} and [s.labelled.tolist() for s in train.samples] == [[True] * 3] * 2 + [[True, False, True]]
+    np.testing.assert_allclose(train.samples[1].points, SCENE["b"])
+    assert "keypoints without visibility: all count but those at 0, 0 (3)" in capsys.readouterr().out
+
+
+def test_coordinates_with_visibility_zero_are_unlabelled_and_said_so(tmp_path, capsys):
+    content = coco()
+    content["annotations"][0]["keypoints"][2] = 0
+    content["annotations"][1]["keypoints"][2::3] = [0.4, 3, -1]
+    train, *_ = loaded(make(tmp_path, content=content))
+    assert [s.labelled.tolist() for s in train.samples[:2]] == [[False, True, True], [True, True, False]]
+    assert "keypoint with coordinates but visibility 0, which counts as unlabelled (2)" in capsys.readouterr().out
+
+
+def test_a_category_that_no_figure_has_may_have_other_keypoints(tmp_path):
+    content = coco()
+    content["categories"] = [{"id": 3, "name": "hand", "keypoints": ["thumb"]}, *content["categories"]]
+    splits, points, _, faults = read(make(tmp_path, content=content))
+    assert points.names == NAMES and len(splits["train"]) == 3 and faults == {}
 
 
 def test_an_area_that_is_none_does_not_count_as_one(tmp_path):

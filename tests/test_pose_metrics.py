@@ -15,11 +15,10 @@ from test_pose_model import NAMES, POINTS, keypoints, prepare, save_base
 TASK = POSE
 use_task(TASK)
 
-from keypoints import KeypointSet, Sample  # noqa: E402
-
 from common.samples import Faults  # noqa: E402
 from data import PoseData, Preprocess, check_samples, eval_loader  # noqa: E402
 from formats import read_dataset  # noqa: E402
+from keypoints import KeypointSet, Sample  # noqa: E402
 from metrics import (  # noqa: E402
     AREA_OF_BOX,
     draw_page,

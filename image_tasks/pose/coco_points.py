@@ -1,37 +1,50 @@
-"""Reads keypoints in COCO's format: one JSON per split."""
+"""Reads keypoints in COCO's format: one JSON per split, as COCO itself and CVAT, FiftyOne and Roboflow lay them out."""
 
 import math
 from pathlib import Path
 
 import numpy as np
-from keypoints import KEYPOINT_FILE, Sample
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.samples import SPLIT_NAMES, Faults, FileFinder
+from common.runtime import say
+from common.samples import SPLIT_NAMES, Faults, split_of, visible_entries
+from keypoints import KEYPOINT_FILE, NO_BOX, Sample, picture_finder
+
+OTHER_TASKS = ("captions", "instances", "stuff", "panoptic", "image_info")  # COCO's annotations that hold no keypoints
 
 
 def coco_files(data_dir: Path) -> dict[str, Path]:
     """Split -> annotation file, from the usual places: annotations/person_keypoints_train2017.json, train/*.json, ..."""
+    inner = [data_dir / entry.name for entry in visible_entries(data_dir) if entry.is_dir()]
+    notes = [folder for folder in inner if folder.name.lower() == "annotations"]
+    places = [*notes, *(folder for folder in inner if split_of(folder.name)), data_dir]
+    every = [path for place in places for path in json_files(place)]
     found = {}
-    for split, names in SPLIT_NAMES.items():
-        places = ("annotations/person_keypoints_{}*.json", "{}/*.json", "annotations/*{}*.json", "{}*.json", "*_{}*.json")
-        for pattern in [place.format(name) for name in names for place in places]:
-            other = ("captions", "instances", "stuff", "panoptic", "image_info")  # COCO's annotations for other tasks
-            files = [p for p in sorted(data_dir.glob(pattern)) if not p.name.startswith(other)]
-            files = [p for p in files if split == "train" or "train" not in p.name]  # trainval.json is no validation split
-            if files:
-                found[split] = files[0]
-                break
+    for split in SPLIT_NAMES:
+        mine = [path for path in every if (split_of(path.parent.name) or split_of(path.stem, alone=False)) == split]
+        mine.sort(key=lambda path: not path.name.startswith("person_keypoints"))  # else in the order of the places
+        if mine:
+            found[split] = mine[0]
+        if mine[1:]:
+            say(f"{mine[0]} has the {split} split; not read: {', '.join(str(path) for path in mine[1:4])}")
     if "train" not in found:
-        single = sorted([*data_dir.glob("annotations/*.json"), *data_dir.glob("*.json")])
-        single = [p for p in single if p not in found.values() and p.name != KEYPOINT_FILE]
+        single = [path for path in every if path not in found.values() and not split_of(path.parent.name)]
+        if len(single) > 1:
+            single = [path for path in single if b'"keypoints"' in path.read_bytes()]
         if len(single) == 1:
             found["train"] = single[0]
     return found if "train" in found else {}
 
 
+def json_files(folder: Path) -> list[Path]:
+    files = [folder / entry.name for entry in visible_entries(folder) if entry.is_file()]
+    files = [path for path in files if path.suffix.lower() == ".json" and path.name != KEYPOINT_FILE]
+    return [path for path in files if not path.name.startswith(OTHER_TASKS)]
+
+
 def read_coco(data_dir: Path, files: dict[str, Path], faults: Faults):
+    """(splits, keypoint names, whether they are names, what the data says of them), as describe_keypoints wants them."""
     tables = {}
     for split, path in files.items():
         table = read_json(path)
@@ -51,10 +64,15 @@ def read_coco(data_dir: Path, files: dict[str, Path], faults: Faults):
 
 
 def coco_keypoints(path: Path, table: dict) -> tuple[list[str], dict]:
-    """(names, {"skeleton", "flip_pairs", "sigmas"} as far as they are given) of a COCO file; all its categories must agree."""
+    """(names, {"skeleton", "flip_pairs", "sigmas"} as far as they are given) of a COCO file.
+
+    Categories that have keypoints, and figures, must agree in them.
+    """
     posed = [c for c in table["categories"] if isinstance(c, dict) and isinstance(c.get("keypoints"), list) and c["keypoints"]]
     if not posed:
         raise UserError(f"{path}: no category has a list of keypoints; are these annotations of boxes only?")
+    used = [number(a.get("category_id")) for a in table["annotations"] if isinstance(a, dict) and a.get("keypoints")]
+    posed = [c for c in posed if number(c.get("id")) in used] or posed
     names = [str(name) for name in posed[0]["keypoints"]]
     for category in posed[1:]:
         if [str(name) for name in category["keypoints"]] != names:
@@ -63,20 +81,26 @@ def coco_keypoints(path: Path, table: dict) -> tuple[list[str], dict]:
     return names, {key: posed[0][key] for key in ("skeleton", "flip_pairs", "sigmas") if key in posed[0]}
 
 
+def number(value):
+    """An id as it is compared: some programs write 7, others "7"."""
+    return int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 20 else value
+
+
 def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, count: int, faults: Faults) -> list[Sample]:
     pictures = coco_pictures(data_dir, split, path, table, faults)
-    posed = [c.get("id") for c in table["categories"] if isinstance(c, dict) and c.get("keypoints")]
+    posed = [number(c.get("id")) for c in table["categories"] if isinstance(c, dict) and c.get("keypoints")]
     samples, seen, orphans = [], set(), set()
     for a in table["annotations"]:
         where = f"{path.name} annotation {a.get('id') if isinstance(a, dict) else str(a)[:40]}"
         try:
-            crowd, image_id, known = bool(a.get("iscrowd", 0)), a["image_id"], a["category_id"] in posed
-            points, labelled, box, area = coco_figure(a, count)
-            doubled, listed = a.get("id") in seen, image_id in pictures
+            crowd, image_id, known = bool(a.get("iscrowd", 0)), number(a["image_id"]), number(a["category_id"]) in posed
+            points, labelled, box, area = coco_figure(a, count, where, faults)
+            key = (number(a.get("id", where)), image_id)
+            doubled, listed = key in seen, image_id in pictures
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            faults.add(f"annotation without image_id, category_id, bbox and {count} keypoints", where)
+            faults.add(f"annotation without image_id, category_id and {count} keypoints", where)
             continue
-        seen.add(a.get("id", where))
+        seen.add(key)
         if crowd:
             faults.add("crowd annotation", where)
         elif not known:
@@ -93,35 +117,54 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, count: 
 
 
 def coco_pictures(data_dir: Path, split: str, path: Path, table: dict, faults: Faults) -> dict:
-    """Image id -> (path, (width, height)), or None where its picture is of no use."""
-    folders = [path.parent]
-    folders += [data_dir / part for n in SPLIT_NAMES[split] for part in (n, f"{n}2017", f"images/{n}", f"images/{n}2017")]
-    finder, pictures, names = FileFinder([*folders, data_dir / "images", data_dir]), {}, set()
+    """Image id -> (path, (width, height) or None where it claims none), or None where its picture is not there.
+
+    A picture that is listed under two ids, as in files that were merged, has the figures of both.
+    """
+    finder, pictures = picture_finder(data_dir, path, split), {}
     for image in table["images"]:
         try:
-            name, image_id, size = str(image["file_name"]), image["id"], (int(image["width"]), int(image["height"]))
+            name, image_id = str(image["file_name"]), number(image["id"])
             doubled = image_id in pictures
-        except (KeyError, TypeError, ValueError, OverflowError):
-            faults.add("image entry without id, file_name, width and height", f"{path.name} {str(image)[:60]}")
+        except (KeyError, TypeError):
+            faults.add("image entry without id and file_name", f"{path.name} {str(image)[:60]}")
             continue
         if doubled:
             raise UserError(f"{path}: image id {image_id} is given twice")
-        place = finder.find(name)
-        pictures[image_id] = place and (place, size)
-        if place is None:
-            faults.add("picture that is not there", name)
-        elif name in names:
-            faults.add("picture that is listed twice", name)
-            pictures[image_id] = None
-        names.add(name)
+        place = finder.find(name, faults)
+        pictures[image_id] = place and (place, claimed_size(image.get("width"), image.get("height")))
     return pictures
 
 
-def coco_figure(annotation: dict, count: int):
-    """(points (K, 2), labelled (K,), box (4,), area) of an annotation. Raises what its reading raises; ValueError: too few."""
-    values = np.array(list(map(float, annotation.get("keypoints") or [0] * 3 * count))).reshape(-1, 3)
-    box, area = np.array(list(map(float, annotation["bbox"]))), float(annotation.get("area") or math.nan)
-    if len(values) != count or len(box) != 4:
+def claimed_size(width, height) -> tuple[int, int] | None:
+    """(width, height), or None where an annotation gives none that could be."""
+    try:
+        size = int(width), int(height)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return size if min(size) > 0 else None
+
+
+def coco_figure(annotation: dict, count: int, where: str, faults: Faults):
+    """(points (K, 2), labelled (K,), box (4,), area) of an annotation. Raises what its reading raises; ValueError: too few.
+
+    The box holds NaN where there is none that could be read.
+    """
+    values = np.array(list(map(float, annotation.get("keypoints") or [0] * 3 * count)))
+    if len(values) == 2 * count:
+        values = values.reshape(-1, 2)
+        values = np.column_stack([values, 2 * (values != 0).any(axis=1)])
+        faults.note("keypoints without visibility: all count but those at 0, 0", where)
+    values = values.reshape(-1, 3)
+    if len(values) != count:
         raise ValueError
     values[np.isnan(values[:, 2]), :2] = math.nan  # named later, as keypoints that are no numbers
-    return values[:, :2], ~(values[:, 2] <= 0), box, area  # 0: not labelled; 1: labelled, but hidden; 2: visible
+    labelled = ~(values[:, 2] <= 0)  # 0: not labelled; 1: labelled, but hidden; 2: visible
+    if (values[~labelled, :2] > 0).any():
+        faults.note("keypoint with coordinates but visibility 0, which counts as unlabelled", where)
+    try:
+        box = list(map(float, annotation["bbox"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        box = ()
+    box = np.array(box if len(box) == 4 else NO_BOX)
+    return values[:, :2], labelled, box, float(annotation.get("area") or math.nan)

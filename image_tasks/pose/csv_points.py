@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-from keypoints import Sample
 
 from common.config import UserError
 from common.samples import SPLIT_NAMES, Faults, FileFinder
 from common.vision.pictures import is_picture
+from keypoints import Sample
 
 
 def csv_files(data_dir: Path) -> dict[str, Path]:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from keypoints import KeypointSet, Sample
 
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
@@ -19,6 +18,7 @@ from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
 from formats import read_dataset
+from keypoints import KeypointSet, Sample
 
 HERE = Path(__file__).resolve().parent
 PADDING = 1.25  # a box is enlarged by this before it is cut out, as pose models expect; a whole picture is taken as it is
@@ -121,11 +121,11 @@ def jitter(pixels: torch.Tensor, light: float, contrast: float, colour: float) -
 
 @dataclass
 class Picture:
-    """A picture file and the boxes in it. shrunk: the factor by which its pixels are made smaller when they are read."""
+    """A picture file and its figures. shrunk: the factor by which its pixels are made smaller when they are read."""
 
     path: Path
     size: tuple[int, int] | None  # (width, height): as claimed, and once its header is read the true one
-    boxes: list
+    figures: list[Sample]
     shrunk: int = 1
     number: int = 0  # in the cache
 
@@ -221,37 +221,76 @@ def check_samples(
     Keypoints that are not finite or lie outside their picture count as unlabelled; with `posed`, samples without any that
     counts are left out. What is kept of a picture is shrunk to what the crops need.
     """
-    pictures, framed = {}, []
+    pictures = {}
     for sample in samples:
-        if sample.box is not None and not (np.isfinite(sample.box).all() and (sample.box[2:] > 0).all()):
-            faults.add("box without area", sample.where)
-            continue
-        framed.append(sample)
-        pictures.setdefault(sample.path, Picture(sample.path, sample.size, [])).boxes.append(sample.box)
+        pictures.setdefault(sample.path, Picture(sample.path, sample.size, [])).figures.append(sample)
 
     def measure(picture: Picture, header):
         picture.size = width, height = header_size(header, picture.size)
-        boxes = [box for box in picture.boxes if box is None or fits(box, picture.size)]
+        for figure in picture.figures:
+            to_pixels(figure, picture.size)
+            clean_points(figure, picture.size, faults)
+            frame_figure(figure, len(picture.figures) == 1, faults)
+        boxes = [figure.box for figure in picture.figures if box_fault(figure.box, picture.size) is None]
         frames = [(np.array([0, 0, width, height]), 1.0) if box is None else (box, PADDING) for box in boxes]
         picture.shrunk = min((shrink_factor(box, preprocess.size, padding) for box, padding in frames), default=1)
         return -(-height // picture.shrunk), -(-width // picture.shrunk), 3
 
     every, text = list(pictures.values()), f"{text} pictures"
     _, cache = check_files(every, picture_reader(), measure, load_shrunk, faults, cache_bytes, text, whole)
-    for number, picture in enumerate(cache.items):
-        picture.number = number
+    for place, picture in enumerate(cache.items):
+        picture.number = place
     pictures = {picture.path: picture for picture in cache.items}
     good = []
-    for sample in framed:
-        if sample.path in pictures and sample.box is not None and not fits(sample.box, pictures[sample.path].size):
-            faults.add("box that does not fit its picture", sample.where)
-        elif sample.path in pictures:
-            clean_points(sample, pictures[sample.path].size, faults)
-            if sample.labelled.any() or not posed:
-                good.append(sample)
-            else:
-                faults.add("figure without a keypoint that counts", f"{sample.path.name} ({sample.where})")
+    for sample in samples:
+        if sample.path not in pictures:
+            continue
+        if posed and not sample.labelled.any():
+            faults.add("figure without a keypoint that counts", f"{sample.path.name} ({sample.where})")
+        elif fault := box_fault(sample.box, pictures[sample.path].size):
+            faults.add(fault, sample.where)
+        else:
+            good.append(sample)
     return good, cache
+
+
+def to_pixels(sample: Sample, size: tuple[int, int]) -> None:
+    """Turns fractions of a picture of this (width, height) into its pixels, in place."""
+    if sample.relative:
+        scale, sample.relative = np.array(size), False
+        edge = np.minimum(sample.points * scale, scale - 0.5)  # 1 is its edge, half a pixel beyond the last pixel's centre
+        sample.points = np.where(sample.points <= 1, edge, sample.points * scale)
+        sample.box = sample.box if sample.box is None else sample.box * [*size, *size]
+
+
+def frame_figure(sample: Sample, alone: bool, faults: Faults) -> None:
+    """Puts the box of a figure whose box has no area around its labelled keypoints, in place.
+
+    A side is at least a quarter of the other: for points in a line, of which it is not known how wide the figure is. All
+    points in one place do not tell its size: it stays without a box, or has the whole picture, where it is `alone` in it.
+    """
+    if sample.box is None or has_area(sample.box) or not sample.labelled.any():
+        return
+    points = sample.points[sample.labelled]
+    low, high = points.min(axis=0), points.max(axis=0)
+    sides = np.maximum(high - low, (high - low).max() / 4)
+    if sides.max() >= 1:
+        sample.box = np.array([*((low + high - sides) / 2), *sides])
+        faults.note("figure without a box of its own, cut out around its keypoints", sample.where)
+    elif alone:
+        sample.box = None
+        faults.note("figure without a box and with one keypoint alone, seen in the whole picture", sample.where)
+
+
+def has_area(box: np.ndarray) -> bool:
+    return bool(np.isfinite(box).all() and (box[2:] > 0).all())
+
+
+def box_fault(box: np.ndarray | None, size: tuple[int, int]) -> str | None:
+    """What is wrong with a figure's box in a picture of this (width, height); None where it can be cut out."""
+    if box is None or (has_area(box) and fits(box, size)):
+        return None
+    return "box that does not fit its picture" if has_area(box) else "box without area"
 
 
 def fits(box: np.ndarray, size: tuple[int, int]) -> bool:

@@ -7,11 +7,10 @@ UserError. Coordinates leave in pixels of the picture as a person sees it, whole
 from pathlib import Path
 
 from coco_points import coco_files, read_coco
-from csv_points import csv_files, read_csv
-from keypoints import KEYPOINT_FILE, add_keypoint_file, describe_keypoints
-
 from common.config import UserError
 from common.samples import Faults, choose_layout, hold_out
+from csv_points import csv_files, read_csv
+from keypoints import KEYPOINT_FILE, add_keypoint_file, describe_keypoints
 
 LAYOUTS = "COCO keypoints (annotations/*.json) or CSV (a file with train in its name: picture, x, y, x, y ...)"
 

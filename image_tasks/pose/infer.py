@@ -51,8 +51,6 @@ def main(argv=None, method="full", doc=None):
             raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
-    from figure_boxes import place_boxes
-    from keypoints import KeypointSet
 
     from common.checkpoint import write_json
     from common.folders import newest_best, predictions_folder
@@ -60,6 +58,8 @@ def main(argv=None, method="full", doc=None):
     from common.samples import Faults
     from common.vision.pictures import find_pictures
     from data import Preprocess, eval_loader, figures_only
+    from figure_boxes import place_boxes
+    from keypoints import KeypointSet
     from metrics import detect
     from model import load_checkpoint
 

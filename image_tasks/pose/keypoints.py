@@ -11,6 +11,8 @@ import numpy as np
 from common.checkpoint import read_json
 from common.config import UserError
 from common.runtime import say
+from common.samples import FileFinder, split_of, visible_entries
+from common.vision.pictures import picture_endings
 
 UNIFORM_SIGMA = 0.05  # how far people's clicks scatter, as a share of the figure's size, where the data does not say: strict
 # Standard deviations of COCO's annotators for its 17 keypoints, from nose to ankles (cocodataset.org, keypoint evaluation).
@@ -36,12 +38,16 @@ COCO_SIGMAS = (
 COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
               "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
               "right_ankle")  # fmt: skip
+NO_BOX = (math.nan,) * 4  # as an array, a box without area
 KEYPOINT_FILE = "keypoints.json"  # in data_dir, or in a checkpoint: names, skeleton, flip_pairs, sigmas
 
 
 @dataclass
 class Sample:
-    """A figure. points: (K, 2) x, y; labelled: (K,) bool, those that count; box: x, y, w, h, or None for the whole picture."""
+    """A figure. points: (K, 2) x, y; labelled: (K,) bool, those that count.
+
+    box: x, y, w, h; None for the whole picture. One without an area (NO_BOX) is put around the labelled points later.
+    """
 
     path: Path
     size: tuple[int, int] | None  # (width, height) that the annotation claims; CSV claims none
@@ -51,6 +57,7 @@ class Sample:
     area: float  # of the figure, in square pixels; NaN where the data does not say
     where: str  # how messages call it
     score: float = 1.0  # of a box that a detector found
+    relative: bool = False  # points and box are fractions of width and height until the picture is opened
 
 
 @dataclass
@@ -95,15 +102,40 @@ def read_pairs(values, names: list[str], where: str) -> list[tuple[int, int]]:
     return pairs
 
 
-def flip_pairs_from_names(names: list[str]) -> list[tuple[int, int]]:
-    """Pairs that differ in left and right (or a leading or trailing l and r); empty unless every sided name has its partner."""
-    swaps = {"left": "right", "right": "left", "l": "r", "r": "l"}
-    parts = [re.split(r"([^a-zA-Z]+|(?<=[a-z])(?=[A-Z]))", name.lower() if name.isupper() else name) for name in names]
-    lowered = [tuple(part.lower() for part in p) for p in parts]
-    mirrored = [tuple(swaps.get(part, part) for part in p) for p in lowered]
-    if any(m not in lowered for m in mirrored):
+def read_skeleton(values, names: list[str], where: str) -> list[tuple[int, int]]:
+    """read_pairs of a data set's skeleton, which may count from 0. It is only drawn, so one that makes no sense stops nothing."""
+    try:
+        if any(type(end) is int and end == 0 for pair in values or [] for end in pair):
+            values = [[end + 1 if isinstance(end, int) else end for end in pair] for pair in values]
+        return read_pairs(values, names, where)
+    except (TypeError, UserError) as error:
+        say(f"no skeleton is drawn: {error}")
         return []
-    return [(i, lowered.index(m)) for i, m in enumerate(mirrored) if i < lowered.index(m)]
+
+
+def flip_pairs_from_names(names: list[str]) -> list[tuple[int, int]]:
+    """Pairs that differ in left and right; empty unless every sided name has its partner.
+
+    A side is a word of the name (left_eye, eyeL, l-ear), or what a name begins or ends with where its partner is there, too
+    (lefteye, Lear, ankler).
+    """
+    swaps = {"left": "right", "right": "left", "l": "r", "r": "l"}
+    lowered = [name.lower() for name in names]
+
+    def mirrored(name: str) -> str:
+        words = re.split(r"([^a-zA-Z]+|(?<=[a-z])(?=[A-Z]))", name.lower() if name.isupper() else name)
+        swapped, name = "".join(swaps.get(word.lower(), word.lower()) for word in words), name.lower()
+        glued = [swaps[side] + name.removeprefix(side) for side in swaps if name.startswith(side)]
+        glued += [name.removesuffix(side) + swaps[side] for side in swaps if name.endswith(side)]
+        return swapped if swapped != name else next((other for other in glued if other in lowered), name)
+
+    others = [mirrored(name) for name in names]
+    if any(other not in lowered for other in others):
+        return []
+    partners = [lowered.index(other) for other in others]
+    if any(partners[partner] != i for i, partner in enumerate(partners)):
+        return []
+    return [(i, partner) for i, partner in enumerate(partners) if i < partner]
 
 
 def describe_keypoints(names: list[str], named: bool, own: dict, where: str) -> KeypointSet:
@@ -114,7 +146,11 @@ def describe_keypoints(names: list[str], named: bool, own: dict, where: str) -> 
     flips = read_pairs(own["flip_pairs"], names, where) if "flip_pairs" in own else flip_pairs_from_names(names)
     if len({i for pair in flips for i in pair}) != 2 * len(flips):
         raise UserError(f"{where}: flip_pairs names a keypoint twice")
-    if not flips:
+    if flips:
+        shown = [f"{names[a]} and {names[b]}" for a, b in flips]
+        source = "as the data says" if "flip_pairs" in own else "by their names"
+        say(f"a mirrored picture swaps, {source}: {', '.join(shown[:4])}{' ...' if len(shown) > 4 else ''}")
+    else:
         say("no mirrored pictures in training: neither the data nor the keypoints' names tell left from right")
     sigmas = own.get("sigmas")
     try:
@@ -129,7 +165,7 @@ def describe_keypoints(names: list[str], named: bool, own: dict, where: str) -> 
     if not sigmas:
         sigmas = [UNIFORM_SIGMA] * len(names)
         say(f"OKS with sigma {UNIFORM_SIGMA} for every keypoint: the data gives none")
-    return KeypointSet(names, read_pairs(own.get("skeleton"), names, where), flips, sigmas, named)
+    return KeypointSet(names, read_skeleton(own.get("skeleton"), names, where), flips, sigmas, named)
 
 
 def add_keypoint_file(file: Path, names: list[str], named: bool, own: dict) -> tuple[list[str], bool, dict]:
@@ -143,3 +179,17 @@ def add_keypoint_file(file: Path, names: list[str], named: bool, own: dict) -> t
         raise UserError(f"{file} names {len(given['names'])} keypoints, the data has {len(names)}")
     names, named = ([str(n) for n in given["names"]], True) if given.get("names") else (names, named)
     return names, named, {**own, **{key: given[key] for key in ("skeleton", "flip_pairs", "sigmas") if key in given}}
+
+
+def picture_finder(data_dir: Path, file: Path, split: str) -> FileFinder:
+    """Finds the pictures that an annotation file names: in folders named after its split or by a part of its own name, ...
+
+    ... as training/ for training_frames_keypoints.csv and images/Upper/ for person_keypoints_Upper.json; beside it; anywhere.
+    """
+    words = file.stem.lower().split("_")
+    parts = {"_".join(words[a:b]) for a in range(len(words)) for b in range(a + 1, len(words) + 1)}
+    roots = [data_dir / entry.name for entry in visible_entries(data_dir) if entry.is_dir()]
+    roots += [folder / entry.name for folder in roots if folder.name.lower() == "images" for entry in visible_entries(folder)]
+    named = [folder for folder in roots if folder.name.lower() in parts or split_of(folder.name) == split]
+    named = [folder for folder in named if folder.is_dir()]
+    return FileFinder([*named, file.parent, data_dir / "images", data_dir], picture_endings())

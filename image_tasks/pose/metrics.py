@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
-from keypoints import KeypointSet
 
 from common.batches import to_device
 from common.plots import draw_bars, draw_history, figure, save_figure
@@ -16,6 +15,7 @@ from common.runtime import gather_lists, progress_bar
 from common.samples import short_names
 from common.vision.pairs import COLORS, enlarged, save_pairs
 from common.vision.pictures import decode
+from keypoints import KeypointSet
 from model import keypoint_errors
 
 AREA_OF_BOX = 0.53  # OKS wants the area of the body's outline; where the data has none, people take this share of the box

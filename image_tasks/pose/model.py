@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from keypoints import KEYPOINT_FILE, KeypointSet
 from torch import nn
 
 # needs: torchvision, scipy  (image processors; scipy: VitPose's)
@@ -13,6 +12,7 @@ from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
 from common.runtime import process_index, say
+from keypoints import KEYPOINT_FILE, KeypointSet
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 EXAMPLE = "google/vit-base-patch16-224"
