@@ -42,7 +42,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # backward passes per optimizer step: a large batch on a small device
     lr: float = 1e-4  # peak learning rate, reached after the warm-up, then down to zero by a cosine
     weight_decay: float = 1e-4  # pulls matrices towards zero; biases and norms are left alone
-    warmup_steps: int = 50  # optimizer steps from zero to lr: early gradients are large and noisy
+    lr_head: float = 1e-3  # least peak rate of a head with new weights, which has the longest way to go; 0: lr
+    warmup_steps: float = 0.1  # from zero to lr, since early gradients are large and noisy: below 1 a share of all steps
     max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it; 0: never
     patience: int = 0  # stop after this many epochs without a new best; 0: never
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass; what trains stays fp32

@@ -54,6 +54,8 @@ def open_run_folder(config, task: str, method: str):
 def check_same_settings(config, folder: Path) -> None:
     """UserError where a setting that the weights depend on is not what it was when the run in `folder` started."""
     then = read_yaml(folder / "config.yaml", get_type_hints(type(config)))
+    if config.lr_head > config.lr:
+        then.setdefault("lr_head", config.lr)  # before there was one, new heads learnt at lr
     for key, value in dataclasses.asdict(config).items():
         if key not in FREE_ON_RESUME and then.get(key, value) != value:
             raise UserError(

@@ -3,18 +3,24 @@
 import math
 
 from common.config import UserError
+from common.lora import is_within
+from common.runtime import say
+
+FEW_STEPS = 100  # in so few a head with new weights is seldom done learning
 
 
-def build_optimizer(model, config, steps: int, groups: list[dict] | None = None):
+def build_optimizer(model, config, steps: int, groups: list[dict] | None = None, new=()):
     """AdamW over every parameter that trains, and its warm-up + cosine schedule over `steps` optimizer steps.
 
     groups: [{"params": [...], "lr": ...}] where parts of the model want another rate than config.lr; default: one group.
+    new: names of layers with new weights (heads), which learn at no less than config.lr_head.
     Weight decay pulls matrices and convolutions only: biases, norm scales and other vectors have no reason to shrink.
     """
     import torch
 
     if groups is None:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
+    groups = with_head_rate(groups, model, new, config.lr_head)
     split = []
     for group in groups:
         for decay, vectors in ((config.weight_decay, False), (0.0, True)):
@@ -23,9 +29,34 @@ def build_optimizer(model, config, steps: int, groups: list[dict] | None = None)
                 split.append({**group, "params": params, "weight_decay": decay})
     if not split:
         raise UserError("nothing in the model trains: no parameter has requires_grad")
+    describe_steps(config, steps, {group["lr"] for group in split})
     optimizer = torch.optim.AdamW(split, lr=config.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.warmup_steps, steps))
     return optimizer, scheduler
+
+
+def with_head_rate(groups: list[dict], model, new, rate: float) -> list[dict]:
+    """The groups, but what of the layers named in `new` is in a slower one than `rate` in a group of its own, marked "head"."""
+    ids = {id(p) for name, p in model.named_parameters() if is_within(name, new)}
+    slow = [p for group in groups for p in group["params"] if id(p) in ids and group["lr"] < rate]
+    if not slow:
+        return groups
+    moved = {id(p) for p in slow}
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in moved]} for group in groups]
+    rest = [group for group in rest if group["params"]]
+    return [*rest, {"params": slow, "lr": rate, "head": bool(rest)}]
+
+
+def describe_steps(config, steps: int, rates: set[float]) -> None:
+    """Prints the run's optimizer steps and learning rates, and what gives more steps where they are few."""
+    told = " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)}))
+    hint = "; so few teach little: more --epochs or a smaller --batch_size make more" if steps < FEW_STEPS else ""
+    say(f"{steps} optimizer steps, {warmup_of(config.warmup_steps, steps)} of them warm-up, learning rate {told}{hint}")
+
+
+def warmup_of(warmup: float, total: int) -> int:
+    """Steps of warm-up among `total`: a share of them if below 1, else a number; never more than half of a short run."""
+    return min(round(warmup * total) if warmup < 1 else int(warmup), total // 2)
 
 
 def is_vector(p) -> bool:
@@ -33,12 +64,12 @@ def is_vector(p) -> bool:
     return p.ndim < 2 or (p.ndim == 2 and min(p.shape) == 1)
 
 
-def schedule(step: int, warmup: int, total: int) -> float:
+def schedule(step: int, warmup: float, total: int) -> float:
     """Factor on the learning rate of optimizer step `step` (from 0): a line up to 1, then half a cosine down to 0 at `total`.
 
-    The first step already moves (1 / warmup, not 0). A warm-up never takes more than half of a short run.
+    The first step already moves (1 / warmup, not 0). warmup: see warmup_of.
     """
-    warmup = min(warmup, total // 2)
+    warmup = warmup_of(warmup, total)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

@@ -64,7 +64,8 @@ class Record:
         norms = step.means("gradient")
         for i, name in sorted(step.stepped.items()):
             shown = name if len(optimizers) > 1 else "loss"
-            line[key_of("lr", shown)] = max(group["lr"] for group in optimizers[i].param_groups)
+            rates = rates_of(optimizers[i])
+            line |= {key_of(key_of("lr", shown), part): rate for part, rate in rates.items()}
             if all(map(math.isfinite, norms[name])):  # else fp16's scaler skipped the step
                 line[key_of("grad_norm", shown)] = sum(norms[name]) / len(norms[name])
         samples, seconds = progress.clock["samples"], progress.clock["train_seconds"]
@@ -150,6 +151,15 @@ def tag_of(key: str, line: dict) -> str:
 def key_of(what: str, name: str) -> str:
     """The key of a loss, a rate or a norm in metrics.jsonl: with its name, unless that is the one that goes without saying."""
     return what if name == "loss" else f"{what}_{name.removeprefix('loss_')}"
+
+
+def rates_of(optimizer) -> dict[str, float]:
+    """The highest rate of an optimizer's groups, under "loss"; under "head" that of new layers which have one of their own."""
+    rates = {}
+    for group in optimizer.param_groups:
+        part = "head" if group.get("head") else "loss"
+        rates[part] = max(rates.get(part, 0.0), group["lr"])
+    return rates
 
 
 def in_words(line: dict) -> str:

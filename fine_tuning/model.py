@@ -49,6 +49,7 @@ class ClipClassifier(nn.Module):
     def __init__(self, tower, classes: list[str], scale: float):
         super().__init__()
         self.tower, self.classes, self.scale = tower, classes, scale
+        self.new_layers = []  # those with new weights, for build_optimizer
         width = tower.config.projection_dim if hasattr(tower, "visual_projection") else tower.config.hidden_size
         self.classifier = nn.Linear(width, len(classes))
         nn.init.normal_(self.classifier.weight, std=0.1 / scale)  # at first every class is about as likely as any other
@@ -168,7 +169,9 @@ def with_head(tower, classes: list[str], base: str, head: str, prompts: str) -> 
     reason = why_no_texts(base) if head == "auto" else ""
     if head == "random" or reason:
         say(f"head for {len(classes)} classes: random" + (f", since {reason}" if reason else ""))
-        return ClipClassifier(tower, classes, SCALE)
+        model = ClipClassifier(tower, classes, SCALE)
+        model.new_layers = [HEAD]
+        return model
     rows, scale = zero_shot_rows(base, classes, prompts)
     say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
     return zero_shot_classifier(tower, classes, rows, scale)

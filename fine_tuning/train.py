@@ -34,8 +34,9 @@ class Config(TrainConfig):
     mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
+    lr_head: float = 1e-4  # least peak rate of a random head, whose input is long (scale 100); a zero-shot head learns at lr
     weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
     lr: float = setting(1e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
     layer_decay: float = setting(0.95, demo=1.0)  # each block learns this much slower than the one above it; 1: all alike
@@ -66,7 +67,7 @@ def main(argv=None):
         model = with_head(tower, classes, config.model, config.head, config.prompts)
         about = origin("full", model, base_facts, config)
         groups = layer_groups(model, config.lr, config.layer_decay)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model with the best validation accuracy, every class counting the same.

@@ -34,8 +34,9 @@ class Config(LoraTrainConfig):
     mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
+    lr_head: float = 1e-4  # least peak rate of a random head, whose input is long (scale 100); a zero-shot head learns at lr
     weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
     lr: float = setting(5e-4, demo=5e-3)  # few weights move, so many times the step of train.py
     peft_method: Literal["lora", "dora", "rslora", "pissa", "olora", "ia3", "loha", "lokr"] = "lora"  # docs/peft_methods.md
@@ -85,7 +86,7 @@ def main(argv=None):
         about = origin("lora", model, base_facts, config)
         model = add_adapter(model, adapter, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         describe_trainable(model, config.peft_method)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the adapter with the best validation accuracy, every class counting the same.

@@ -171,7 +171,9 @@ TASKS = {task.name: task for task in ROWS}
 
 # ---- small runs ------------------------------------------------------------------------------------------------------
 
-SETTINGS = ("--epochs", 2, "--max_steps_per_epoch", 3, "--batch_size", 4, "--warmup_steps", 2, "--device", "cpu", "--threads", 1)
+LR_HEAD = 0.02  # more than any demo's lr
+SETTINGS = ("--epochs", 2, "--max_steps_per_epoch", 3, "--batch_size", 4, "--warmup_steps", 2, "--lr_head", LR_HEAD)
+SETTINGS += ("--device", "cpu", "--threads", 1)
 STEPS, EPOCHS = 6, 2
 SCRIPT = {"full": "train.py", "lora": "train_lora.py"}
 

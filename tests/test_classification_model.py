@@ -183,6 +183,7 @@ def test_unknown_classes_get_a_new_head_and_every_other_weight_stays(kind, loade
     assert weight.shape[0] == 4 and weight.std() > 0 and weight.dtype == torch.float32
     assert not torch.equal(weight[0], old[f"{head[0]}.weight"][0])  # not even the class that the base knows
     assert all(p.requires_grad for p in model.parameters())
+    assert model.new_layers == head
 
 
 @pytest.mark.parametrize("classes", [["fish", "cat", "dog"], ["fish", "dog"]])
@@ -191,13 +192,15 @@ def test_a_base_that_knows_the_classes_keeps_its_answers_for_them_by_name(loaded
     pixels, _ = make_batch()
     theirs = outputs(base, pixels)[:, [CLASSES.index(name) for name in classes]]
     assert theirs.std(dim=0).min() > 1e-3  # pictures tell apart
-    torch.testing.assert_close(outputs(with_classes(base, classes), pixels), theirs, atol=1e-6, rtol=1e-5)
+    model = with_classes(base, classes)
+    torch.testing.assert_close(outputs(model, pixels), theirs, atol=1e-6, rtol=1e-5)
+    assert model.new_layers == []
     assert "rows of the base, by name" in capsys.readouterr().out
 
 
 def test_the_same_classes_leave_the_base_as_it_is(loaded):
     base, _, facts = loaded
-    assert with_classes(base, CLASSES) is base
+    assert with_classes(base, CLASSES) is base and base.new_layers == []
     assert fingerprint(base.state_dict()) == facts["sha256"]
 
 

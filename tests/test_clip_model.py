@@ -265,6 +265,7 @@ def test_auto_takes_the_zero_shot_head_where_the_base_can_read(base, capsys):
     assert f"head for 4 classes: zero-shot, from '{PROMPT}' with plain disc" in capsys.readouterr().out
     rows, scale = zero_shot_rows(str(base), CLASSES, PROMPT)
     assert torch.equal(model.classifier.weight, rows) and not model.classifier.bias.any() and model.scale == scale
+    assert model.new_layers == []
 
 
 @pytest.fixture(params=["no tokenizer", "tower alone", "tower with tokenizer"])
@@ -285,6 +286,7 @@ def test_auto_takes_a_random_head_where_the_base_cannot_read(mute, base, capsys)
     assert load_base(str(mute))[2]["sha256"] == load_base(str(base))[2]["sha256"]  # the tower itself is the same
     model = fresh(mute, "auto")[0]
     assert "head for 4 classes: random" in capsys.readouterr().out and model.scale == SCALE
+    assert model.new_layers == ["classifier"]
 
 
 def test_a_zero_shot_head_is_refused_where_the_base_cannot_read(mute):

@@ -29,7 +29,7 @@ def from_yaml(tmp_path, text: str, *flags):
 
 
 def test_precedence(tmp_path):
-    assert parse(Config, []).warmup_steps == 50
+    assert parse(Config, []).seed == 0
     config = from_yaml(tmp_path, "warmup_steps: 7\nseed: 3\n", "--seed", "4")
     assert (config.warmup_steps, config.seed, config.batch_size) == (7, 4, 8)
     # A flag that says the default still wins over the file.

@@ -170,7 +170,7 @@ def test_class_rows_follow_their_names_and_all_else_stays(base_folder, classes):
     assert [model.config.id2label[i] for i in range(len(classes))] == classes
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert all(name.endswith((".up", ".reg_scale")) for name in frozen)  # D-FINE's two constants; all else trains
-    heads = 0
+    heads, layers = 0, set()
     for name, tensor in model.state_dict().items():
         layer = name.split(".")[-2]
         is_class = "class" in name or "enc_score_head" in name
@@ -178,17 +178,19 @@ def test_class_rows_follow_their_names_and_all_else_stays(base_folder, classes):
             assert torch.equal(tensor, old[name]), name
             continue
         heads += layer != "denoising_class_embed"
+        layers.add(name.rpartition(".")[0])
         for row, label in enumerate(classes):
             known = label.lower() in CLASSES
             expected = old[name][CLASSES.index(label.lower())] if known else old[name][:3].mean(dim=0)
             torch.testing.assert_close(tensor[row], expected)
         assert torch.equal(tensor[len(classes) :], old[name][3:]), "no object, or the denoising queries' empty class"
     assert heads >= 2  # a weight and a bias
+    assert set(model.new_layers) == layers  # of each list some class is new
 
 
 def test_the_same_classes_leave_the_base_as_it_is(base_folder):
     base, _, facts = load_base(str(base_folder))
-    assert with_classes(base, CLASSES) is base
+    assert with_classes(base, CLASSES) is base and base.new_layers == []
     assert fingerprint(base.state_dict()) == facts["sha256"]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.config import TrainConfig, UserError
-from common.optim import build_optimizer, clip_gradients, schedule, take_step
+from common.optim import build_optimizer, clip_gradients, schedule, take_step, warmup_of
 from common.step import Step
 
 
@@ -239,6 +239,43 @@ def test_only_what_trains_is_stepped_and_groups_keep_their_rate():
     }
     with pytest.raises(UserError, match="nothing in the model trains"):
         build_optimizer(model.requires_grad_(False), config(), 20)
+
+
+def test_new_layers_learn_at_no_less_than_the_rate_of_heads():
+    """In one group or among others, with or without an adapter around the model; where lr is more, all is as without them."""
+    model = nn.ModuleDict({"body": nn.Linear(4, 4), "head": nn.Linear(4, 2), "header": nn.Linear(4, 2)})
+    wrapped = nn.Sequential(model)  # the names begin with something else, as PEFT's do
+    rest = [*model["body"].parameters(), *model["header"].parameters()]
+    apart = [{"params": rest, "lr": 1e-4}, {"params": list(model["head"].parameters()), "lr": 1e-5}]
+    for given, groups in ((model, None), (wrapped, None), (model, apart)):
+        optimizer, scheduler = build_optimizer(given, config(lr=1e-4, lr_head=1e-2), 20, groups, new=["head"])
+        rate = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rate == {id(p): 1e-4 for p in rest} | {id(p): 1e-2 for p in model["head"].parameters()}
+        for _ in range(10):
+            optimizer.step()
+            scheduler.step()
+        assert all(group["lr"] == pytest.approx(group["initial_lr"] / 2) for group in optimizer.param_groups)
+    same = [
+        build_optimizer(model, config(lr=0.1, **changes), 20, new=new)[0].state_dict()["param_groups"]
+        for changes, new in (({"lr_head": 1e-2}, ["head"]), ({"lr_head": 0.0}, ["head"]), ({"lr_head": 1.0}, []))
+    ]
+    assert same[0] == same[1] == same[2] and len(same[0]) == 2
+
+
+def test_the_run_says_its_steps_and_what_makes_more_of_few(capsys):
+    build_optimizer(net(), config(warmup_steps=0.1, lr_head=1.0), 60, new=["2"])
+    assert capsys.readouterr().out == (
+        "60 optimizer steps, 6 of them warm-up, learning rate 0.1 to 1; so few teach little: more --epochs or a smaller "
+        "--batch_size make more\n"
+    )
+    build_optimizer(net(), config(warmup_steps=20), 400)
+    assert capsys.readouterr().out == "400 optimizer steps, 20 of them warm-up, learning rate 0.1\n"
+
+
+@pytest.mark.parametrize(("share", "total", "steps"), [(0.1, 1000, 100), (0.1, 56, 6), (0.25, 8, 2), (0.9, 10, 5), (0.1, 3, 0)])
+def test_a_warmup_below_one_is_a_share_of_the_steps(share, total, steps):
+    assert [schedule(i, share, total) for i in range(total)] == [schedule(i, steps, total) for i in range(total)]
+    assert warmup_of(share, total) == steps
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(50, 1000), (0, 100), (10, 11), (50, 20), (1, 2), (50, 3)])

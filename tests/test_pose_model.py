@@ -217,7 +217,7 @@ def test_a_base_head_of_another_number_kind_or_name(tmp_path, capsys):
     ):
         model = with_head(base, points, kind, size)
         text = capsys.readouterr().out
-        assert (model.keypoint_head is head) == same
+        assert (model.keypoint_head is head) == same and model.new_layers == ([] if same else ["keypoint_head"])
         assert re.search(told, text) if told else text == ""
         assert model.facts["beta"] == (VITPOSE_BETA if same else NEW_BETA)
         assert model.facts["names"] == points.names and model.facts["head"] == kind and model.facts["input_size"] == [32, 24]

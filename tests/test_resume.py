@@ -15,6 +15,8 @@ import pytest
 from conftest import ROOT, metrics_of, run_toy, start_toy
 
 from common.checkpoint import atomic_folder
+from common.config import TrainConfig, UserError
+from common.folders import check_same_settings
 
 TOY = ROOT / "tests" / "toy_train.py"
 # Dropout, augmentation, BatchNorm, accumulation with a short last window: all that could go astray.
@@ -196,6 +198,17 @@ def test_other_settings_are_refused_by_name(tmp_path):
     said = run_toy(tmp_path, "--pause", "0.01", "--resume", expect=2)
     assert "gradient_accumulation_steps is 1 now and was 3" in said
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_run_from_before_heads_had_a_rate_goes_on_at_lr(tmp_path):
+    for lr, now, goes_on in ((1e-4, 1e-4, True), (1e-4, 0.0, True), (1e-2, 1e-3, True), (1e-4, 1e-3, False)):
+        (tmp_path / "config.yaml").write_text(f"lr: {lr}\nwarmup_steps: 50\n")
+        config = TrainConfig(lr=lr, lr_head=now, warmup_steps=50)
+        if goes_on:
+            check_same_settings(config, tmp_path)
+            continue
+        with pytest.raises(UserError, match=f"lr_head is {now} now and was {lr}"):
+            check_same_settings(config, tmp_path)
 
 
 def test_other_data_is_refused_and_the_record_stays(tmp_path):

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tasks import (
     EPOCHS,
+    LR_HEAD,
     SCRIPT,
     SETTINGS,
     STEPS,
@@ -122,6 +123,17 @@ def test_the_summary_is_what_its_schema_says(task, method):
     assert metrics["final"][task.metric] == values[-1]
     assert metrics["best"][task.metric] == (max if task.higher_is_better else min)(values[1:])
     assert metrics["final"]["val_loss"] != metrics["before"]["val_loss"]
+
+
+@both
+def test_a_new_head_learns_at_its_own_rate_and_all_else_at_lr(task, method):
+    """Two steps of warm-up: after the first, where a line is written, rates are at their peak."""
+    run = trained(task, method)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    (line,) = (line for line in lines if "lr" in line)
+    assert line["lr"] == pytest.approx(run.summary["config"]["lr"])
+    is_new = task.name in ("classification", "detection")  # CLIP's is zero-shot, pose's base has one for as many keypoints
+    assert line.get("lr_head") == (pytest.approx(LR_HEAD) if is_new else None)
 
 
 def test_training_says_nothing_beside(task):

@@ -56,10 +56,10 @@ def with_classes(base, classes: list[str]):
     """The base with a head for `classes`; every other weight is kept.
 
     A base that knows all of the classes keeps its rows for them. Else the head is new: a few old rows among new ones would
-    outweigh them.
+    outweigh them. model.new_layers: the names of the head's layers where it is new, for build_optimizer; else empty.
     """
     known = [base.config.id2label[i] for i in range(base.config.num_labels)]
-    model = base
+    model, base.new_layers = base, []
     if known != classes:
         heads = class_layers(base)
         config = copy.deepcopy(base.config)
@@ -68,13 +68,14 @@ def with_classes(base, classes: list[str]):
         if hasattr(config, "label_names"):  # what timm's wrapper writes in place of the two
             config.label_names = classes
         model = build(config)
+        kept = set(classes) <= set(known)
+        model.new_layers = [] if kept else heads
         tensors, new = base.state_dict(), model.state_dict()
         for key in tensors:
             if key.rsplit(".", 1)[0] in heads:
-                kept = set(classes) <= set(known)
                 tensors[key] = tensors[key][[known.index(name) for name in classes]] if kept else new[key]
         model.load_state_dict(tensors)
-        how = "rows of the base, by name" if set(classes) <= set(known) else "new weights"
+        how = "rows of the base, by name" if kept else "new weights"
         say(f"head ({', '.join(heads)}) for {len(classes)} classes: {how}")
     return without_word_embeddings(model)  # so that plain PEFT loads adapters onto it, too
 

@@ -30,7 +30,7 @@ class Config(TrainConfig):
     mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
     lr: float = setting(5e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
 
@@ -59,7 +59,7 @@ def main(argv=None):
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes)
         about = origin("full", model, base_facts, config)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model with the best validation accuracy, every class counting the same.

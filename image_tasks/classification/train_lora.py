@@ -30,7 +30,7 @@ class Config(LoraTrainConfig):
     mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
     lr: float = setting(2e-4, demo=1e-2)  # few weights move, so several times the step of train.py
     lora_r: int = setting(16, demo=8)  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
@@ -72,7 +72,7 @@ def main(argv=None):
             target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
         model = add_adapter(model, lora, head, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the adapter with the best validation accuracy, every class counting the same.

@@ -59,8 +59,10 @@ def with_classes(base, classes: list[str], most_boxes: int = 0):
     """The base with a class head for `classes`; every other weight is kept. most_boxes: in one picture, to warn of too many.
 
     Rows of class layers are copied by class name; a class that the base does not know starts as the mean of those that it
-    does: the head keeps its notion of "some object" against "no object".
+    does: the head keeps its notion of "some object" against "no object". model.new_layers: the names of the class layers where
+    some class is new, for build_optimizer; else empty.
     """
+    base.new_layers = []
     known = [base.config.id2label[i] for i in range(len(base.config.id2label))]
     queries = getattr(base.config, "num_queries", most_boxes)
     if queries < most_boxes:
@@ -88,6 +90,7 @@ def with_class_head(base, known: list[str], classes: list[str]):
     model.load_state_dict(tensors)
     new = [c for c, row in zip(classes, rows, strict=True) if row is None]
     layers = sorted({name.rsplit(".", 1)[0] for name in changed})
+    model.new_layers = layers if new else []
     say(
         f"new class head ({', '.join(layers)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
         + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")

@@ -31,6 +31,7 @@ class Config(TrainConfig):
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
     lr_backbone: float = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
+    warmup_steps: float = setting(0.1, demo=50)  # from zero to lr: below 1 a share of all steps, else a number of them
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
 
 
@@ -54,7 +55,7 @@ def main(argv=None):
         model = with_classes(base, classes, data_facts["most_boxes"])
         about = origin("full", model, base_facts, config)
         groups = backbone_groups(model, config.lr, config.lr_backbone)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 
         # 2. Train; keep the model with the best validation mAP.

@@ -30,6 +30,7 @@ class Config(LoraTrainConfig):
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(2e-4, demo=8e-3)  # few weights move, so several times the step of train.py
+    warmup_steps: float = setting(0.1, demo=50)  # from zero to lr: below 1 a share of all steps, else a number of them
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
     lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
@@ -65,7 +66,7 @@ def main(argv=None):
             target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
         model = add_adapter(model, lora, HEADS, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 
         # 2. Train; keep the adapter with the best validation mAP.

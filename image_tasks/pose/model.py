@@ -79,6 +79,7 @@ class KeypointModel(nn.Module):
     def __init__(self, backbone, head: nn.Module | None, facts: dict):
         super().__init__()
         self.backbone, self.keypoint_head, self.facts = backbone, head, facts
+        self.new_layers = []  # those with new weights, for build_optimizer
 
     def forward(self, pixel_values):
         raw = self.keypoint_head(feature_map(self.backbone, pixel_values))
@@ -257,7 +258,9 @@ def with_head(base: KeypointModel, points: KeypointSet, head: str, size: tuple[i
         theirs = ", ".join(base.facts["names"][:5])
         say(f"note: the base's head is used, since it has {count} keypoints, too; it calls them {theirs} ...")
     facts = {**points.to_json(), "head": head, "input_size": list(size), "beta": beta}
-    return KeypointModel(base.backbone, module, facts)
+    model = KeypointModel(base.backbone, module, facts)
+    model.new_layers = [] if module is base.keypoint_head else [HEAD]
+    return model
 
 
 def new_head(kind: str, width: int, keypoints: int) -> nn.Module:

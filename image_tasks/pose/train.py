@@ -31,7 +31,7 @@ class Config(TrainConfig):
     epochs: int = setting(30, demo=25)  # passes over the training data
     batch_size: int = setting(32, demo=16)  # figures per process and backward pass
     lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
-    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
 
 
 def main(argv=None):
@@ -54,7 +54,7 @@ def main(argv=None):
         # 1. The base with a head for these keypoints. Every weight trains.
         model = with_head(base, points, config.head, size)
         about = origin("full", model, base_facts, config)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model with the smallest error on the validation data.

@@ -31,7 +31,7 @@ class Config(LoraTrainConfig):
     epochs: int = setting(30, demo=25)  # passes over the training data
     batch_size: int = setting(32, demo=16)  # figures per process and backward pass
     lr: float = setting(2e-4, demo=5e-3)  # few weights move, so several times the step of train.py
-    warmup_steps: int = setting(50, demo=20)  # optimizer steps from zero to lr: early gradients are large and noisy
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     lora_r: int = 16  # rank: the width of the bottleneck; 0 trains the head alone, to see what the adapters add
     lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
     lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
@@ -67,7 +67,7 @@ def main(argv=None):
             target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
         model = add_adapter(model, lora, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader))
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the adapter with the smallest error on the validation data.
