@@ -6,15 +6,22 @@ import dataclasses
 import difflib
 import errno
 import inspect
-import math
 import os
+import platform
+import re
 import sys
 import types
 import typing
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
+
+VERSION = "0.9"
+# What a disk, a folder's rights or a name that is too long may answer: nothing that a traceback would explain.
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+YAML_BYTES = 2**20  # settings and class names take a few kilobytes; a parser in Python would chew on more for minutes
 
 
 class UserError(Exception):
@@ -26,9 +33,40 @@ def setting(real, demo):
     return field(default=real, metadata={"demo": demo})
 
 
+class Range(NamedTuple):
+    """What a number may be, both ends included: `Annotated[int, Range(1, 100)]`. --help shows it."""
+
+    low: float
+    high: float
+    or_zero: bool = False  # 0 is good, too: it stands for "none" or "as it comes"
+
+    def holds(self, value) -> bool:
+        return self.low <= value <= self.high or (self.or_zero and value == 0)  # never NaN
+
+    def __str__(self) -> str:
+        return f"{'0, or ' if self.or_zero else ''}{self.low:.7g} to {self.high:.7g}"
+
+
+Count = Annotated[int, Range(1, 10**6)]
+CountOrZero = Annotated[int, Range(0, 10**6)]
+Share = Annotated[float, Range(0, 1)]
+Rate = Annotated[float, Range(1e-9, 10)]  # of learning; above it weights overflow within a few steps
+RateOrZero = Annotated[float, Range(0, 10)]
+Warmup = Annotated[float, Range(0, 10**6)]
+BatchSize = Annotated[int, Range(1, 4096)]
+BatchSizeOrZero = Annotated[int, Range(0, 4096)]
+Workers = Annotated[int, Range(0, 128)]  # each is a process with libraries of its own in memory
+Threads = Annotated[int, Range(0, 256)]  # OpenMP crashes on some ten thousand
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+PictureSize = Annotated[int, Range(16, 4096, or_zero=True)]
+
+
 @dataclass
 class TrainConfig:
-    """Settings that every train script has. The comment of a line is its help text."""
+    """Settings that every train script has. The comment of a line is its help text.
+
+    A script that says one of them again with another default need not repeat its range.
+    """
 
     data_dir: str = ""  # folder with your data; empty: synthetic demo data, made once
     model: str = ""  # base model: a hub name, a local folder, or "demo" for the small base that comes along
@@ -36,49 +74,40 @@ class TrainConfig:
     run_name: str = ""  # name of the run folder; empty: full or lora
     overwrite: bool = False  # replace an existing run folder instead of taking the next free name
     resume: bool = False  # go on where a stopped run left off, with the settings it had
-    epochs: int = 10  # passes over the training data
-    max_steps_per_epoch: int = 0  # cut every epoch short, for a smoke run; 0: whole epochs
-    batch_size: int = 8  # samples per process and backward pass
-    gradient_accumulation_steps: int = 1  # backward passes per optimizer step: a large batch on a small device
-    lr: float = 1e-4  # peak learning rate, reached after the warm-up, then down to zero by a cosine
-    weight_decay: float = 1e-4  # pulls matrices towards zero; biases and norms are left alone
-    lr_head: float = 1e-3  # least peak rate of a head with new weights, which has the longest way to go; 0: lr
-    warmup_steps: float = 0.1  # from zero to lr, since early gradients are large and noisy: below 1 a share of all steps
-    max_grad_norm: float = 1.0  # gradients longer than this are scaled down to it; 0: never
-    patience: int = 0  # stop after this many epochs without a new best; 0: never
+    epochs: Count = 10  # passes over the training data
+    max_steps_per_epoch: Annotated[int, Range(0, 10**9)] = 0  # cut every epoch short, for a smoke run; 0: whole epochs
+    batch_size: BatchSize = 8  # samples per process and backward pass
+    gradient_accumulation_steps: BatchSize = 1  # backward passes per optimizer step: a large batch on a small device
+    lr: Rate = 1e-4  # peak learning rate, reached after the warm-up, then down to zero by a cosine
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # pulls matrices towards zero; biases and norms are left alone
+    lr_head: RateOrZero = 1e-3  # least peak rate of a head with new weights, which has the longest way to go; 0: lr
+    warmup_steps: Warmup = 0.1  # from zero to lr, since early gradients are large and noisy: below 1 a share of all steps
+    max_grad_norm: Annotated[float, Range(0, 10**6)] = 1.0  # gradients longer than this are scaled down to it; 0: never
+    patience: CountOrZero = 0  # stop after this many epochs without a new best; 0: never
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass; what trains stays fp32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
-    num_workers: int = 0  # processes that prepare batches; 0: the main one does
-    threads: int = 0  # CPU threads of this process; 0: as torch chooses
-    seed: int = 0  # data order, augmentation and new weights are functions of it
-    save_steps: int = 0  # save for resuming every N steps, too, not only after an epoch; for long epochs
+    num_workers: Workers = 0  # processes that prepare batches; 0: the main one does
+    threads: Threads = 0  # CPU threads of this process; 0: as torch chooses
+    seed: Seed = 0  # data order, augmentation and new weights are functions of it
+    save_steps: Annotated[int, Range(0, 10**9)] = 0  # save for resuming every N steps, too, for long epochs; 0: after an epoch
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 1")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"--lr is {self.lr}, but must be a positive number")
+        check_ranges(self)
 
 
 @dataclass
 class LoraTrainConfig(TrainConfig):
     """Settings that every LoRA train script has besides; a script says again what it sets otherwise or names for itself."""
 
-    lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the head alone
-    lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
-    lora_dropout: float = 0.0  # dropout in front of the adapters, against overfitting on little data; slower
+    lora_r: Annotated[int, Range(0, 4096)] = 8  # rank: the width of the bottleneck; 0 trains the head alone
+    lora_alpha: Annotated[int, Range(1, 65536)] = 16  # the update is scaled by lora_alpha / lora_r
+    lora_dropout: Annotated[float, Range(0, 0.95)] = 0.0  # dropout in front of the adapters, against overfitting; slower
     lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
-    lora_last_k: int = 0  # adapters in the last K blocks alone, which saves the backward pass of all before; 0: in all
+    lora_last_k: CountOrZero = 0  # adapters in the last K blocks alone: no backward pass before them; 0: all
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights in half the memory; with --precision bf16
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("lora_r", "lora_last_k"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} is {getattr(self, name)}, but must be at least 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout is {self.lora_dropout}, but must be at least 0 and below 1")
         if self.frozen_dtype == "bf16" and self.precision != "bf16":
             raise UserError("--frozen_dtype bf16 goes with --precision bf16: in other arithmetic its rounding would show")
 
@@ -92,7 +121,10 @@ class LoadConfig:
     merge: bool = True  # add an adapter into its base's weights: the same outputs, without the detour
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
-    threads: int = 0  # CPU threads of this process; 0: as torch chooses
+    threads: Threads = 0  # CPU threads of this process; 0: as torch chooses
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 def project_root() -> Path:
@@ -113,8 +145,35 @@ def field_comments(cls) -> dict[str, str]:
     return comments
 
 
+def field_kinds(cls) -> dict[str, Any]:
+    """Field name -> its type, with the range of the class that it inherits from where it says none."""
+    kinds = {}
+    for part in reversed(cls.__mro__[:-1]):
+        for name, kind in inspect.get_annotations(part).items():
+            limits = range_of(kinds.get(name))
+            kinds[name] = Annotated[kind, limits] if limits and not range_of(kind) else kind
+    return kinds
+
+
+def range_of(kind) -> Range | None:
+    return next((extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)), None)
+
+
+def check_ranges(config) -> None:
+    """UserError where a number of the settings is not in its range."""
+    for name, kind in field_kinds(type(config)).items():
+        limits, value = range_of(kind), getattr(config, name)
+        if limits and isinstance(value, (int, float)) and not limits.holds(value):
+            raise UserError(f"--{name} is {value}, but must be {limits}")
+
+
 def convert(kind, value):
     """`value` (text from a flag, or a YAML value) as `kind`; ValueError says what was expected."""
+    if limits := range_of(kind):
+        value = convert(typing.get_args(kind)[0], value)
+        if value is not None and not limits.holds(value):
+            raise ValueError(str(limits))
+        return value
     if typing.get_origin(kind) is Literal:
         return convert_choice(typing.get_args(kind), value)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
@@ -123,7 +182,7 @@ def convert(kind, value):
     if kind is bool:
         fits = isinstance(value, bool)
     elif kind is str:
-        fits = isinstance(value, str)
+        fits = isinstance(value, str) and "\0" not in value
     elif kind is int and isinstance(value, float):
         fits = value.is_integer()
     else:  # YAML reads 1e-4 as text: a string is good for a number when it parses as one
@@ -144,24 +203,51 @@ def convert_choice(choices, value):
     return value
 
 
-def read_yaml(path: Path, kinds: dict) -> dict:
-    """The settings in a YAML file. UserError for an unknown or doubled key, or a value of the wrong type."""
+def shown(value) -> str:
+    """A value as an error quotes it: whatever it is, a few words of it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def load_yaml(path: Path):
+    """What a YAML file from anybody holds, as plain Python values. UserError where it cannot be read, or would eat the machine.
+
+    Doubled keys and aliases are refused: an alias of an alias of an alias grows to gigabytes.
+    """
     import yaml
 
-    class Strict(yaml.SafeLoader):
+    class Strict(yaml.SafeLoader):  # safe: no objects are built
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise UserError(f"{path} has a YAML alias (*{self.peek_event().anchor}); write out what it stands for")
+            return super().compose_node(parent, index)
+
         def construct_mapping(self, node, deep=False):
             keys = [str(key.value).replace("-", "_") for key, _ in node.value]
-            doubled = {key for key in keys if keys.count(key) > 1}
-            if doubled:
-                raise UserError(f"{path}: {', '.join(sorted(doubled))} is given twice; keep one")
+            if doubled := next((key for key, many in Counter(keys).items() if many > 1), None):
+                raise UserError(f"{path}: {shown(doubled)} is given twice; keep one")
             return super().construct_mapping(node, deep)
 
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Strict)  # a SafeLoader: no objects are built
+        with open(path, "rb") as file:
+            content = file.read(YAML_BYTES + 1)
+        if len(content) > YAML_BYTES:
+            raise UserError(f"{path} is larger than {YAML_BYTES // 1000} kB, so it is no file of settings")
+        return yaml.load(content.decode("utf-8-sig"), Loader=Strict)
     except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date or a number that cannot be
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: Path, kinds: dict, twin: Path | None = None) -> dict:
+    """The settings in a YAML file. UserError for an unknown or doubled key, or a value of the wrong type or out of range.
+
+    kinds: name -> type. twin: the script that has the settings of the pair which this one lacks, to say so.
+    """
+    values = load_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -170,13 +256,30 @@ def read_yaml(path: Path, kinds: dict) -> dict:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1)
-            raise UserError(f"{path}: unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise UserError(f"{path}: {unknown_setting(name, kinds, twin)}")
         try:
             known[name] = convert(kinds[name], value)
         except ValueError as error:
-            raise UserError(f"{path}: {key} is {value!r}, but must be {error}") from None
+            raise UserError(f"{path}: {key} is {shown(value)}, but must be {error}") from None
     return known
+
+
+def unknown_setting(name: str, kinds: dict, twin: Path | None) -> str:
+    """Says what a name that is no setting may have meant: one of the other script of the pair, or one that is spelt alike."""
+    if twin and name.isidentifier() and (name in lora_names() or re.search(rf"^    {name}:", twin.read_text("utf-8"), re.M)):
+        return f"{name} is a setting of {twin.name}, not of {twin_of(twin).name}"
+    near = difflib.get_close_matches(name, kinds, n=1)
+    return f"unknown setting {shown(name)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def lora_names() -> set[str]:
+    return {f.name for f in dataclasses.fields(LoraTrainConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def twin_of(script: Path) -> Path:
+    """train.py for train_lora.py, and the other way round."""
+    stem = script.stem
+    return script.with_stem(stem.removesuffix("_lora") if stem.endswith("_lora") else f"{stem}_lora")
 
 
 def parse(cls, argv=None, doc: str | None = None):
@@ -186,11 +289,12 @@ def parse(cls, argv=None, doc: str | None = None):
     made by `setting(real, demo)` takes its demo value when the base is the demo: with `--model demo`, or with neither
     --data_dir nor --model. doc: the help's text, if not the docstring of the module that has the dataclass.
     """
-    kinds, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
-    parser = make_parser(cls, doc or sys.modules[cls.__module__].__doc__)
+    module = sys.modules[cls.__module__]
+    kinds, fields, twin = field_kinds(cls), dataclasses.fields(cls), twin_of(Path(getattr(module, "__file__", None) or "none"))
+    parser = make_parser(cls, doc or module.__doc__, twin if twin.is_file() else None)
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)
-    given = {**(read_yaml(Path(path), kinds) if path else {}), **given}
+    given = {**(read_yaml(Path(path), kinds, parser.twin) if path else {}), **given}
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if missing:
         parser.error(f"--{missing[0]} is needed")
@@ -201,37 +305,80 @@ def parse(cls, argv=None, doc: str | None = None):
     return cls(**{**defaults, **given})
 
 
-def make_parser(cls, doc: str | None):
+class Parser(argparse.ArgumentParser):
+    """argparse, but a flag may have dashes for underscores, and an error is one line that knows what was meant."""
+
+    twin: Path | None = None
+    kinds: dict = {}
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([re.sub("^--[^=]+", with_underscores, str(text)) for text in args], namespace)
+
+    def error(self, message: str):
+        """Prints the fault and leaves with code 2, as `cli` does."""
+        what, _, flags = message.partition(": ")
+        if what == "unrecognized arguments":
+            name = flags.split()[0].partition("=")[0]
+            message = unknown_setting(name[2:], self.kinds, self.twin) if name.startswith("--") else f"what is {shown(name)} for?"
+        self.exit(2, f"error: {one_line(message)}; --help lists the settings\n")
+
+
+def with_underscores(flag: re.Match) -> str:
+    return "--" + flag[0][2:].replace("-", "_")
+
+
+class Switch(argparse.Action):
+    """--flip and --no_flip."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == f"--{self.dest}")
+
+
+class Versions(argparse.Action):
+    """--version: of the project, of Python, and of the libraries that decide what comes out."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib import metadata
+
+        others = {each.metadata["Name"]: each.version for each in metadata.distributions()}
+        there = [f"{name} {others[name]}" for name in ("torch", "torchvision", "transformers", "peft", "timm") if name in others]
+        print(f"LoRA Workshop {VERSION}; Python {platform.python_version()}, {', '.join(there)}")
+        parser.exit()
+
+
+def make_parser(cls, doc: str | None, twin: Path | None = None) -> Parser:
     """An argparse parser with --config and a flag for each field of the dataclass; it returns what was given, no defaults."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [--setting value ...]",
     )
+    parser.kinds, parser.twin = field_kinds(cls), twin
+    parser.add_argument("--version", nargs=0, action=Versions, default=argparse.SUPPRESS, help="of project and libraries")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
-    kinds, comments = typing.get_type_hints(cls), field_comments(cls)
+    comments = field_comments(cls)
     for f in dataclasses.fields(cls):
-        add_flag(parser, f, kinds[f.name], comments[f.name])
+        add_flag(parser, f, parser.kinds[f.name], comments[f.name])
     return parser
 
 
 def add_flag(parser, f: dataclasses.Field, kind, comment: str) -> None:
-    """Adds the flag of a field, under its name with underscores and with dashes; a boolean's --no_name is not listed."""
-    names = list(dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"]))
-    default = "" if f.default in ("", None, dataclasses.MISSING) else f"default: {f.default}"
+    """Adds the flag of a field; a boolean has two."""
+    notes = [] if f.default in ("", None, dataclasses.MISSING) else [f"default: {f.default}"]
     if "demo" in f.metadata:
-        default += f"; demo: {f.metadata['demo']}"
-    text = (comment + (f" ({default})" if default else "")).replace("%", "%%")
-    options = dict(dest=f.name, default=argparse.SUPPRESS)
+        notes.append(f"demo: {f.metadata['demo']}")
+    if limits := range_of(kind):
+        notes.append(str(limits))
+    text = (comment + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
+    options = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
     if kind is bool:
-        parser.add_argument(*names, action="store_true", help=text, **options)
-        negative = sorted({name.replace("--", f"--no{mark}", 1) for name in names for mark in "_-"})
-        parser.add_argument(*negative, action="store_false", help=argparse.SUPPRESS, **options)
+        parser.add_argument(f"--{f.name}", f"--no_{f.name}", action=Switch, nargs=0, **options)
     else:
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else f.name.upper()
-        parser.add_argument(*names, type=reader(kind), metavar=metavar, help=text, **options)
+        parser.add_argument(f"--{f.name}", type=reader(kind), metavar=metavar, **options)
 
 
 def reader(kind):
@@ -241,7 +388,7 @@ def reader(kind):
         try:
             return convert(kind, text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} must be {error}") from None
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be {error}") from None
 
     return read
 
@@ -256,18 +403,20 @@ def write_yaml(config, path: Path) -> None:
         text = yaml.safe_dump({name: value}, default_flow_style=False, allow_unicode=True, width=10_000).strip()
         lines.append(f"{text}  # {comments[name]}")
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    aside.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)  # a kill leaves the old file or the new one, not half of one
 
 
 def cli(main, *args, **kwargs):
     """Runs a script's main: a UserError ends in one line and exit code 2, Ctrl-C in 130."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries telling each other about their next versions
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal has no letters for is printed with \\x.. in it
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(*args, **kwargs)
     except UserError as error:
-        # What a file told may hold anything: one line, and nothing that a terminal would obey.
-        print("error: " + "".join(c if c.isprintable() else " " for c in str(error)), file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -275,7 +424,12 @@ def cli(main, *args, **kwargs):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in OF_THE_MACHINE:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+        print(f"error: {error.strerror}: {one_line(error.filename or 'while writing')}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def one_line(text) -> str:
+    """What a file told may hold anything: one line of it, and nothing that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:2000])

@@ -16,7 +16,7 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, cli, parse  # noqa: E402
+from common.config import BatchSizeOrZero, LoadConfig, Workers, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -26,8 +26,8 @@ class EvalConfig(LoadConfig):
     subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
     zero_shot: bool = True  # score the base's own zero-shot answers, too, where the base is at hand (nothing is fetched)
     prompts: str = ""  # sentences with {label} for the zero-shot answers, separated by |; empty: those of the training
-    batch_size: int = 0  # pictures at a time; 0: as in training
-    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    batch_size: BatchSizeOrZero = 0  # pictures at a time; 0: as in training
+    num_workers: Workers = 0  # processes that prepare batches; 0: the main one does
     output_dir: str = ""  # where the results go; empty: the run folder
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
+from common.config import BatchSize, Count, LoadConfig, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
 class InferConfig(LoadConfig):
     input: str = ""  # a picture, a folder of pictures, or a glob in quotes
-    top_k: int = 5  # so many classes for each picture, the most probable first
+    top_k: Count = 5  # so many classes for each picture, the most probable first
     pictures: bool = False  # save each picture with its classes beside it
-    batch_size: int = 1  # pictures at a time; more is faster on a GPU
+    batch_size: BatchSize = 1  # pictures at a time; more is faster on a GPU
     output_dir: str = ""  # where the results go; empty: outputs/clip/predictions/<method>
 
 
@@ -31,8 +31,6 @@ def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
-    if config.top_k < 1 or config.batch_size < 1:
-        raise UserError("--top_k and --batch_size must be at least 1")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
     from common.folders import newest_best, predictions_folder

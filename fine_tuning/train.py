@@ -10,13 +10,13 @@ Leaves outputs/clip/full/: the model (checkpoints/best/), plots/, curves.png, pr
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 # Runs without installing: the nearest parent folder that holds common/ goes on the path.
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import Range, TrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Config(TrainConfig):
     )  # sentences for the zero-shot head, separated by |; for anything but dogs give your own
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
     flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
-    crop: float = setting(0.7, demo=0.9)  # random crops in training hold at least this share of the area; 1: no crops
-    randaugment: int = 0  # strength of RandAugment, 1 to 30; 0: none
-    mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
+    crop: Annotated[float, Range(0.01, 1)] = setting(0.7, demo=0.9)  # random crops hold at least this share of the area; 1: none
+    randaugment: Annotated[int, Range(0, 30)] = 0  # strength of RandAugment; 0: none
+    mixup: Annotated[float, Range(0, 100)] = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
     warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
@@ -39,7 +39,7 @@ class Config(TrainConfig):
     lr_head: float = 1e-4  # least peak rate of a random head, whose input is long (scale 100); a zero-shot head learns at lr
     weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
     lr: float = setting(1e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
-    layer_decay: float = setting(0.95, demo=1.0)  # each block learns this much slower than the one above it; 1: all alike
+    layer_decay: Annotated[float, Range(0.01, 1)] = setting(0.95, demo=1.0)  # of each block's rate to the next's; 1: all alike
 
 
 def main(argv=None):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base_training import reload, start, train, write_card
+from common.config import BatchSize, Count, Rate, Seed
 
 CLASSIFICATION = Path(__file__).resolve().parents[1] / "image_tasks" / "classification"
 
@@ -19,11 +20,11 @@ CLASSIFICATION = Path(__file__).resolve().parents[1] / "image_tasks" / "classifi
 @dataclass
 class ClassificationConfig:
     output_dir: str = str(CLASSIFICATION / "demo_base")  # folder to write
-    seed: int = 0  # of weights, pictures and augmentation
-    steps: int = 1900  # optimizer steps
-    batch_size: int = 32  # pictures a step
-    lr: float = 1.5e-3  # constant for four tenths of the steps, then down by a cosine
-    pictures: int = 400  # source pictures of each class drawn for training, fewer where fewer are seen
+    seed: Seed = 0  # of weights, pictures and augmentation
+    steps: Count = 1900  # optimizer steps
+    batch_size: BatchSize = 32  # pictures a step
+    lr: Rate = 1.5e-3  # constant for four tenths of the steps, then down by a cosine
+    pictures: Count = 400  # source pictures of each class drawn for training, fewer where fewer are seen
 
 
 def make_classification(config):

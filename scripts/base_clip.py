@@ -11,10 +11,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from base_classification import augment_look, patch_loss
 from base_training import reload, start, train, write_card
-from common.config import UserError
+from common.config import Count, Range, Rate, Seed
 
 CLIP = Path(__file__).resolve().parents[1] / "fine_tuning"
 PATCH = 8  # pixels, the side of the vision tower's patches
@@ -24,11 +25,11 @@ VOCABULARY = 640  # tokens: 512 for single bytes inside and at the end of words,
 @dataclass
 class ClipConfig:
     output_dir: str = str(CLIP / "demo_base")  # folder to write
-    seed: int = 0  # of weights, pictures, captions and augmentation
-    steps: int = 3600  # optimizer steps
-    batch_size: int = 40  # pairs of picture and caption a step
-    lr: float = 1.5e-3  # constant for four tenths of the steps, then down by a cosine
-    pictures: int = 40  # pictures drawn of each combination of words, fewer where fewer are seen
+    seed: Seed = 0  # of weights, pictures, captions and augmentation
+    steps: Count = 3600  # optimizer steps
+    batch_size: Annotated[int, Range(2, 4096)] = 40  # pairs of picture and caption a step
+    lr: Rate = 1.5e-3  # constant for four tenths of the steps, then down by a cosine
+    pictures: Count = 40  # pictures drawn of each combination of words, fewer where fewer are seen
 
 
 def make_clip(config):
@@ -36,8 +37,6 @@ def make_clip(config):
     from transformers import AutoModel, AutoTokenizer
 
     start(config)
-    if config.batch_size < 2:
-        raise UserError("batch_size must be at least 2")
     sys.path.insert(0, str(CLIP))
     from synthetic import COMBINATIONS, UNSEEN, caption
 

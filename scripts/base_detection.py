@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base_training import reload, start, train, write_card
+from common.config import BatchSize, Count, Rate, Seed
 
 DETECTION = Path(__file__).resolve().parents[1] / "image_tasks" / "detection"
 
@@ -18,11 +19,11 @@ DETECTION = Path(__file__).resolve().parents[1] / "image_tasks" / "detection"
 @dataclass
 class DetectionConfig:
     output_dir: str = str(DETECTION / "demo_base")  # folder to write
-    seed: int = 0  # of weights, pictures and augmentation
-    steps: int = 1600  # optimizer steps
-    batch_size: int = 16  # pictures a step
-    lr: float = 1e-3  # constant for four tenths of the steps, then down by a cosine
-    pictures: int = 8000  # source pictures drawn for training, fewer where fewer are seen
+    seed: Seed = 0  # of weights, pictures and augmentation
+    steps: Count = 1600  # optimizer steps
+    batch_size: BatchSize = 16  # pictures a step
+    lr: Rate = 1e-3  # constant for four tenths of the steps, then down by a cosine
+    pictures: Count = 8000  # source pictures drawn for training, fewer where fewer are seen
 
 
 def make_detection(config):

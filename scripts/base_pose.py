@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base_training import start, train, write_card
+from common.config import BatchSize, Count, Rate, Seed
 
 POSE = Path(__file__).resolve().parents[1] / "image_tasks" / "pose"
 INPUT_SIZE = 64  # pixels, both sides
@@ -18,11 +19,11 @@ INPUT_SIZE = 64  # pixels, both sides
 @dataclass
 class PoseConfig:
     output_dir: str = str(POSE / "demo_base")  # folder to write
-    seed: int = 0  # of weights, pictures and augmentation
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # pictures a step
-    lr: float = 1e-3  # constant for four tenths of the steps, then down by a cosine
-    pictures: int = 5000  # source pictures drawn for training, fewer where fewer are seen
+    seed: Seed = 0  # of weights, pictures and augmentation
+    steps: Count = 1000  # optimizer steps
+    batch_size: BatchSize = 32  # pictures a step
+    lr: Rate = 1e-3  # constant for four tenths of the steps, then down by a cosine
+    pictures: Count = 5000  # source pictures drawn for training, fewer where fewer are seen
 
 
 def make_pose(config):

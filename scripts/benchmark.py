@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import UserError, cli, parse  # noqa: E402
+from common.config import BatchSizeOrZero, Count, UserError, cli, parse  # noqa: E402
 
 MEASURED = "<!-- measured: begin -->"  # where the tables go
 MEASURED_END = "<!-- measured: end -->"
@@ -54,9 +54,9 @@ class BenchmarkConfig:
     tasks: str = "classification,detection,pose,clip"  # with commas between
     sizes: str = "real,demo"  # real: from configurations, with random weights; demo: the bases that come along
     variants: str = "full,lora,peft,trainer,last_k,bf16,frozen_bf16"  # what is timed; full and lora always are
-    rounds: int = 5  # turns
-    steps: int = 3  # timed steps of each variant in a turn
-    batch_size: int = 0  # samples in a batch; 0: as each task's row in this file says
+    rounds: Count = 5  # turns
+    steps: Count = 3  # timed steps of each variant in a turn
+    batch_size: BatchSizeOrZero = 0  # samples in a batch; 0: as each task's row in this file says
     parts: str = (
         "steps,memory,start"  # memory: a process for each of full, lora and peft; start: loading data, and the scripts' start
     )

@@ -15,12 +15,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 # Runs without installing: the nearest parent folder that holds common/ goes on the path.
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import UserError, cli, parse  # noqa: E402
+from common.config import Count, Range, Rate, UserError, cli, parse  # noqa: E402
 
 CLIP = ROOT / "fine_tuning"
 # Name in the table -> the script and its flags.
@@ -48,9 +49,9 @@ class TableConfig:
     methods: str = ";".join(METHODS)  # names of methods, with semicolons between
     seeds: str = "0,1,2"  # seeds, with commas between; the first one chooses the learning rate
     rates: str = "2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2,5e-2"  # learning rates to choose from, in rising order
-    start: float = 5e-3  # the first rate that is tried; then its neighbours, as long as they are better
-    epochs: int = 15  # passes over the training data
-    jobs: int = 1  # methods side by side, one thread each; times are then those of a busy machine
+    start: Rate = 5e-3  # the first rate that is tried; then its neighbours, as long as they are better
+    epochs: Count = 15  # passes over the training data
+    jobs: Annotated[int, Range(1, 256)] = 1  # methods side by side, one thread each; times are then those of a busy machine
     output_dir: str = str(ROOT / "outputs" / "peft_table")  # where the runs go
     page: str = str(ROOT / "docs" / "peft_methods.md")  # the table goes between its marks; a page that is not there is made
 

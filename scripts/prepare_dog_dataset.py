@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from time import sleep
+from typing import Annotated
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -35,7 +36,7 @@ from urllib.request import Request, urlopen
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import UserError, cli, parse, project_root  # noqa: E402
+from common.config import Range, Seed, UserError, check_ranges, cli, parse, project_root  # noqa: E402
 from common.samples import Faults, split_folders, visible_entries  # noqa: E402
 from common.vision.pictures import decode, is_picture, pictures_below  # noqa: E402
 
@@ -56,10 +57,10 @@ class DogsConfig:
     """Settings; the comment of a line is its help text."""
 
     output_dir: str = "data/dogs"  # where the tree goes, with the archive in its downloads/
-    num_classes: int = 10  # the first N breeds in alphabetical order of their plain names; a small set trains sooner
+    num_classes: Annotated[int, Range(1, ALL_BREEDS)] = 10  # the first N breeds in the order of their plain names
     breeds: str = ""  # these breeds in place of the first N: plain names with commas between, such as chihuahua,beagle
     split: str = "8:1:1"  # train:val:test, any three numbers, of every breed alike (in a YAML file in quotes)
-    seed: int = 0  # with the pictures' names it decides the split, so that everyone gets the same one
+    seed: Seed = 0  # with the pictures' names it decides the split, so that everyone gets the same one
     download: bool = True  # --no-download: take downloads/images.tar as you put it there, for machines without network
     url: str = PAGE + "images.tar"  # another http(s) address of the archive, such as a mirror
     sha256: str = ""  # refuse an archive with another digest; empty: the official file's, if it is downloaded from there
@@ -68,8 +69,7 @@ class DogsConfig:
     overwrite: bool = False  # replace a tree that was made here with other settings
 
     def __post_init__(self):
-        if not 1 <= self.num_classes <= ALL_BREEDS:
-            raise UserError(f"--num_classes is {self.num_classes}, but must lie in 1 .. {ALL_BREEDS}")
+        check_ranges(self)
         if not re.match("https?://.", self.url, re.IGNORECASE):
             raise UserError(f"--url {self.url!r} must start with http:// or https://")
         if not re.fullmatch("([0-9a-fA-F]{64})?", self.sha256):

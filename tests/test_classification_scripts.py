@@ -74,7 +74,7 @@ def test_user_errors_are_one_line_and_exit_code_two(full, tmp_path):
         return one_line(call(ROW, script, *args, "--output_dir", tmp_path / "runs", expect=2))
 
     data = small_data(ROW)
-    assert "--crop must lie" in fails("train.py", "--data_dir", data, "--model", "demo", "--crop", "0")
+    assert "--crop: '0' must be" in fails("train.py", "--data_dir", data, "--model", "demo", "--crop", "0")
     one = tmp_path / "one"
     (one / "train").mkdir(parents=True)
     (one / "train" / "bar").symlink_to(data / "train" / "dotted_bar")

@@ -1,13 +1,34 @@
 """Settings: default < YAML < flag, strictness that helps, and --help that answers at once."""
 
 import dataclasses
+import errno
+import importlib.util
+import os
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
-from typing import Literal
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 import yaml
+from conftest import DETECTION, FOLDERS, ROOT
 
-from common.config import LoadConfig, TrainConfig, UserError, cli, parse, setting, write_yaml
+from common.config import (
+    VERSION,
+    Count,
+    LoadConfig,
+    TrainConfig,
+    UserError,
+    cli,
+    field_kinds,
+    parse,
+    range_of,
+    setting,
+    write_yaml,
+)
 
 
 @dataclass
@@ -119,7 +140,7 @@ def test_missing_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--epoch", "3"], ["--epoch"]),  # no abbreviations: a later flag must not change what they mean
+        (["--epoch", "3"], ["'epoch'", "'epochs'"]),  # no abbreviations: a later flag must not change what they mean
         (["--epochs", "3.5"], ["epochs", "3.5", "whole number"]),
         (["--mode", "slow"], ["mode", "fast", "exact"]),
         (["--precision", "fp8"], ["precision", "fp32", "bf16"]),
@@ -169,15 +190,16 @@ def test_help_shows_comment_and_default_of_every_setting(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("--limit") == 1
     for wanted in (
-        "passes, 100% of the data (default: 30; demo: 3)",
+        "passes, 100% of the data (default: 30; demo: 3; 1 to 1000000)",
         "the base model (default: big/base; demo: demo)",
         "how it counts (default: fast)",
+        "--augment, --no_augment random flips (default: True)",
         "--mode {fast,exact}",
-        "--batch_size BATCH_SIZE, --batch-size BATCH_SIZE samples per process and backward pass (default: 8)",
+        "--batch_size BATCH_SIZE samples per process and backward pass (default: 8; 1 to 4096)",
     ):
         assert wanted in text
     for f in dataclasses.fields(Config):
-        assert f"--{f.name} " in text
+        assert f"--{f.name} " in text or f"--{f.name}, --no_{f.name} " in text
 
 
 @pytest.mark.parametrize("cls", [TrainConfig, LoadConfig])
@@ -187,11 +209,110 @@ def test_every_shared_setting_has_a_comment(cls):
     assert {name for name, comment in field_comments(cls).items() if not comment} == set()
 
 
-@pytest.mark.parametrize("flag", ["--batch_size", "--gradient_accumulation_steps", "--epochs"])
-@pytest.mark.parametrize("value", ["0", "-1"])
-def test_numbers_that_cannot_train_are_refused(flag, value):
-    with pytest.raises(UserError, match=flag.strip("-")):
-        parse(Config, [flag, value])
+SCRIPTS = [folder / f"{name}.py" for folder in FOLDERS for name in ("train", "train_lora", "eval", "infer")]
+SCRIPTS += [ROOT / "scripts" / f"{name}.py" for name in ("prepare_dog_dataset", "peft_table", "benchmark")]
+
+
+def settings_of(script: Path):
+    """The class of a script's settings, without what the script imports for its work."""
+    spec = importlib.util.spec_from_file_location(f"settings_of_{script.parent.name}_{script.stem}", script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return next(value for name, value in vars(module).items() if name.endswith("Config") and value.__module__ == spec.name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.stem}")
+def test_every_number_has_a_range_that_is_kept_and_shown(script, capsys):
+    cls = settings_of(script)
+    kinds = field_kinds(cls)
+    numbers = [name for name, kind in kinds.items() if (get_args(kind) or [kind])[0] in (int, float)]
+    assert numbers and [name for name in numbers if not range_of(kinds[name])] == []
+    for name in numbers:
+        for value in ("nan", "inf", "-inf", "-1", "1e30", "1" + 6000 * "0"):
+            with pytest.raises(SystemExit) as leaving:
+                parse(cls, [f"--{name}={value}"])
+            lines = capsys.readouterr().err.splitlines()
+            assert leaving.value.code == 2 and len(lines) == 1 and name in lines[0] and len(lines[0]) < 300
+    with pytest.raises(SystemExit):
+        parse(cls, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert [name for name in numbers if str(range_of(kinds[name])) not in text.partition(f"--{name} ")[2]] == []
+
+
+def test_a_range_holds_in_yaml_and_in_code_and_is_inherited(tmp_path):
+    with pytest.raises(UserError, match=r"epochs is 0, but must be 1 to 1000000"):
+        from_yaml(tmp_path, "epochs: 0\n")
+    with pytest.raises(UserError, match="--lr is nan, but must be 1e-09 to 10"):
+        Config(lr=float("nan"))
+    assert field_kinds(Config)["epochs"] == Count
+    assert Config(epochs=10**6).epochs == 10**6
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: 2020-13-45\n", "month"),
+        ("seed: " + 6000 * "9" + "\n", "digits"),
+        ("lr: " + 50_000 * "[", "nested too deeply"),
+        ("a: &a [l, l]\nlr: *a\n", "alias"),
+        ("base: &base {lr: 1}\n<<: *base\n", "alias"),
+        ("lr: 1\n#" + 2**20 * "-", "larger than"),
+        ('data_dir: "a\\0b"\n', "text"),
+        ("? [1, 2]\n: 3\n", "YAML"),
+    ],
+)
+def test_yaml_that_would_hang_or_crash_a_reader_is_refused_at_once(tmp_path, text, words):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=words) as error:
+        from_yaml(tmp_path, text)
+    assert time.monotonic() - began < 5 and len(str(error.value)) < 500
+
+
+def test_a_setting_of_the_other_script_is_told_from_a_slip(tmp_path, capsys):
+    full, lora = (settings_of(DETECTION / f"{name}.py") for name in ("train", "train_lora"))
+    (tmp_path / "settings.yaml").write_text("lora_r: 4\n")
+    with pytest.raises(UserError, match="lora_r is a setting of train_lora.py, not of train.py"):
+        parse(full, ["--config", str(tmp_path / "settings.yaml")])
+    for cls, flag, words in (
+        (lora, "--lr-backbone=1e-5", "lr_backbone is a setting of train.py, not of train_lora.py"),
+        (full, "--bath_size=3", "unknown setting 'bath_size'; did you mean 'batch_size'?"),
+        (full, "photos", "what is 'photos' for?"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(cls, [flag])
+        assert capsys.readouterr().err == f"error: {words}; --help lists the settings\n"
+
+
+def test_version_names_the_project_and_its_libraries(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse(Config, ["--version"])
+    text = capsys.readouterr().out
+    assert leaving.value.code == 0 and f"LoRA Workshop {VERSION}; Python 3." in text
+    assert f"torch {metadata.version('torch')}, " in text
+
+
+def test_a_terminal_that_has_no_letters_for_a_name_gets_the_rest_of_the_line(tmp_path):
+    code = r"from common.config import cli; cli(print, 'caf\u00e9 \udce9 done')"
+    got = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True
+    )
+    assert (got.returncode, got.stdout) == (0, b"caf\\xe9 \\udce9 done\n")
+
+
+def test_settings_that_are_no_utf_8_are_written_and_read_back(tmp_path):
+    config = Config(data_dir="caf\udce9")
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(Config, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ENOSPC])
+def test_what_the_file_system_refuses_ends_in_one_line(capsys, number):
+    def fails():
+        raise OSError(number, os.strerror(number), "outputs/x")
+
+    with pytest.raises(SystemExit) as leaving:
+        cli(fails)
+    assert leaving.value.code == 2 and capsys.readouterr().err == f"error: {os.strerror(number)}: outputs/x\n"
 
 
 def test_cli_ends_in_one_line(capsys):

@@ -219,7 +219,8 @@ def allowed_at_top(node: ast.stmt) -> bool:
     if isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         constants = all(isinstance(t, ast.Name) and t.id == t.id.upper() for t in targets)
-        return constants and call_names(node) <= PLAIN_CALLS
+        names_a_type = isinstance(node.value, ast.Subscript) and call_names(node) <= {"Range"}
+        return names_a_type or constants and call_names(node) <= PLAIN_CALLS
     return False
 
 

@@ -214,7 +214,7 @@ def test_user_errors_are_one_line_and_exit_code_two(full, lora, annotations, tmp
     assert "has other keypoints, 5 (hat" in told and "(head" in told
     args = ["--input", small_data(ROW) / "val", "--checkpoint", full.best]
     assert "cannot read" in fails("infer.py", *args, "--boxes", tmp_path / "nowhere.json")
-    assert "--box_threshold 2.0 must lie" in fails("infer.py", *args, "--box_threshold", 2)
+    assert "--box_threshold: '2' must be 0 to 1" in fails("infer.py", *args, "--box_threshold", 2)
 
 
 # ---- beside the task -------------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def test_an_unknown_breed_gets_the_closest(prepare, tmp_path):
 
 @pytest.mark.parametrize("many", [0, -1, 121])
 def test_num_classes_out_of_range(prepare, tmp_path, many):
-    assert "1 .. 120" in prepare(tmp_path / "dogs", "--num_classes", many, expect=2).err
+    assert "1 to 120" in prepare(tmp_path / "dogs", "--num_classes", many, expect=2).err
 
 
 def test_more_classes_than_the_archive_has(prepare, tmp_path):

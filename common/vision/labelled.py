@@ -264,8 +264,6 @@ def labelled_loaders(config, processor, tables):
 
     With --cache off no training picture is decoded before it is used. Validation pictures always are: what is scored stays.
     """
-    if not 0 < config.crop <= 1 or config.mixup < 0 or not 0 <= config.randaugment <= 30:
-        raise UserError("--crop must lie above 0 and up to 1, --mixup must not be negative, --randaugment must lie in 0 .. 30")
     rank, world = process_index()
     splits, classes, layout, faults = tables
     preprocess, limit = ClassifierPreprocess(processor), cache_limit(config.cache)

@@ -16,7 +16,7 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, cli, parse  # noqa: E402
+from common.config import BatchSizeOrZero, LoadConfig, Workers, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -24,8 +24,8 @@ class EvalConfig(LoadConfig):
     data_dir: str = ""  # folder or CSV file as for training; empty: the data that the checkpoint was trained on
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
-    batch_size: int = 0  # pictures at a time; 0: as in training
-    num_workers: int = 0  # processes that prepare batches; 0: the main one does
+    batch_size: BatchSizeOrZero = 0  # pictures at a time; 0: as in training
+    num_workers: Workers = 0  # processes that prepare batches; 0: the main one does
     output_dir: str = ""  # where the results go; empty: the run folder
 
 

@@ -11,13 +11,13 @@ Leaves outputs/classification/lora/: the adapter (checkpoints/best/), plots/, cu
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 # Runs without installing: the nearest parent folder that holds common/ goes on the path.
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoraTrainConfig, cli, parse, setting  # noqa: E402
+from common.config import LoraTrainConfig, Range, cli, parse, setting  # noqa: E402
 
 
 @dataclass
@@ -25,9 +25,9 @@ class Config(LoraTrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name (timm/<name>, too), local folder, or demo
     class_weights: Literal["none", "balanced"] = "none"  # balanced: every class counts the same in the loss, however many it has
     flip: bool = True  # mirror training pictures at random; off where left and right differ, as in letters
-    crop: float = setting(0.5, demo=0.9)  # random crops in training hold at least this share of the area; 1: no crops
-    randaugment: int = setting(5, demo=0)  # strength of RandAugment, 1 to 30; 0: none
-    mixup: float = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
+    crop: Annotated[float, Range(0.01, 1)] = setting(0.5, demo=0.9)  # random crops hold at least this share of the area; 1: none
+    randaugment: Annotated[int, Range(0, 30)] = setting(5, demo=0)  # strength of RandAugment; 0: none
+    mixup: Annotated[float, Range(0, 100)] = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
     warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them

@@ -15,14 +15,14 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
+from common.config import BatchSize, LoadConfig, Share, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
 class InferConfig(LoadConfig):
     input: str = ""  # a picture, a folder of pictures, or a glob in quotes
-    threshold: float = 0.5  # boxes with a lower score are not drawn, listed or saved
-    batch_size: int = 1  # pictures at a time; only those that the model sees in the same shape go together
+    threshold: Share = 0.5  # boxes with a lower score are not drawn, listed or saved
+    batch_size: BatchSize = 1  # pictures at a time; only those that the model sees in the same shape go together
     output_dir: str = ""  # where the results go; empty: outputs/detection/predictions/<method>
 
 
@@ -40,8 +40,6 @@ def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
-    if not 0 <= config.threshold <= 1:
-        raise UserError(f"--threshold {config.threshold} must lie between 0 and 1")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 

@@ -17,20 +17,20 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import PictureSize, Rate, TrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
 class Config(TrainConfig):
     model: str = setting("facebook/detr-resnet-50", demo="demo")  # base: hub name, local folder, or demo
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: int = 0  # resize pictures to N x N pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # resize pictures to N x N pixels; 0: as the base was trained
     augment: bool = True  # random flip, crop and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
-    lr_backbone: float = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
+    lr_backbone: Rate = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
     warmup_steps: float = setting(0.1, demo=50)  # from zero to lr: below 1 a share of all steps, else a number of them
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
 

@@ -17,14 +17,14 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoraTrainConfig, cli, parse, setting  # noqa: E402
+from common.config import LoraTrainConfig, PictureSize, cli, parse, setting  # noqa: E402
 
 
 @dataclass
 class Config(LoraTrainConfig):
     model: str = setting("facebook/detr-resnet-50", demo="demo")  # base: hub name, local folder, or demo
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: int = 0  # resize pictures to N x N pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # resize pictures to N x N pixels; 0: as the base was trained
     augment: bool = True  # random flip, crop and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=8)  # passes over the training data

@@ -16,16 +16,16 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, UserError, cli, parse  # noqa: E402
+from common.config import BatchSize, LoadConfig, Share, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
 class InferConfig(LoadConfig):
     input: str = ""  # a picture, a folder of pictures, or a glob in quotes
     boxes: str = ""  # JSON file of boxes around figures: COCO detection results or annotations; empty: the whole picture
-    box_threshold: float = 0.5  # boxes with a lower score are left alone
-    threshold: float = 0.2  # keypoints with a lower score are not drawn; all are saved
-    batch_size: int = 1  # figures at a time
+    box_threshold: Share = 0.5  # boxes with a lower score are left alone
+    threshold: Share = 0.2  # keypoints with a lower score are not drawn; all are saved
+    batch_size: BatchSize = 1  # figures at a time
     output_dir: str = ""  # where the results go; empty: outputs/pose/predictions/<method>
 
 
@@ -46,9 +46,6 @@ def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
-    for name in ("threshold", "box_threshold"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name} {getattr(config, name)} must lie between 0 and 1")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 

@@ -17,7 +17,7 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import TrainConfig, cli, parse, setting  # noqa: E402
+from common.config import PictureSize, TrainConfig, cli, parse, setting  # noqa: E402
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Config(TrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name, local folder, or demo
     head: Literal["heatmap", "regression"] = "heatmap"  # heatmaps are more exact; regression is smaller and faster
     data_format: Literal["auto", "coco", "csv"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: int = 0  # side of the square that the model sees, in pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # side of the square that the model sees, in pixels; 0: as the base was trained
     augment: bool = True  # random turn, size, place, mirroring and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=25)  # passes over the training data
