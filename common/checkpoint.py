@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import shutil
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +79,9 @@ def atomic_folder(path: Path):
         yield aside
         everything = sorted(aside.rglob("*"))
         files = [p for p in everything if p.is_file()]
+        (aside / MANIFEST).touch()
+        for file in files:  # safetensors writes 0600: readable for others, too, where the umask says so
+            file.chmod((aside / MANIFEST).stat().st_mode)
         for item in everything:
             fsync(item)
         manifest = {
@@ -123,6 +127,11 @@ def damage(folder: Path) -> str | None:
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         return f"{MANIFEST} is missing or unreadable"
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".safetensors", ".pt") and file.relative_to(folder).as_posix() not in entries:
+            return f"{file.name} is not in {MANIFEST}"
+    if not entries:
+        return f"{MANIFEST} lists nothing"
     for name, (size, digest) in entries.items():
         file = folder / name
         if not file.is_file():
@@ -135,13 +144,18 @@ def damage(folder: Path) -> str | None:
 
 
 def open_model_folder(folder: Path, needs: str = "") -> Path:
-    """`folder`, checked: it holds the file `needs` and, where it has a manifest, every file is intact. Else UserError."""
+    """`folder`, checked: it holds the file `needs` and, where it has a manifest, every file is intact. Else UserError.
+
+    Adapters that plain PEFT saved have no manifest; that nothing can be checked without one is said.
+    """
     recover(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: train first, or name one with --checkpoint")
     fault = damage(folder) if (folder / MANIFEST).exists() else None
     if fault:
         raise UserError(f"{folder} is damaged: {fault}")
+    if not (folder / MANIFEST).exists():
+        say(f"{folder} has no {MANIFEST}: nothing says whether its files are as they were saved")
     if needs:
         check_holds(folder, needs)
     return folder
@@ -173,18 +187,25 @@ class Progress:
     log_bytes: int = 0  # length of metrics.jsonl
     base: dict | None = None  # name and sha256 of the model that the run started from
     data: dict | None = None  # and of its data
+    settings: dict = field(default_factory=dict)  # of the run's config; {}: a version that did not keep them
     processes: int = 1
     idle: list[str] | None = None  # parameters that train, but have had no gradient yet; None: no step was looked at
     unreadable: dict[str, str] = field(default_factory=dict)  # file -> fault, of what turned out bad while it was trained on
 
     @classmethod
     def from_saved(cls, saved: dict):
-        """Of what any version wrote: a field that it did not know has its default, one that is no more is passed over."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        progress = cls(**{name: value for name, value in saved.items() if name in known})
-        if isinstance(progress.loss_sums, list):  # as it was when a run had one loss
-            progress.loss_sums = {"loss": progress.loss_sums}
-        return progress
+        """Of what any version wrote: a field that it did not know has its default, one that is no more is passed over.
+
+        TypeError where no version wrote that.
+        """
+        default = dataclasses.asdict(cls())
+        known = {name: value for name, value in saved.items() if name in default}
+        if isinstance(known.get("loss_sums"), list):  # as it was when a run had one loss
+            known["loss_sums"] = {"loss": known["loss_sums"]}
+        for name, value in known.items():
+            if default[name] is not None and not isinstance(value, type(default[name])):
+                raise TypeError(f"progress.json: {name} is {str(value)[:50]}")
+        return cls(**known | {"clock": default["clock"] | known.get("clock", {})})
 
     def count_losses(self, losses: dict[str, list[float]]) -> None:
         for name, values in losses.items():
@@ -243,19 +264,14 @@ def load_state(folder: Path) -> tuple[dict, dict] | None:
 
     A damaged one is renamed to *.corrupt and named. UserError where all are damaged: starting over is the user's choice.
     """
-    import torch
-
     candidates = step_folders(folder)
     for path in reversed(candidates):
         fault = damage(path)
         if fault is None:
             try:
-                state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
-                raise UserError(
-                    f"{path / 'state.pt'} holds more than tensors and numbers, which could run code: refused"
-                ) from None
-            return state, read_json(path / "progress.json")
+                return read_state(path)
+            except (OSError, EOFError, ValueError, RuntimeError, LookupError) as error:  # sealed, and yet no state
+                fault = " ".join(str(error).split())[:200]
         corrupt = path.with_name(path.name + ".corrupt")
         shutil.rmtree(corrupt, ignore_errors=True)
         os.replace(path, corrupt)
@@ -263,6 +279,22 @@ def load_state(folder: Path) -> tuple[dict, dict] | None:
     if candidates or list(folder.glob("step-*.corrupt")):
         raise UserError(f"every checkpoint in {folder} is damaged; to start over, run again with --overwrite")
     return None
+
+
+def read_state(path: Path) -> tuple[dict, dict]:
+    """(state, progress) of one checkpoint. UserError for a state that could run code; others where it cannot be read."""
+    import torch
+
+    if not zipfile.is_zipfile(path / "state.pt"):
+        raise ValueError("state.pt is no file of tensors")
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path / 'state.pt'} holds more than tensors and numbers, which could run code: refused") from None
+    try:
+        return state, read_json(path / "progress.json")
+    except UserError as error:
+        raise ValueError(str(error)) from None
 
 
 def fingerprint(tensors: dict) -> str:
@@ -292,8 +324,12 @@ def moving_state(model) -> dict:
 
 
 def load_moving_state(model, tensors: dict) -> None:
-    expected = set(moving_state(model))
-    if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))
-        raise UserError(f"--resume: the checkpoint is of another model: {odd[0]} and {len(odd) - 1} more tensors do not match")
+    """UserError, before anything is loaded, unless the tensors are those that move in this model."""
+    expected, found = ({name: tuple(t.shape) for name, t in each.items()} for each in (moving_state(model), tensors))
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        raise UserError(
+            f"--resume: the checkpoint is of another model: {odd[0]} is {found.get(odd[0], 'missing')} there and "
+            f"{expected.get(odd[0], 'no such tensor')} here ({len(odd)} such tensors)"
+        )
     model.load_state_dict(tensors, strict=False)

@@ -6,71 +6,175 @@ import shutil
 from pathlib import Path
 from typing import get_type_hints
 
-from common.checkpoint import read_json, recover
+from common.checkpoint import previous_of, read_json, recover
 from common.config import UserError, project_root, read_yaml
 from common.runtime import say
 
 # Settings that may differ when a run is taken up again: they do not change the weights (threads may, in the last bit).
-FREE_ON_RESUME = {"resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
+FREE_ON_RESUME = {
+    *("resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"),
+    "patience",  # says when to stop, and nothing else
+}
+# What a start writes before anything else.
+OF_A_START = {".lock", "config.yaml", "summary.json", ".config.yaml.tmp", ".summary.json.tmp"}
 
 
 def open_run_folder(config, task: str, method: str):
-    """(folder, its lock) for a run: the named one, the next free name, or with --resume the newest of them.
+    """(folder, its lock) for a run: the named one, the next free name, or with --resume the one that was at work last.
 
     UserError where it is in use, was started with other settings (--resume), or holds files that no run has left there.
+    With --overwrite the run that stood there is set aside, and comes back if the new one is refused; see `discard`.
     """
     root = (Path(config.output_dir).expanduser() if config.output_dir else project_root() / "outputs") / task
     name = config.run_name or method
     if Path(name).name != name or name == "..":
         raise UserError(f"--run_name {name!r} must be a plain folder name")
-    numbered = [root / name, *(root / f"{name}_{i}" for i in range(2, 1000))]
-    taken = [path for path in numbered if has_results(path)]
-    folder = next(path for path in numbered if path not in taken)
-    if config.resume and taken:
-        folder = taken[-1]
-    elif config.resume:
-        print(f"nothing to resume in {root / name}: starting at step 0")
-    elif config.overwrite:
-        folder = root / name
-    elif folder != root / name:
-        print(f"{root / name} holds a run already (--resume goes on, --overwrite replaces it): using {folder.name}")
+    bring_back(root)
+    folder = choose_folder(config, root, name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another --output_dir") from None
-    contents = {path.name for path in folder.iterdir()}
-    if "summary.json" not in contents and contents - {".lock", "config.yaml", ".config.yaml.tmp", ".summary.json.tmp"}:
+    if not is_run(folder) and not is_bare(folder):
         raise UserError(f"{folder} holds files, but no run (there is no summary.json): not touched; use another --run_name")
     lock = lock_folder(folder)
-    if config.resume and (folder / "config.yaml").exists():
+    if config.resume:
         check_same_settings(config, folder)
-    elif not config.resume:
-        for path in folder.iterdir():
-            if path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif has_results(folder):
+        lock = set_aside(folder, lock)
+    else:  # what a start left that came to nothing
+        clear(folder)
     return folder, lock
+
+
+def choose_folder(config, root: Path, name: str) -> Path:
+    """The run folder by its flags: see open_run_folder."""
+    numbered = [root / name, *(root / f"{name}_{i}" for i in range(2, 1000))]
+    runs = [path for path in numbered if is_run(path)]
+    if config.resume and runs:
+        return max(runs, key=last_written)
+    if config.resume:
+        print(f"nothing to resume in {root / name}: starting at step 0")
+    if config.overwrite:
+        return root / name
+    folder = next((path for path in numbered if not has_results(path)), None)
+    if folder is None:
+        raise UserError(f"{root} holds {len(numbered)} runs called {name}; use another --run_name")
+    if folder != root / name:
+        print(f"{root / name} holds a run already (--resume goes on, --overwrite replaces it): using {folder.name}")
+    return folder
 
 
 def check_same_settings(config, folder: Path) -> None:
     """UserError where a setting that the weights depend on is not what it was when the run in `folder` started."""
-    then = read_yaml(folder / "config.yaml", get_type_hints(type(config)))
-    if config.lr_head > config.lr:
-        then.setdefault("lr_head", config.lr)  # before there was one, new heads learnt at lr
-    for key, value in dataclasses.asdict(config).items():
-        if key not in FREE_ON_RESUME and then.get(key, value) != value:
+    if (folder / "config.yaml").exists():
+        then = read_yaml(folder / "config.yaml", get_type_hints(type(config)))
+        if fault := other_setting(config, then):
             raise UserError(
-                f"--resume: {key} is {value!r} now and was {then[key]!r} when {folder.name} started; give the same settings, "
-                f"or leave --resume out to start another run"
+                f"--resume: {fault} when {folder.name} started; give the same settings, "
+                "or leave --resume out to start another run"
             )
+    elif has_results(folder):
+        raise UserError(
+            f"--resume: {folder / 'config.yaml'} is gone, so nothing says whether the settings are the same; write it again "
+            '(summary.json has them all, under "config"), or leave --resume out to start another run'
+        )
+
+
+def other_setting(config, then: dict) -> str | None:
+    """The first setting that the weights depend on and that is not as it was: "lr is 0.1 now and was 0.01"; else None.
+
+    then: settings of before, of any version. There may be more epochs than before: the run goes on for longer.
+    """
+    if then and config.lr_head > config.lr:
+        then = {"lr_head": config.lr} | then  # before there was one, new heads learnt at lr
+    for key, value in dataclasses.asdict(config).items():
+        before = then.get(key, value)
+        longer = key == "epochs" and isinstance(before, int) and value > before
+        if key not in FREE_ON_RESUME and before != value and not longer:
+            return f"{key} is {value!r} now and was {before!r}"
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started in a folder, however far it came; a folder of somebody's own files is none."""
+    saved = any((folder / "checkpoints" / "last").glob("step-*"))
+    return saved or (folder / "summary.json").exists() or ((folder / "config.yaml").exists() and is_bare(folder))
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a start writes first."""
+    return {path.name for path in folder.iterdir()} <= OF_A_START
+
+
+def last_written(folder: Path) -> float:
+    """When a run wrote its record last: as it started, or as it ended."""
+    return max((folder / name).stat().st_mtime for name in (*OF_A_START, "checkpoints") if (folder / name).exists())
 
 
 def has_results(folder: Path) -> bool:
-    """Whether a run folder holds anything worth keeping: a checkpoint, or a run that ended well."""
-    if not folder.exists():
-        return False
+    """Whether a run folder holds anything worth keeping: a checkpoint, or a run that ended well (or nobody knows how)."""
     saved = any((folder / "checkpoints").glob("*/*")) if (folder / "checkpoints").exists() else False
     summary = folder / "summary.json"
-    return saved or (summary.exists() and read_json(summary).get("status") == "finished")
+    return saved or (summary.exists() and read_record(folder).get("status") in (None, "finished"))
+
+
+def read_record(folder: Path) -> dict:
+    """summary.json of a run folder; {} where there is none, or nothing that a run has written."""
+    try:
+        record = read_json(folder / "summary.json")
+    except UserError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+# ---- replacing a run -------------------------------------------------------------------------------------------------
+
+
+def set_aside(folder: Path, lock):
+    """Renames the run in `folder` to .<name>.previous and makes the folder anew; its lock, for the old one's.
+
+    A rename is whole or not at all: whenever a kill comes, there is a run under the one name or the other.
+    """
+    forget_replaced(folder)
+    os.replace(folder, previous_of(folder))
+    folder.mkdir()
+    new = lock_folder(folder)
+    lock.close()
+    return new
+
+
+def forget_replaced(folder: Path) -> None:
+    """Once the run in `folder` has begun: the one that it replaces goes."""
+    shutil.rmtree(previous_of(folder), ignore_errors=True)
+
+
+def bring_back(root: Path) -> None:
+    """Gives runs that were set aside in `root` their names back, where no run has taken their place yet."""
+    for previous in root.glob(".*.previous"):
+        folder = root / previous.name[1 : -len(".previous")]
+        if folder.exists() and (is_run(folder) or not is_bare(folder)):
+            continue
+        try:
+            discard(folder, lock_folder(folder) if folder.exists() else None)
+        except UserError:  # a start is just taking its place
+            continue
+
+
+def discard(folder: Path, lock) -> None:
+    """Of a start that came to nothing: its folder goes, and the run that it was to replace comes back."""
+    if lock:
+        clear(folder)
+        lock.close()
+        shutil.rmtree(folder, ignore_errors=True)
+    recover(folder)
+
+
+def clear(folder: Path) -> None:
+    """Empties a run folder, but for its lock. What makes it a run goes last, so that a kill leaves one or none."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in OF_A_START):
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def lock_folder(folder: Path):
@@ -81,8 +185,8 @@ def lock_folder(folder: Path):
 
         # lockf, not flock: data workers would inherit that one and hold it for seconds after the run was killed.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: no lock
-        pass
+    except ImportError:  # Windows: no lock, and a folder with an open file could not be renamed
+        file.close()
     except OSError:
         raise UserError(f"another process is training in {folder}; give this run a --run_name of its own") from None
     return file
@@ -115,11 +219,16 @@ def newest_best(task: str, method: str) -> Path:
     where there is none.
     """
     root = project_root() / "outputs" / task
-    for summary in root.glob("*/summary.json"):
-        recover(summary.parent / "checkpoints" / "best")
-    folders = [path.parent for path in root.glob("*/summary.json") if (path.parent / "checkpoints" / "best").is_dir()]
-    whole = {folder: read_json(folder / "summary.json").get("method") == "full" for folder in folders}
-    folders = [folder for folder in folders if whole[folder] == (method == "full")]
+    bring_back(root)
+    folders = [folder for folder in root.glob("[!.]*") if is_run(folder)]
+    for folder in folders:
+        recover(folder / "checkpoints" / "best")
+    folders = [folder for folder in folders if (folder / "checkpoints" / "best").is_dir()]
+    methods = {folder: read_record(folder).get("method") for folder in folders}
+    for folder in folders:
+        if methods[folder] is None:
+            say(f"left out {folder}: its summary.json is missing, or nothing that a run has written")
+    folders = [folder for folder in folders if methods[folder] and (methods[folder] == "full") == (method == "full")]
     if not folders:
         raise UserError(f"no {method} run in {root}: train first, or name a checkpoint with --checkpoint")
     newest = max(folders, key=lambda folder: (folder / "checkpoints" / "best").stat().st_mtime)

@@ -27,8 +27,6 @@ class Record:
         self.folder, self.named, self.config, self.device, self.processes = folder, named, config, device, processes
         self.metrics = folder / "metrics.jsonl"
         self.is_main = is_main
-        # A resume that is refused (other data, say) leaves the summary of the run as it was.
-        self.keeps_summary = is_main and not (config.resume and (folder / "summary.json").exists())
         self.started, self.last_tick = datetime.now(UTC), time.monotonic()
         self.last_step = (0, 0.0)  # samples and seconds of training up to the last step line
         self.board = None  # TensorBoard's writer, made with the first line
@@ -76,7 +74,8 @@ class Record:
         self.add(line)
 
     def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """The lines of metrics.jsonl that can be read; a kill or a full disk may have torn one."""
+        return [line for text in self.metrics.read_bytes().splitlines() if (line := parse_line(text))]
 
     def size(self) -> int:
         """Bytes of metrics.jsonl, which the disk holds from now on."""
@@ -86,12 +85,18 @@ class Record:
         return self.metrics.stat().st_size
 
     def go_on(self, progress: Progress) -> None:
-        """Where a run is taken up again: takes back what was written after its checkpoint, and writes summaries from now on."""
+        """Where a run is taken up again: takes back what was written after its checkpoint."""
         if self.is_main and self.metrics.exists():
             os.truncate(self.metrics, min(progress.log_bytes, self.metrics.stat().st_size))
+            texts = self.metrics.read_bytes().splitlines()
+            torn = [number for number, text in enumerate(texts, start=1) if parse_line(text) is None]
+            if torn:
+                say(f"{self.metrics}: line {torn[0]} cannot be read ({len(torn)} such lines): curves go without")
+            if texts and parse_line(texts[-1]) is None:
+                with open(self.metrics, "ab") as file:
+                    file.write(b"\n")
         self.last_step = (progress.clock["samples"], progress.clock["train_seconds"])
         self.last_tick = time.monotonic()
-        self.keeps_summary = self.is_main
 
     def close(self) -> None:
         if self.board is not None:
@@ -108,7 +113,7 @@ class Record:
     def write_summary(self, progress: Progress, described: dict, status: str, error: str | None = None) -> None:
         """docs/summary_schema.md says what each key means. described: base, data, parameters, notes."""
         self.tick(progress)
-        if not self.keeps_summary:
+        if not self.is_main:
             return
         clock, history = progress.clock, progress.history
         best = self.folder / "checkpoints" / "best"
@@ -141,6 +146,15 @@ class Record:
             "environment": environment(self.device, self.processes),
         }
         write_json(self.folder / "summary.json", summary)
+
+
+def parse_line(text: bytes) -> dict | None:
+    """A line of metrics.jsonl; None where it is not one that `add` wrote."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def tag_of(key: str, line: dict) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from common.batches import seed_everything, to_device
 from common.checkpoint import Progress, folder_bytes, load_moving_state, load_state, moving_state, save_state
 from common.config import UserError, write_yaml
-from common.folders import open_run_folder
+from common.folders import discard, forget_replaced, open_run_folder, other_setting
 from common.optim import clip_gradients, take_step
 from common.record import Record, in_words, key_of, without_nan
 from common.runtime import (
@@ -31,10 +31,7 @@ from common.step import Step, check_all_used, check_nothing_left, check_own_loss
 
 FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
 # Said where --resume finds other data.
-MAYBE_DAMAGED = (
-    "; if no file has changed, one is known to be damaged that was not, or the reverse: give --cache as at the start, and if "
-    "that was off, an empty folder as LORA_WORKSHOP_CACHE"
-)
+MAYBE_DAMAGED = "; if no file has changed, damaged ones were left out then and are not now, or the reverse: give --cache as then"
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
 
 
@@ -76,6 +73,7 @@ class Run:
         self.under_way: Step | None = None  # the optimizer step, between its first batch and its end
         self.stop_wanted = 0  # the signal that some process got
         self.ready = self.finished = False
+        self.is_new = True  # False: goes on with a run that was stopped
 
     @property
     def history(self) -> list[dict]:
@@ -97,11 +95,12 @@ class Run:
         self.folder = from_main(self.open_folder)
         self.best = self.folder / "checkpoints" / "best"
         self.last = self.folder / "checkpoints" / "last"
+        # A resume that is refused (other data, say) leaves the record of the run as it was, and another start no folder.
+        self.is_new = not (self.config.resume and (self.folder / "config.yaml").exists())
         named = {"task": self.task, "method": self.method}
         self.record = Record(self.folder, named, self.config, self.device, self.world, self.is_main)
-        if self.is_main:
-            write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
-        self.record.write_summary(self.progress, self.described, "running")
+        if self.is_new:
+            self.write_start()
         say(f"run folder {self.folder}")
         self.signals = StopSignals(wait_always=False).__enter__()
         seed_everything(self.config.seed, "build")
@@ -117,10 +116,13 @@ class Run:
                 self.save()
         finally:
             said = f"{kind.__name__}: {error}" if kind and status != "finished" else None
-            self.record.write_summary(self.progress, {**self.described, "notes": self.notes}, status, said)
-            if self.is_main:
-                self.lock.close()
+            if self.ready or self.is_new:
+                self.record.write_summary(self.progress, {**self.described, "notes": self.notes}, status, said)
             self.record.close()
+            if self.is_main and self.is_new and not self.ready and status == "failed":
+                discard(self.folder, self.lock)
+            elif self.is_main:
+                self.lock.close()
             self.signals.__exit__()
         if self.world > 1:
             # A thread of gloo frees the last tensors that were sent, and needs Python's lock for it. With torch 2.11 the process
@@ -135,6 +137,12 @@ class Run:
     def open_folder(self) -> Path:
         folder, self.lock = open_run_folder(self.config, self.task, self.method)
         return folder
+
+    def write_start(self) -> None:
+        """config.yaml, and a summary.json that says that the run is under way."""
+        if self.is_main:
+            write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
+        self.record.write_summary(self.progress, self.described, "running")
 
     def describe(self, **parts) -> None:
         """For the summary: base={name, sha256}, data={...}, parameters={total, trainable}."""
@@ -178,7 +186,9 @@ class Run:
         if self.config.resume:
             self.restore()
             self.record.go_on(self.progress)
-            self.record.write_summary(self.progress, self.described, "running")
+            self.write_start()
+        if self.is_main:
+            forget_replaced(self.folder)
         self.ready = True
         self.signals.wait_always = self.world > 1  # until now there was nothing to save together
         return ready if len(ready) > 1 else ready[0]
@@ -426,6 +436,7 @@ class Run:
         }
         now = {"log_bytes": self.record.size(), "processes": self.world}
         now |= {what: self.described.get(what) for what in ("base", "data")}
+        now["settings"] = dataclasses.asdict(self.config)
         save_state(self.last, state, dataclasses.asdict(dataclasses.replace(self.progress, **now)))
 
     def restore(self) -> None:
@@ -441,7 +452,22 @@ class Run:
             say("no checkpoint was saved yet: starting at step 0")
             return
         state, saved = found or load_state(self.last)
-        then = Progress.from_saved(saved)
+        try:
+            then = Progress.from_saved(saved)
+            self.check_same_run(then)
+            self.fill(state)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of another kind of run, or version
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--resume: what {self.last} holds does not fit this run: {type(error).__name__}: {reason}") from None
+        then.resumed_at.append(then.step)
+        self.progress, unreadable = dataclasses.replace(then, unreadable={}), then.unreadable
+        self.leave_out(unreadable.items())
+        if self.progress.idle is None and then.step >= FIRST_STEPS:  # as checkpoints were that did not keep it
+            self.progress.idle = []
+        say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")
+
+    def check_same_run(self, then: Progress) -> None:
+        """UserError unless a checkpoint is of this run: of this base and data, these settings, so many processes."""
         for what in ("base", "data"):
             before, now = ((part or {}).get("sha256") for part in (getattr(then, what), self.described.get(what)))
             if before != now:
@@ -449,8 +475,13 @@ class Run:
                     f"--resume: the {what} is not the one that this run started with (sha256 {before} then, {now} now)"
                     + (MAYBE_DAMAGED if what == "data" else "")
                 )
+        if fault := other_setting(self.config, then.settings):
+            raise UserError(f"--resume: {self.last} is of another run: {fault} there")
         if then.processes != self.world:
             raise UserError(f"--resume: the run was started with {then.processes} processes and has {self.world} now")
+
+    def fill(self, state: dict) -> None:
+        """Loads what `save` saved into what was prepared."""
         for model, tensors in zip(self.bare_models, state["models"], strict=True):
             load_moving_state(model, tensors)
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
@@ -459,9 +490,3 @@ class Run:
             companion.load_state_dict(values)
         if self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        then.resumed_at.append(then.step)
-        self.progress, unreadable = dataclasses.replace(then, unreadable={}), then.unreadable
-        self.leave_out(unreadable.items())
-        if self.progress.idle is None and then.step >= FIRST_STEPS:  # as checkpoints were that did not keep it
-            self.progress.idle = []
-        say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")

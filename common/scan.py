@@ -184,16 +184,17 @@ def check_files(
     measure(item, facts) gives the shape of what load(item) will give, an array of `dtype`. They name a fault by a ValueError,
     "fault" or "fault, detail"; of a BadFile the scan keeps it. With `whole` every file is read to the end once, if no scan has
     done so before, and what is read stays in the cache while it fits into cache_bytes; else only headers are looked at, and a
-    file that no scan knows to be bad may turn out so when it is used. text: what the progress bar calls the files.
+    file with a good one may turn out bad when it is used. text: what the progress bar calls the files.
     """
     scan = Scan([item.path for item in items], reader)
     try:
         scan.look(f"looking at {text}")
         good, shapes = [], []
         for number, (item, entry) in enumerate(zip(items, scan.entries, strict=True)):
-            _, _, facts, fault, _ = entry
+            _, _, facts, fault, read_whole = entry
             try:
-                if fault:
+                # Without `whole` only what a header tells: what is left out must not depend on who read the file before.
+                if fault and (whole or not read_whole):
                     raise ValueError(fault)
                 shapes.append(tuple(measure(item, facts)))
                 good.append(number)

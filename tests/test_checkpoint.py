@@ -298,6 +298,46 @@ def test_every_byte_of_the_manifest_counts(tmp_path):
     assert damage(path.parent) is None
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "5", "", "[" * 99_999, '{"../x": {"bytes": 0, "sha256": ""}}'])
+def test_a_manifest_that_was_emptied_vouches_for_nothing(tmp_path, text):
+    save(tmp_path, 1)
+    with atomic_folder(tmp_path / "best") as aside:
+        save_file({"w": torch.ones(3)}, aside / "model.safetensors")
+    for folder in (tmp_path / "step-00000001", tmp_path / "best"):
+        (folder / MANIFEST).write_text(text)
+        assert MANIFEST in damage(folder)
+    with pytest.raises(UserError, match="best is damaged: .*manifest.json"):
+        open_model_folder(tmp_path / "best", "model.safetensors")
+
+
+def test_a_folder_without_a_manifest_is_said_to_be_unchecked(tmp_path, capsys):
+    with atomic_folder(tmp_path / "best") as aside:
+        save_file({"w": torch.ones(3)}, aside / "model.safetensors")
+    open_model_folder(tmp_path / "best", "model.safetensors")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "best" / MANIFEST).unlink()
+    open_model_folder(tmp_path / "best", "model.safetensors")
+    assert "has no manifest.json: nothing says whether" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_readable_as_the_umask_says(tmp_path, umask, mode):
+    """Also those that safetensors writes for their owner alone."""
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "best") as aside:
+            save_file({"w": torch.ones(3)}, aside / "model.safetensors")
+            (aside / "inner").mkdir()
+            save_file({"w": torch.ones(3)}, aside / "inner" / "head.safetensors")
+            (aside / "README.md").write_text("a card")
+        save(tmp_path / "last", 1)
+        write_json(tmp_path / "summary.json", {})
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 8 and {path.name: path.stat().st_mode & 0o777 for path in files} == {p.name: mode for p in files}
+
+
 def loads_or_none(data):
     try:
         return json.loads(data)

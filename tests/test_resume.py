@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, metrics_of, run_toy, start_toy
 
-from common.checkpoint import atomic_folder
+from common.checkpoint import atomic_folder, load_state, save_state
 from common.config import TrainConfig, UserError
 from common.folders import check_same_settings
 
@@ -218,7 +218,7 @@ def test_other_data_is_refused_and_the_record_stays(tmp_path):
     (run / "config.yaml").write_text(text.replace("samples: 64", "samples: 65"))  # as if the data had grown
     before = (run / "summary.json").read_bytes()
     said = run_toy(tmp_path, "--epochs", "1", "--samples", "65", "--resume", expect=2)
-    assert "the data is not the one" in said and "give --cache as at the start" in said
+    assert "the data is not the one" in said and "give --cache as then" in said
     assert (run / "summary.json").read_bytes() == before
 
 
@@ -263,7 +263,7 @@ def test_a_resume_reads_its_checkpoint_once(tmp_path, monkeypatch):
 
     state = {"models": [], "optimizers": [], "schedulers": [], "scaler": {}}
     run_module.save_state(tmp_path, state, {"step": 3})
-    run, reads = run_module.Run(None, "toy", "full"), []
+    run, reads = run_module.Run(TrainConfig(), "toy", "full"), []
     run.last, run.accelerator = tmp_path, SimpleNamespace(scaler=None)
     load = run_module.load_state
     monkeypatch.setattr(run_module, "load_state", lambda folder: reads.append(folder) or load(folder))
@@ -290,6 +290,126 @@ def test_all_damaged_stops_and_overwrite_starts_over(tmp_path, undisturbed):
         assert "every checkpoint" in run_toy(tmp_path, *LONG, "--resume", expect=2)
     run_toy(tmp_path, *LONG, "--overwrite")
     assert bits(run) == undisturbed
+
+
+# ---- records that somebody damaged, or that are of another run ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The parent of toy/full, a run that was killed in its second epoch. Tests damage copies of it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    start_and_kill(folder, "--pause", "0.01")
+    return folder
+
+
+def resumed(folder: Path, *flags, expect: int = 0) -> str:
+    said = run_toy(folder, *LONG, "--pause", "0.01", "--resume", *flags, expect=expect)
+    assert "Traceback" not in said and (expect == 0 or said.count("error: ") == 1)
+    return said
+
+
+def test_without_config_yaml_nobody_knows_the_settings(tmp_path, stopped):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "toy" / "full" / "config.yaml").unlink()
+    said = resumed(tmp_path, expect=2)
+    assert "config.yaml is gone" in said and "summary.json has them all" in said
+
+
+def test_the_checkpoint_of_another_run_is_refused_by_what_differs(tmp_path, stopped):
+    """Its tensors would fit; a run that took it up would be neither the one nor the other."""
+    run_toy(tmp_path, *LONG, "--pause", "0.01", "--lr", "0.5", "--epochs", "1", "--max_steps_per_epoch", "1")
+    last, run = tmp_path / "toy" / "full" / "checkpoints" / "last", tmp_path / "mine" / "toy" / "full"
+    shutil.copytree(stopped, tmp_path / "mine")
+    shutil.rmtree(run / "checkpoints" / "last")
+    shutil.copytree(last, run / "checkpoints" / "last")
+    before = (run / "summary.json").read_bytes()
+    assert "is of another run: max_steps_per_epoch is 0 now and was 1 there" in resumed(tmp_path / "mine", expect=2)
+    assert (run / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("harm", ["shape", "names", "optimizers", "parts", "progress"])
+def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path, stopped, harm):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "toy" / "full" / "checkpoints" / "last"
+    state, progress = load_state(last)
+    tensors = state["models"][0]
+    if harm == "shape":
+        tensors["last.weight"] = tensors["last.weight"][:, :5]
+    elif harm == "names":
+        tensors["lora_A"] = tensors.pop("last.weight")
+    elif harm == "optimizers":
+        state["optimizers"].append(state["optimizers"][0])
+    elif harm == "parts":
+        state = [state]
+    else:
+        progress["history"], progress["clock"] = 5, []
+    shutil.rmtree(last)
+    save_state(last, state, progress)
+    said = resumed(tmp_path, expect=2)
+    told = {"shape": "last.weight is (1, 5) there and (1, 32) here", "names": "last.weight is missing there and (1, 32) here"}
+    assert told.get(harm, f"{last} holds") in said
+
+
+@pytest.mark.parametrize(("name", "text"), [("state.pt", b"no archive"), ("progress.json", b"[" * 99_999)])
+def test_a_sealed_checkpoint_that_cannot_be_read_falls_back(tmp_path, name, text):
+    for step in (1, 2):
+        save_state(tmp_path, {"models": []}, {"step": step})
+    newest = tmp_path / "step-00000002"
+    shutil.copytree(newest, tmp_path / "copy")
+    with atomic_folder(newest) as aside:
+        for file in ("state.pt", "progress.json"):
+            aside.joinpath(file).write_bytes(text if file == name else (tmp_path / "copy" / file).read_bytes())
+    assert load_state(tmp_path)[1] == {"step": 1} and (tmp_path / "step-00000002.corrupt").is_dir()
+
+
+def test_lines_of_metrics_that_cannot_be_read_are_left_out(tmp_path, stopped, undisturbed):
+    """Also where bytes were lost, so that the place to go on from is beyond the end, or in the middle of a line."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    metrics = tmp_path / "toy" / "full" / "metrics.jsonl"
+    whole = metrics.read_bytes().splitlines()
+    metrics.write_bytes(b"\n".join([whole[0], b"\xff\x00", b"[1, 2]", b"[" * 99_999, b'{"loss": 1}', *whole[1:]]))
+    said = resumed(tmp_path)
+    assert "metrics.jsonl: line 2 cannot be read" in said and bits_of_training(tmp_path / "toy" / "full") == undisturbed[::2]
+    last = metrics.read_bytes().splitlines()[-1]
+    assert json.loads(last)["epoch"] == 3, "what is added begins a line of its own"
+    shutil.rmtree(tmp_path / "toy")
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    metrics.write_bytes(b"")
+    resumed(tmp_path)
+    assert bits_of_training(tmp_path / "toy" / "full") == undisturbed[::2]
+
+
+def bits_of_training(run: Path) -> tuple:
+    return ((run / "fingerprint.txt").read_text(), (run / "checkpoints" / "best" / "model.safetensors").read_bytes())
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", "[" * 99_999, '{"status": ["finished"], "started": 7}'])
+def test_a_summary_of_another_shape_costs_nothing(tmp_path, stopped, undisturbed, text):
+    """It is written anew; and a start without --resume steps around the run as ever."""
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "toy" / "full" / "summary.json").write_text(text)
+    if text in ("", "{}"):
+        assert "using full_2" in run_toy(tmp_path, "--epochs", "1", "--max_steps_per_epoch", "1")
+        shutil.rmtree(tmp_path / "toy" / "full_2")
+    resumed(tmp_path)
+    assert bits(tmp_path / "toy" / "full") == undisturbed and summary(tmp_path / "toy" / "full")["status"] == "finished"
+
+
+# ---- which run it goes on with -----------------------------------------------------------------------------------------
+
+
+def test_a_second_run_that_was_killed_before_its_first_save_is_the_one_to_go_on_with(tmp_path):
+    run_toy(tmp_path, *LONG, "--epochs", "1")
+    first = bits(tmp_path / "toy" / "full")
+    child = start_toy(tmp_path, *LONG, "--epochs", "1")
+    child.wait_for(lambda: (tmp_path / "toy" / "full_2" / "config.yaml").exists())
+    child.kill(signal.SIGKILL)
+    child.wait()
+    shutil.rmtree(tmp_path / "toy" / "full_2" / "checkpoints", ignore_errors=True)  # if it came so far after all
+    said = run_toy(tmp_path, *LONG, "--epochs", "1", "--resume")
+    assert "toy/full_2" in said and "no checkpoint was saved yet: starting at step 0" in said
+    assert bits(tmp_path / "toy" / "full_2") == first == bits(tmp_path / "toy" / "full")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

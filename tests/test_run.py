@@ -13,9 +13,11 @@ import torch
 from conftest import ROOT, metrics_of, run_script, run_toy, start_toy
 from PIL import Image
 from safetensors.torch import load_file
+from test_checkpoint import crashes
 
-from common.checkpoint import Progress
-from common.config import UserError
+from common.checkpoint import Progress, write_json
+from common.config import TrainConfig, UserError, write_yaml
+from common.folders import bring_back, discard, forget_replaced, has_results, is_bare, is_run, lock_folder, open_run_folder
 from common.run import Run
 from common.runtime import Interrupted
 from common.step import Step
@@ -251,13 +253,17 @@ def test_summary_of_a_failed_run(tmp_path):
     assert record["epochs"] == 1 and record["steps"] == 16
 
 
-def test_summary_of_a_run_that_fails_before_it_trains(tmp_path):
+def test_a_start_that_is_refused_leaves_nothing(tmp_path):
+    """No folder that the next start has to step around; and the run that it was to replace stands as it was."""
     said = run_toy(tmp_path, "--samples", "0", expect=2)
     assert "no training sample" in said and "Traceback" not in said
-    record = summary(tmp_path / "toy" / "full")
-    assert record["status"] == "failed" and "no training sample" in record["error"]
-    run_toy(tmp_path, "--epochs", "1")  # nothing of worth was left, so the name is free
-    assert [p.name for p in (tmp_path / "toy").iterdir()] == ["full"]
+    assert list((tmp_path / "toy").iterdir()) == []
+    run_toy(tmp_path, "--epochs", "1")
+    first = contents(tmp_path / "toy" / "full")
+    for flags in ([], ["--overwrite"]):
+        run_toy(tmp_path, "--samples", "0", *flags, expect=2)
+        assert [p.name for p in (tmp_path / "toy").iterdir()] == ["full"]
+        assert contents(tmp_path / "toy" / "full") == first
 
 
 def test_summary_of_an_interrupted_run(tmp_path):
@@ -351,14 +357,71 @@ def test_a_finished_run_is_kept(tmp_path):
     assert len(list((tmp_path / "toy" / "full" / "tb").iterdir())) == 1
 
 
+def test_a_kill_while_a_run_is_replaced_leaves_the_old_run_or_the_new_one(tmp_path):
+    """At every point where the disk is touched; whatever is left, the same command goes through, and --resume finds a run."""
+    start, whole = tmp_path / "start", tmp_path / "start" / "toy" / "full"
+    for name in ("summary.json", "config.yaml", "curves.png", "checkpoints/last/step-00000004/state.pt", "tb/events"):
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_text('{"status": "finished"}' if name == "summary.json" else "")
+    old = contents(whole)
+
+    def replace(folder):
+        """The disk's part of a start with --overwrite, up to its first save."""
+        run, lock = open_run_folder(TrainConfig(output_dir=str(folder), overwrite=True), "toy", "full")
+        write_yaml(TrainConfig(), run / "config.yaml")
+        write_json(run / "summary.json", {"status": "running"})
+        forget_replaced(run)
+
+    def check(folder, done):
+        bring_back(folder / "toy")
+        run = folder / "toy" / "full"
+        assert is_run(run) and [p.name for p in (folder / "toy").glob("[!.]*")] == ["full"]
+        is_old = contents(run) == old
+        assert is_old or (is_bare(run) and not has_results(run))
+        states.append(is_old)
+        replace(folder)
+        assert set(contents(folder / "toy" / "full")) == {Path("config.yaml"), Path("summary.json")}
+        assert [p.name for p in (folder / "toy").iterdir()] == ["full"]
+
+    states = []
+    assert crashes(tmp_path, start, replace, check) > 12
+    assert states == sorted(states, reverse=True) and 3 < sum(states) < len(states) - 3
+
+
+def test_a_kill_while_a_refused_start_is_taken_away(tmp_path):
+    """The folder goes, what marks it as a start at last, and the run that stood there comes back."""
+    start = tmp_path / "start"
+    for name in ("full", ".full.previous"):
+        (start / "toy" / name).mkdir(parents=True)
+        (start / "toy" / name / "summary.json").write_text(json.dumps({"status": "failed" if name == "full" else "finished"}))
+        (start / "toy" / name / "config.yaml").write_text("")
+    (start / "toy" / "full" / "tb").mkdir()
+
+    def check(folder, done):
+        bring_back(folder / "toy")
+        run = folder / "toy" / "full"
+        assert is_run(run) and (not done or has_results(run))
+        if not has_results(run):  # the next start is refused, too
+            act(folder)
+        assert has_results(run) and [p.name for p in (folder / "toy").iterdir()] == ["full"]
+
+    def act(folder):
+        discard(folder / "toy" / "full", lock_folder(folder / "toy" / "full"))
+
+    assert crashes(tmp_path, start, act, check) > 4
+
+
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])
 def test_a_folder_of_other_files_is_not_touched(tmp_path, flags):
     folder = tmp_path / "toy" / "full"
     (folder / "thesis").mkdir(parents=True)
     (folder / "thesis" / "chapter.txt").write_text("years of work")
+    (folder / "checkpoints").mkdir()
+    (folder / "config.yaml").write_text("of another program")
+    before = contents(folder)
     said = run_toy(tmp_path, "--epochs", "1", *flags, expect=2)
     assert "holds files, but no run" in said
-    assert contents(folder) == {Path("thesis/chapter.txt"): b"years of work"}
+    assert contents(folder) == before
 
 
 def test_newest_best_finds_a_model_whose_replacement_was_cut_short(tmp_path, monkeypatch):
