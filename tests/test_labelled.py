@@ -17,16 +17,15 @@ from common.config import UserError
 from common.samples import BadFile, Faults
 from common.vision.labelled import (
     LabelledPictures,
-    Sample,
     class_weights,
     collate,
     labelled_for_eval,
     labelled_loaders,
     load_pictures,
     make_augmentation,
-    read_dataset,
     read_labelled,
 )
+from common.vision.labelled_files import Sample, read_dataset
 from common.vision.pictures import decode
 from common.vision.preprocess import ClassifierPreprocess
 
@@ -247,9 +246,13 @@ def test_csv_lines_that_cannot_be_used_are_named_and_counted(tmp_path):
     "content, told",
     [
         (b"", "must name the columns path and label .* it is ''"),
-        (b"picture;kind\na.png;cat\n", "it is 'picture;kind'"),
+        (b"picture;kind\na.png;cat\n", "it is 'picture,kind'"),
         (b"path,colour\na.png,red\n", "must name the columns path and label"),
-        (b"path,label\n\xff\xfe\xfa,cat\n", "is no CSV file that can be read"),
+        (b"a.png,cat\nb.png,dog\n", "it is 'a.png,cat', a picture and not the names of columns"),
+        (b"path,width,height\na.png,9,1\n", "must name the columns path and label"),
+        (b"path,label\n\xff\xfe\xfa,cat\n", "1 of 1 pictures are not there, the first 'ÿþú'"),
+        (b"path,label\n" + b"x" * 200_000, "is no CSV file that can be read"),
+        (b",".join(b"%d" % i for i in range(20_000)) + b"\n", "must name the columns path and label"),
     ],
 )
 def test_a_csv_file_that_cannot_be_read_is_an_error(tmp_path, content, told):

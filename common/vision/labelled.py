@@ -1,10 +1,8 @@
-"""Pictures with one class each: reading folders and CSV files, checking, a cache in memory, augmentation, batches."""
+"""Pictures with one class each, as data: checking, a cache in memory, augmentation, batches."""
 
-import csv
 import hashlib
-import os
+import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,147 +13,11 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.runtime import process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import SPLIT_NAMES, Faults, split_off
+from common.samples import Faults
 from common.scan import check_files
-from common.vision.pictures import decode, header_size, is_picture, picture_reader, pictures_below
+from common.vision.labelled_files import Sample, read_dataset
+from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import ClassifierPreprocess
-
-COLUMNS = {
-    "path": ("path", "file", "file_name", "filename", "image"),
-    "label": ("label", "class", "class_name"),
-    "split": ("split",),
-}
-
-
-@dataclass
-class Sample:
-    path: Path
-    name: str  # the path inside the data folder: the same wherever the folder lies
-    label: int
-
-
-# ---- what users bring: an ImageFolder tree, one tree of class folders, or a CSV ------------------------------------------
-
-
-def read_dataset(source: Path, seed: int, faults: Faults):
-    """(splits, classes, layout): splits maps train, val and perhaps test to lists of Sample; classes are sorted names.
-
-    Without a val split about a fifth of every class becomes it: a hash of (seed, file name) decides for each picture alone.
-    UserError where there is nothing to learn, or another split has a class that train has not.
-    """
-    root = source
-    if source.suffix.lower() == ".csv" and source.is_file():
-        root = source.parent
-        rows, layout = read_csv(source, root, faults), "csv"
-    elif not source.is_dir():
-        raise UserError(f"--data_dir: there is no folder (or CSV file) {source}")
-    else:
-        rows, layout = read_folder(source, faults)
-    names = sorted({label for name, (_, label) in rows if name == "train"})
-    if len(names) < 2:
-        found = f"only the class {names[0]}" if names else "no training pictures"
-        raise UserError(
-            f"{source} holds {found}; expected train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg, or a CSV file with "
-            f"the columns path and label"
-        )
-    splits, start, number_of = {}, f"{root.as_posix()}/", {name: number for number, name in enumerate(names)}
-    for split, (path, label) in rows:
-        if label not in number_of:
-            raise UserError(f"{source}: the {split} split has the class {label!r}, which the training data has not")
-        name = path.as_posix().removeprefix(start)
-        splits.setdefault(split, []).append(Sample(path, name, number_of[label]))
-    if "val" not in splits:
-        splits["train"], splits["val"] = split_classes(splits["train"], names, seed)
-        many = len(splits["val"]), len(splits["val"]) + len(splits["train"])
-        say(f"no validation split in {source}: {many[0]} of {many[1]} pictures, of every class a fifth by seed {seed}, become it")
-    return splits, names, layout
-
-
-def read_folder(folder: Path, faults: Faults):
-    """([(split, (path, class name))], layout) of a folder: train/<class>/, <class>/, or a CSV file in it."""
-    tree = {
-        split: next((folder / name for name in names if (folder / name).is_dir()), None) for split, names in SPLIT_NAMES.items()
-    }
-    if tree["train"]:
-        found = [(split, pair) for split, place in tree.items() if place for pair in class_folders(place, faults)]
-        return found, "folders"
-    tables = {
-        split: next((folder / f"{n}.csv" for n in names if (folder / f"{n}.csv").is_file()), None)
-        for split, names in SPLIT_NAMES.items()
-    }
-    if tables["train"]:
-        found = [(split, pair) for split, table in tables.items() if table for _, pair in read_csv(table, folder, faults)]
-        return found, "csv"
-    single = sorted(folder.glob("*.csv"))
-    if len(single) == 1:
-        return read_csv(single[0], folder, faults), "csv"
-    if single:
-        raise UserError(f"--data_dir {folder} holds {len(single)} CSV files; name the one to read")
-    if tree["val"] or tree["test"]:  # else these would be taken for classes
-        there = " and ".join(f"{place.name}/" for place in tree.values() if place)
-        raise UserError(f"--data_dir {folder} holds {there}, but no train/")
-    return [("train", pair) for pair in class_folders(folder, faults)], "one folder"
-
-
-def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
-    """(picture, class name) of every picture in folder/<class>/, at any depth. Hidden folders are no classes."""
-    found = []
-    for loose in sorted(p for p in folder.iterdir() if is_picture(p.name) and p.is_file()):
-        faults.add("picture outside the class folders", f"{folder.name}/{loose.name}")
-    for place in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        pictures = pictures_below(place, faults)
-        if not pictures:
-            faults.add("class folder without pictures", f"{folder.name}/{place.name}")
-        found += [(path, place.name) for path in pictures]
-    return found
-
-
-def read_csv(file: Path, folder: Path, faults: Faults) -> list[tuple[str, tuple[Path, str]]]:
-    """[(split, (path, class name))] of a CSV file with a header line; split is train where there is no such column.
-
-    Relative paths start at the CSV's folder.
-    """
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as text:
-            lines = list(csv.reader(text))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} is no CSV file that can be read: {error}") from None
-    head = [cell.strip().lower() for cell in lines[0]] if lines else []
-    column = {key: next((head.index(name) for name in names if name in head), None) for key, names in COLUMNS.items()}
-    if column["path"] is None or column["label"] is None:
-        raise UserError(
-            f"{file}: its first line must name the columns path and label (and perhaps split); it is {','.join(head)[:80]!r}"
-        )
-    found, split_of = [], {name: split for split, names in SPLIT_NAMES.items() for name in names}
-    for number, cells in enumerate(lines[1:], 2):
-        if not any(cells):
-            continue
-        values = {key: cells[i].strip() if i is not None and i < len(cells) else "" for key, i in column.items()}
-        split = split_of.get(values["split"].lower()) if column["split"] is not None else "train"
-        path = folder / values["path"]
-        if not values["path"] or not values["label"]:
-            faults.add("CSV line without a path or a label", f"{file.name} line {number}")
-        elif split is None:
-            faults.add("CSV line of a split that is none of train, val, test", f"{file.name} line {number}")
-        elif not os.path.isfile(path):  # no exception, either, for a name that no file could have
-            faults.add("picture that is not there", values["path"][:80])
-        else:
-            found.append((split, (path, values["label"])))
-    return found
-
-
-def split_classes(samples: list[Sample], classes: list[str], seed: int):
-    """(train, validation): of every class about a fifth is split off, at least one picture."""
-    train, val, members = [], [], [[] for _ in classes]
-    for sample in samples:
-        members[sample.label].append(sample)
-    for name, mine in zip(classes, members, strict=True):
-        if len({s.name for s in mine}) < 2:
-            raise UserError(f"the class {name!r} has one picture: too few to train and to validate on")
-        for sample, chosen in zip(mine, split_off([s.name for s in mine], seed), strict=True):
-            (val if chosen else train).append(sample)
-    return train, val
-
 
 # ---- what a model gets -------------------------------------------------------------------------------------------------
 
@@ -253,10 +115,10 @@ def load_resized(preprocess: ClassifierPreprocess, sample: Sample) -> np.ndarray
     return preprocess.resize(decode(sample.path)).numpy()
 
 
-def read_labelled(source: Path, seed: int):
-    """(splits, classes, layout, faults) of the pictures in `source`, a folder or CSV file. Opens no picture."""
+def read_labelled(source: Path, seed: int, scored: bool = False):
+    """(splits, classes, layout, faults) of the pictures in `source`, a folder or CSV file: see read_dataset."""
     with Faults() as faults:
-        return *read_dataset(source, seed, faults), faults
+        return *read_dataset(source, seed, faults, scored), faults
 
 
 def labelled_loaders(config, processor, tables):
@@ -307,13 +169,16 @@ def class_weights(kind: str, dataset: LabelledPictures, device):
 def labelled_for_eval(config, processor, origin: dict, source: Path):
     """(loader, classes, name of the data) for eval, of the pictures in `source`.
 
-    The checkpoint's classes count. UserError where the data's are others; with config.subset the data may lack some.
+    The checkpoint's classes count. UserError where the data has others. It may lack some where it comes without a training
+    split, or with config.subset.
     """
     data_dir = config.data_dir or origin["data_dir"]
-    splits, names, _, faults = read_labelled(source, origin["seed"])
+    splits, found, _, faults = read_labelled(source, origin["seed"], scored=True)
     classes = origin["classes"]
+    its_own = {unicodedata.normalize("NFC", name): name for name in classes}
+    names = [its_own.get(unicodedata.normalize("NFC", name), name) for name in found]
     strange, missing = ([n for n in a if n not in b] for a, b in ((names, classes), (classes, names)))
-    if strange or (missing and not config.subset):
+    if strange or (missing and "train" in splits and not config.subset):
         only = " and ".join(
             f"{who} has {', '.join(some[:8])}{' ...' if len(some) > 8 else ''}"
             for who, some in (("only the data", strange), ("only the checkpoint", missing))
@@ -323,6 +188,8 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
         raise UserError(f"{data_dir or 'the demo data'} has other classes than the checkpoint: {only}{hint}")
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
+    if missing:
+        faults.note("class of which this data has no picture", ", ".join(missing))
     for sample in splits[config.split]:
         sample.label = classes.index(names[sample.label])
     preprocess = ClassifierPreprocess(processor)
@@ -342,6 +209,6 @@ def data_sha256(train: list[Sample], val: list[Sample], classes: list[str]) -> s
     digest = hashlib.sha256(repr(classes).encode())
     for split in (train, val):
         for s in split:
-            digest.update(f"{s.name} {s.path.stat().st_size} {s.label}|".encode())
+            digest.update(f"{s.name} {s.path.stat().st_size} {s.label}|".encode(errors="surrogateescape"))
         digest.update(b"||")
     return digest.hexdigest()
