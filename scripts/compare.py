@@ -6,7 +6,8 @@
     python scripts/compare.py outputs/detection/full outputs/detection/lora outputs/detection/lora_r32
 
 Prints a verdict and a table, and leaves compare.md, compare.json and compare.png in outputs/<task>/compare/. Runs that
-are not alike in data, base model, metric or training budget are refused; --force compares them anyway, and says so.
+are not alike in data, base model, metric or training budget are refused; --force compares them anyway, and says so. What
+each sample gave (samples.json) says how much of a difference is chance of these samples: 95 % intervals by a paired bootstrap.
 """
 
 import argparse
@@ -14,15 +15,26 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import NoneType
 
 # Runs without installing: the nearest parent folder that holds common/ goes on the path.
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
+from common.checkpoint import read_json  # noqa: E402
 from common.config import UserError, cli, project_root  # noqa: E402
 
 SCHEMA_VERSION = 1
 MUST_AGREE = ("task", "data.sha256", "base.sha256", "metrics.name", "config.epochs", "config.max_steps_per_epoch")
+KINDS = {  # of what is read of a summary, where it is there
+    str: ("task", "method", "run_name", "status", "ended", "metrics.name", "data.sha256", "base.sha256"),
+    dict: ("config", "metrics", "metrics.before", "metrics.best", "metrics.final", "data.left_out", "environment"),
+    int: (
+        *("parameters.trainable", "parameters.total", "checkpoint_bytes", "metrics.best.epoch", "peak_memory_bytes.cpu"),
+        *("peak_memory_bytes.gpu", "config.batch_size", "config.gradient_accumulation_steps", "environment.processes"),
+    ),
+    float: ("train_seconds", "seconds", "samples_per_second"),
+}
 SEPARATE = {"run_name", "output_dir", "resume", "overwrite"}  # settings that have to differ, or say nothing
 
 
@@ -32,15 +44,19 @@ SEPARATE = {"run_name", "output_dir", "resume", "overwrite"}  # settings that ha
 def read_summary(folder: Path) -> dict:
     """The summary of a run folder. UserError, in one line, where there is none or it is not one that this script knows."""
     path = folder if folder.name == "summary.json" else folder / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder} is no run folder: {path.name}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not path.is_file():
+        raise UserError(f"{folder} is no run folder: there is no {path.name} in it")
+    summary = read_json(path)
     version = summary.get("schema_version") if isinstance(summary, dict) else None
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version!r}; this script reads version {SCHEMA_VERSION}")
+    for key, kind in ((key, kind) for kind, keys in KINDS.items() for key in keys):
+        if not isinstance(value(summary, key), (kind, int, NoneType) if kind is float else (kind, NoneType)):
+            raise UserError(f"{path} is damaged: its {key} is {str(value(summary, key))[:40]!r}")
+    for when in ("before", "best", "final"):
+        for name, x in (value(summary, f"metrics.{when}") or {}).items():
+            if not isinstance(x, int | float | dict | None):
+                raise UserError(f"{path} is damaged: its metrics.{when}.{name} is {str(x)[:40]!r}")
     return summary
 
 
@@ -52,38 +68,47 @@ def value(summary: dict, key: str):
 
 
 def find_pair(runs_dir: Path, task: str) -> list[Path]:
-    """The newest finished full and lora run folder of a task, and of the head alone where there is one.
+    """The newest finished full and lora run folder of a task that are alike, and one of the head alone where there is one.
 
     Without a task: of the one task that has both.
     """
-    newest = {}  # task -> method -> (end, folder)
-    for path in sorted(runs_dir.glob("*/*/summary.json")):
-        try:
-            summary = read_summary(path)
-        except UserError as error:
-            print(f"left out: {error}", file=sys.stderr)
-            continue
-        methods = newest.setdefault(str(summary.get("task")), {})
+    runs = {}  # task -> method -> folders, the newest first
+    for path, summary in sorted(readable(runs_dir), key=lambda pair: pair[1].get("ended") or "", reverse=True):
         if summary.get("status") == "finished":
-            method, run = summary.get("method"), (summary.get("ended") or "", path.parent)
-            methods[method] = max(methods.get(method, run), run)
-    pairs = {name: methods for name, methods in newest.items() if {"full", "lora"} <= set(methods)}
+            runs.setdefault(str(summary.get("task")), {}).setdefault(summary.get("method"), []).append(path.parent)
+    pairs = [name for name, methods in runs.items() if {"full", "lora"} <= set(methods)]
     if task:
-        missing = [method for method in ("full", "lora") if method not in newest.get(task, {})]
+        missing = [method for method in ("full", "lora") if method not in runs.get(task, {})]
         if missing:
             raise UserError(f"no finished {' and no finished '.join(missing)} run of {task} below {runs_dir}; train it first")
     elif len(pairs) != 1:
         found = f"{', '.join(sorted(pairs))} have both: say which with --task" if pairs else "no task has both"
         raise UserError(f"looked below {runs_dir} for a finished full and a finished lora run of one task: {found}")
-    runs = pairs[task or next(iter(pairs))]
-    folders = [runs["full"][1], runs["lora"][1]]
-    if "head" in runs:  # a linear probe, if it is of the same data and budget: how far one gets without touching the base
-        three = [*folders, runs["head"][1]]
-        unlike = differences([read_summary(folder) for folder in three], [folder.name for folder in three])
-        if not unlike:
-            return three
-        print(f"left out {three[2]}, the newest run of the head alone: {'; '.join(unlike)}", file=sys.stderr)
-    return folders
+    methods = runs[task or pairs[0]]
+    newest = [methods["full"][0], methods["lora"][0]]
+    every = ([full, lora] for lora in methods["lora"] for full in methods["full"])
+    chosen = next((pair for pair in every if not unlike(pair)), newest)
+    if chosen != newest:
+        print(f"{newest[0]} and {newest[1]} are newer, but no fair comparison: {'; '.join(unlike(newest))}", file=sys.stderr)
+    # A linear probe, if it is of the same data and budget: how far one gets without touching the base.
+    heads = [folder for folder in methods.get("head", []) if not unlike([*chosen, folder])]
+    if methods.get("head") and not heads:
+        why = "; ".join(unlike([*chosen, methods["head"][0]]))
+        print(f"left out {methods['head'][0]}, the newest run of the head alone: {why}", file=sys.stderr)
+    return [*chosen, *heads[:1]]
+
+
+def readable(runs_dir: Path):
+    """Yields (path, summary) of every run below runs_dir; those that cannot be read are named."""
+    for path in sorted(runs_dir.glob("*/*/summary.json")):
+        try:
+            yield path, read_summary(path)
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+
+
+def unlike(folders: list[Path]) -> list[str]:
+    return differences([read_summary(folder) for folder in folders], [folder.name for folder in folders])
 
 
 def global_batch(summary: dict) -> int | None:
@@ -131,6 +156,23 @@ def facts(summary: dict, label: str, folder: Path, memory: str) -> dict:
     }
 
 
+def add_intervals(runs: list[dict], base: dict, metric: str) -> str | None:
+    """Adds what bootstrap.intervals says to the runs that have a samples.json of this metric. A note where some have none."""
+    from bootstrap import FEWEST, intervals, read_samples
+
+    records = {run["label"]: read_samples(Path(run["folder"]), metric) for run in runs}
+    missing = [label for label, record in records.items() if record is None]
+    if base["label"] in missing:
+        return f"No samples.json of {metric} in {base['folder']}, so how much of a difference is chance is not known."
+    have = [run for run in runs if run["label"] not in missing]
+    for run, found in zip(have, intervals([records[run["label"]] for run in have], have.index(base)), strict=True):
+        run.update(found)
+    if base["samples"] < FEWEST:
+        return f"{base['samples']} samples are too few to tell any difference."
+    without = missing + [run["label"] for run in have if run is not base and "difference" not in run]
+    return f"Of {', '.join(without)} there is no interval: no samples.json, or of other samples." if without else None
+
+
 def number(x, unit: str = "") -> str:
     """A number as one reads it: 8,123,456 or 0.861 or 12.4."""
     if x is None:
@@ -171,14 +213,11 @@ def verdict(run: dict, other: dict, metric: str, higher_is_better: bool, by_meth
     words = {"lora": "LoRA", "head": "the head alone"}
     a, b = (words.get(r["method"], r["method"]) if by_method else r["label"] for r in (run, other))
     x, y = run["metric_best"], other["metric_best"]
-    if x is None or y is None:
-        text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b}"
-    elif higher_is_better and x >= 0 and y > 0:
-        text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b} ({100 * x / y:.1f} %)"
-    else:
+    text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b}"
+    if x is not None and y is not None:
         better = "the same" if x == y else "better" if (x > y) == higher_is_better else "worse"
         gap = "" if x == y else f"{number(abs(float(x - y)))} "
-        text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b} ({gap}{better})"
+        text += f" ({gap}{better}{by_chance(run)})"
     few, many = run["trained_parameters"], other["trained_parameters"]
     if few and many:
         text += f", with {number(few)} trained parameters against {number(many)} ({smaller(few, many, 'fewer', 'more')})"
@@ -188,6 +227,15 @@ def verdict(run: dict, other: dict, metric: str, higher_is_better: bool, by_meth
     costs = {"training time": "train_seconds", "peak memory": "peak_memory_bytes"}
     costs = [f"{times(r)} the {word}" for word, key in costs.items() if (r := ratio(run[key], other[key]))]
     return text + (", " if costs else "") + " and ".join(costs) + "."
+
+
+def by_chance(run: dict) -> str:
+    """What the samples say of a run's difference to the one it is compared with."""
+    if "difference" not in run:
+        return ", no difference shown" if "samples" in run else ""
+    low, high = run["difference"]
+    shown = "no difference shown" if low <= 0 <= high else "a difference"
+    return f"; {shown} by {run['samples']} samples: 95 % interval {low:+.3f} to {high:+.3f}"
 
 
 def remarks(summaries: list[dict], runs: list[dict]) -> list[str]:
@@ -220,15 +268,20 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
+def interval(ends) -> str:
+    return "unknown" if ends is None else f"{number(ends[0])} to {number(ends[1])}"
+
+
 def main_table(runs: list[dict], metric: str, memory: str) -> str:
     def row(name, key, show=number):
-        return [name, *(show(run[key]) for run in runs)]
+        return [name, *(show(run.get(key)) for run in runs)]
 
     return table(
         ["", *(run["label"] for run in runs)],
         [
             row(f"{metric} before training", "metric_before"),
             row(f"{metric} best", "metric_best"),
+            *([row("95 % interval", "interval", interval)] if any("interval" in run for run in runs) else []),
             row(f"{metric} final", "metric_final"),
             row("best epoch", "best_epoch"),
             row("trained parameters", "trained_parameters"),
@@ -259,7 +312,9 @@ def rest_of_page(summaries: list[dict], runs: list[dict]) -> str:
         text += "\n## Settings that differ\n\n" + table(["", *labels], rows) + "\n"
     text += "\n## How to read it\n\n"
     text += "- *best* is the epoch that the validation metric chose; the same samples choose it and measure it, for every run.\n"
-    text += "- These are single runs. Another `--seed` shows how much of a difference is chance.\n"
+    text += "- *95 % interval*: where the metric lies if the validation samples are drawn anew (bootstrap, the same draws for "
+    text += "every run). A difference whose interval holds 0 is not shown. The best epoch was chosen on these samples.\n"
+    text += "- These are single runs. Another `--seed` shows how much of a difference is chance of the training.\n"
     text += "- *checkpoint* is what you keep of a run. An adapter also needs its base model, once for all adapters.\n"
     text += "- *peak memory* on a CPU counts the whole process, libraries included; on a GPU what torch had allocated.\n"
     return text + "\n" + "".join(f"- {run['label']}: `{run['folder']}`\n" for run in runs)
@@ -280,6 +335,10 @@ def draw(runs: list[dict], metric: str, higher_is_better: bool, title: str, path
     direction = "higher" if higher_is_better else "lower"
     bars(panels[0], "metric_before", -0.2, 0.38, alpha=0.35)
     bars(panels[0], "metric_best", 0.2, 0.38)
+    for i, run in enumerate(runs):
+        if "interval" in run:
+            panels[0].vlines(i + 0.2, *run["interval"], color="0.2", lw=1.5)
+    panels[0].plot([], color="0.2", label="95 % interval")
     panels[0].set(title=metric, ylabel=f"{metric} ({direction} is better)")
     panels[0].bar(0, 0, color="0.4", alpha=0.35, label="before training")  # for the legend alone
     panels[0].bar(0, 0, color="0.4", label="best epoch")
@@ -308,19 +367,20 @@ def compare(folders: list[Path], force: bool, output_dir: Path | None, runs_dir:
     summaries = [read_summary(folder) for folder in folders]
     names = [str(s.get("run_name")) for s in summaries]
     labels = [n if names.count(n) == 1 else str(folder) for n, folder in zip(names, folders, strict=True)]
-    unlike = differences(summaries, labels)
-    if unlike and not force:
-        raise UserError(f"these runs are no fair comparison; {'; '.join(unlike)}. --force compares them anyway")
+    reasons = differences(summaries, labels)
+    if reasons and not force:
+        raise UserError(f"these runs are no fair comparison; {'; '.join(reasons)}. --force compares them anyway")
 
     memory = "gpu" if all(value(s, "peak_memory_bytes.gpu") for s in summaries) else "cpu"
     runs = [facts(s, label, folder, memory) for s, label, folder in zip(summaries, labels, folders, strict=True)]
     metric, up = value(summaries[0], "metrics.name"), bool(value(summaries[0], "metrics.higher_is_better"))
     base = next((run for run in runs if run["method"] == "full"), runs[0])
     methods = [run["method"] for run in runs]
+    chance = add_intervals(runs, base, metric)
     by_method = len(set(methods)) == len(methods) and set(methods) <= {"full", "lora", "head"}
     sentences = [verdict(run, base, metric, up, by_method) for run in runs if run is not base]
-    forced = [f"Not a fair comparison (--force); {'; '.join(unlike)}."] if unlike else []
-    notes = forced + remarks(summaries, runs)
+    forced = [f"Not a fair comparison (--force); {'; '.join(reasons)}."] if reasons else []
+    notes = forced + remarks(summaries, runs) + ([chance] if chance else [])
 
     task = str(summaries[0].get("task"))
     page = "\n\n".join([*sentences, *(f"Note: {note}" for note in notes), main_table(runs, metric, memory)]) + "\n"
@@ -330,7 +390,7 @@ def compare(folders: list[Path], force: bool, output_dir: Path | None, runs_dir:
     record = {
         "task": task,
         "verdict": sentences,
-        "forced": bool(unlike),
+        "forced": bool(reasons),
         "notes": notes,
         "metric": metric,
         "higher_is_better": up,
@@ -341,7 +401,7 @@ def compare(folders: list[Path], force: bool, output_dir: Path | None, runs_dir:
     write(output_dir / "compare.json", json.dumps(record, indent=2) + "\n")
     picture = "\n![metric, checkpoint size, trained parameters and training time of the runs](compare.png)\n"
     write(output_dir / "compare.md", f"# {title}\n\n{page}{picture}{rest_of_page(summaries, runs)}")
-    draw(runs, metric, up, title + (" (not a fair comparison)" if unlike else ""), output_dir / "compare.png")
+    draw(runs, metric, up, title + (" (not a fair comparison)" if reasons else ""), output_dir / "compare.png")
     return f"{page}\nwrote compare.md, compare.json and compare.png to {output_dir}"
 
 

@@ -7,9 +7,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, Script
 from tasks import scratch
+
+from common.record import write_samples
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from bootstrap import drawn_values  # noqa: E402
 
 SCRIPT = ROOT / "scripts" / "compare.py"
 
@@ -65,8 +71,8 @@ LORA = {
 }
 
 
-def write_run(folder, changes=None, text=None):
-    """A run folder with FULL as its summary; `changes` sets dotted keys. Returns the folder."""
+def write_run(folder, changes=None, text=None, values=()):
+    """A run folder with FULL as its summary; `changes` sets dotted keys. values: its metric in each sample."""
     summary = copy.deepcopy(FULL)
     for key, value in (changes or {}).items():
         *parents, last = key.split(".")
@@ -76,6 +82,9 @@ def write_run(folder, changes=None, text=None):
         place[last] = copy.deepcopy(value)
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps(summary) if text is None else text)
+    if values:
+        rows = [{"file": f"{i}.png", "value": value} for i, value in enumerate(values)]
+        write_samples(folder / "samples.json", summary["metrics"]["name"], True, rows)
     return folder
 
 
@@ -104,15 +113,15 @@ def cells(text, row):
 def test_verdict_and_table_say_what_the_summaries_hold(tmp_path):
     said = compare_pair(tmp_path)
     assert said.splitlines()[0] == (
-        "LoRA reaches map_50 0.861 against 0.892 of full (96.5 %), with 40,000 trained parameters against 390,000 (9.8x fewer), "
-        "a checkpoint of 0.33 MB against 1.60 MB (4.8x smaller), 1.20x the training time and 0.98x the peak memory."
+        "LoRA reaches map_50 0.861 against 0.892 of full (0.031 worse), with 40,000 trained parameters against 390,000 "
+        "(9.8x fewer), a checkpoint of 0.33 MB against 1.60 MB (4.8x smaller), 1.20x the training time and 0.98x the peak memory."
     )
     assert cells(said, "map_50 before training") == ["0.031", "0.031"]
     assert cells(said, "map_50 best") == ["0.892", "0.861"] and cells(said, "map_50 final") == ["0.880", "0.861"]
     assert cells(said, "best epoch") == ["9", "10"] and cells(said, "of all parameters") == ["97.5 %", "9.09 %"]
     assert cells(said, "checkpoint") == ["1.60 MB", "0.33 MB"] and cells(said, "training steps") == ["100 s", "120 s"]
     assert cells(said, "samples per second") == ["40.0", "40.0"] and cells(said, "peak memory (CPU)") == ["700 MB", "686 MB"]
-    assert "Note:" not in said
+    assert said.count("Note:") == 1 and "how much of a difference is chance is not known" in said
 
 
 def test_files_hold_the_same_and_a_picture(tmp_path):
@@ -136,7 +145,7 @@ def test_files_hold_the_same_and_a_picture(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "full", "words"),
     [
-        ({"metrics.best.map_50": 0.9}, {}, "0.900 against 0.892 of full (100.9 %)"),
+        ({"metrics.best.map_50": 0.9}, {}, "0.900 against 0.892 of full (0.008 better)"),
         ({"checkpoint_bytes": 3_200_000}, {}, "3.20 MB against 1.60 MB (2.0x larger)"),
         ({"checkpoint_bytes": 1_600_000}, {}, "(the same)"),
         ({"checkpoint_bytes": 10_600_000}, {"checkpoint_bytes": 343_000_000}, "10.60 MB against 343 MB (32x smaller)"),
@@ -156,7 +165,7 @@ def test_where_lower_is_better_the_gap_is_named(tmp_path, mine, word):
     changes = {key: value for key, value in LORA.items() if not key.startswith("metrics.")}
     folders = write_run(tmp_path / "full", {"metrics": error}), write_run(tmp_path / "lora", {**changes, **lora})
     said = compare(*folders, "--output_dir", tmp_path / "out")
-    assert f"mcd {mine:.3f} against 7.000 of full (0.250 {word})" in said and "Note:" not in said
+    assert f"mcd {mine:.3f} against 7.000 of full (0.250 {word})" in said
     assert cells(said, "mcd final") == ["unknown", "unknown"]
 
 
@@ -191,7 +200,7 @@ def test_more_than_two_runs_and_no_full_one(tmp_path):
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     a, b = write_run(tmp_path / "a", LORA), write_run(tmp_path / "b", LORA)
     said = compare(a, b, "--output_dir", tmp_path / "out")
-    assert f"{b} reaches" in said and f"of {a} (100.0 %)" in said
+    assert f"{b} reaches" in said and f"of {a} (the same)" in said
 
 
 @pytest.mark.parametrize(
@@ -278,3 +287,79 @@ def test_help_is_quick_and_imports_nothing_heavy():
     code += "    assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)\n"
     result = subprocess.run([sys.executable, "-c", code, str(SCRIPT), "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "--runs_dir" in result.stdout, result.stderr
+
+
+# ---- how much is chance ------------------------------------------------------------------------------------------------
+
+
+def pair_with_values(tmp_path, full, lora):
+    folders = write_run(tmp_path / "full", values=full), write_run(tmp_path / "lora", LORA, values=lora)
+    return compare(*folders, "--output_dir", tmp_path / "out")
+
+
+def test_a_difference_is_shown_where_samples_agree_on_it_and_else_not(tmp_path):
+    rng = np.random.default_rng(0)
+    full = rng.normal(0.9, 0.3, 200).tolist()  # samples differ far more than the runs do
+    said = pair_with_values(tmp_path / "shown", full, [value - 0.03 for value in full])
+    assert "(0.031 worse; a difference by 200 samples: 95 % interval -0.030 to -0.030)" in said and "Note:" not in said
+    said = pair_with_values(tmp_path / "not", full, (rng.normal(0.87, 0.3, 200)).tolist())
+    low, high = map(float, re.search(r"no difference shown by 200 samples: 95 % interval (\S+) to (\S+)\)", said).groups())
+    assert -0.15 < low < 0 < high < 0.15  # about 2 x 0.3 x sqrt(2 / 200) to each side
+    runs = json.loads((tmp_path / "not" / "out" / "compare.json").read_text())["runs"]
+    assert cells(said, "95 % interval")[0] == " to ".join(f"{end:.3f}" for end in runs[0]["interval"])
+    assert runs[1]["difference"] == pytest.approx([low, high], abs=1e-3)
+
+
+def test_four_samples_show_nothing(tmp_path):
+    said = pair_with_values(tmp_path, [1.0] * 4, [0.0] * 4)
+    assert "(0.031 worse, no difference shown)" in said and "Note: 4 samples are too few to tell any difference." in said
+
+
+def test_samples_that_are_others_or_damaged_are_named(tmp_path):
+    full = write_run(tmp_path / "full", values=[0.5] * 30)
+    less = write_run(tmp_path / "less", {**LORA, "run_name": "less"}, values=[0.5] * 29)
+    said = compare(full, less, "--output_dir", tmp_path / "out")
+    assert "Of less there is no interval" in said
+    lora = write_run(tmp_path / "lora", LORA)
+    for text in ("[]", '{"rows": [5]}', '{"metric": "map_50", "rows": [{"file": "0.png", "value": "much"}]}', "{"):
+        (full / "samples.json").write_text(text)
+        (lora / "samples.json").write_text(text)
+        assert "samples.json" in compare(full, lora, "--output_dir", tmp_path / "out", fails=True)
+
+
+def test_balanced_accuracy_of_a_draw_is_what_its_samples_give():
+    rng = np.random.default_rng(0)
+    labels, right = rng.integers(0, 4, 60), rng.random(60) < 0.7
+    rows = [{"file": "", "label": int(label), "right": bool(hit)} for label, hit in zip(labels, right, strict=True)]
+    draws = rng.multinomial(60, np.full(60, 1 / 60), size=5)
+    for draw, value in zip(draws, drawn_values({"rows": rows}, draws), strict=True):
+        y, hits = np.repeat(labels, draw), np.repeat(right, draw)
+        assert value == pytest.approx(np.mean([hits[y == k].mean() for k in np.unique(y)]))
+
+
+def test_a_weighted_mean_is_drawn_with_its_weights():
+    rows = [{"file": "a", "value": 1.0, "weight": 3}, {"file": "b", "value": 5.0, "weight": 1}]
+    assert drawn_values({"rows": rows}, np.array([[1, 1], [0, 2], [2, 1]])).tolist() == [2.0, 5.0, 11 / 7]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"metrics": []}, {"config": 3}, {"ended": 5}, {"environment": "x"}),
+        *({"parameters.trainable": "many"}, {"metrics.best": {"map_50": "high"}}),
+    ],
+)
+def test_a_summary_of_another_shape_is_refused_by_name(tmp_path, changes):
+    told = compare_pair(tmp_path, full=changes, fails=True)
+    assert f"{tmp_path}/full/summary.json is damaged: its {next(iter(changes)).split('.best')[0]}" in told
+
+
+def test_the_newest_pair_that_is_alike_is_taken(tmp_path):
+    for name, changes in {
+        "full": {},
+        "lora": LORA,
+        "lora_other": {**LORA, "run_name": "lora_other", "data.sha256": "e" * 64, "ended": "2025-01-02T10:00:00+00:00"},
+    }.items():
+        write_run(tmp_path / "detection" / name, changes)
+    said = compare("--runs_dir", tmp_path, "--output_dir", tmp_path / "out")
+    assert said.startswith("LoRA reaches map_50 0.861 against 0.892 of full") and "lora_other" not in said
