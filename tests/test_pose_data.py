@@ -670,13 +670,13 @@ def test_the_header_of_a_csv_names_the_keypoints(tmp_path, header, names, named)
 
 def test_rows_that_cannot_be_used_are_named_and_counted(tmp_path, capsys):
     rows = [
-        "a.png,nan,10,12,24,30,22",
+        "a.png,12 px,10,12,24,30,22",
         "b.png,40,30,,40,50.25,oops",
         "c.png,30,8,22,20,41",
         "c.png,30,8,22,20,41,21,1",
         "gone.png,1,2,3,4,5,6",
         "",
-        "a.png,1,2,3,4,5,6",
+        "a.png,12 px,10,12,24,30,22",
         ",1,2,3,4,5,6",
         "c.png,30,8,inf,20,1000,21",
     ]
@@ -684,13 +684,15 @@ def test_rows_that_cannot_be_used_are_named_and_counted(tmp_path, capsys):
     train, _, _, facts = loaded(make(tmp_path, "csv", content=content))
     assert [s.path.stem for s in train.samples] == ["a", "b", "c"]
     assert [s.labelled.tolist() for s in train.samples] == [[False, True, True], [True, False, False], [True, False, False]]
+    assert all(s.box is None for s in train.samples)
     assert train.samples[0].points[1:].tolist() == [[12, 24], [30, 22]]
     assert facts["left_out"] == {
         "keypoint outside its picture": 1,
         "keypoint that is no number": 4,
-        "picture that is listed twice": 1,
-        "picture that is not there": 2,
+        "picture that is not there": 1,
         "row of another length": 2,
+        "row that is given twice": 1,
+        "row without a picture": 1,
     }
     text = capsys.readouterr().out
     for told in (
@@ -708,20 +710,244 @@ def test_rows_that_cannot_be_used_are_named_and_counted(tmp_path, capsys):
     [
         ("", "train.csv is empty"),
         ("\n\n , \n", "train.csv is empty"),
-        ("image,x,y,z\n", "4 columns; expected the picture's name, then x and y of every keypoint"),
+        ("image,0,1,2\n", "4 columns; expected the picture's name, then x and y of every keypoint"),
         ("image\n", "1 columns"),
         (table({}), "has no training pictures with keypoints"),
         (table({"gone": SCENE["a"]}), "has no training pictures with keypoints"),
         (table(header="image,nose_x,nose_y,tail_x,tail_y,ear_x,ear_y"), "keypoints, others in number or name than train.csv"),
         (table({name: points[:2] for name, points in SCENE.items()}, header=""), "others in number or name than train.csv"),
-        (b"\xff\xfe\x00bad", "train.csv cannot be read as CSV"),
-        (b'a.png,"' + b"9" * 200_000 + b'",2\n', "train.csv cannot be read as CSV"),
+        (b"\xff\xfe\x00bad", "train.csv: 1 columns"),
+        (b'a.png,"' + b"9" * 200_000 + b'",2\n', "train.csv is no CSV file that can be read"),
     ],
 )
 def test_a_malformed_csv_is_named(tmp_path, content, told):
     make(tmp_path, "csv")
     (tmp_path / "train.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     one_line(lambda: loaded(tmp_path), told)
+
+
+NOT_SHUFFLED = {  # headers of tables that hold SCENE, and the form of their rows
+    "visibility": ("image,nose_x,nose_y,nose_v,left_hand_x,left_hand_y,left_hand_v,right_hand_x,right_hand_y,right_hand_v",
+                   "xyv"),
+    "likelihood": ("image,nose_x,nose_y,nose_p,left_hand_x,left_hand_y,left_hand_p,right_hand_x,right_hand_y,right_hand_p",
+                   "xyp"),
+    "occlusion": ("image,nose x,nose y,nose occluded,left_hand x,left_hand y,left_hand occluded,"
+                  "right_hand x,right_hand y,right_hand occluded", "xyp"),
+    "all x, then all y": ("image,nose_x,left_hand_x,right_hand_x,nose_y,left_hand_y,right_hand_y", "halves"),
+    "y before x": ("image,nose_y,nose_x,left_hand_y,left_hand_x,right_hand_y,right_hand_x", "yx"),
+    "axis first": ("image,x_nose,y_nose,x_left_hand,y_left_hand,x_right_hand,y_right_hand", "xy"),
+    "axis in brackets": ("image,nose (x),nose (y),left_hand (x),left_hand (y),right_hand (x),right_hand (y)", "xy"),
+    "units": ("image,nose_x_px,nose_y_px,left_hand_x_px,left_hand_y_px,right_hand_x_px,right_hand_y_px", "xy"),
+    "glued": ("image,nosex,nosey,left_handx,left_handy,right_handx,right_handy", "xy"),
+    "dashes": ("image,nose-x,nose-y,left_hand-x,left_hand-y,right_hand-x,right_hand-y", "xy"),
+    "two lines": ("image,nose,,left_hand,,right_hand,\n,x,y,x,y,x,y", "xy"),
+    "two lines, repeated": ("image,nose,nose,left_hand,left_hand,right_hand,right_hand\n,x,y,x,y,x,y", "xy"),
+    "names over two columns": ("image,nose,,left_hand,,right_hand,", "xy"),
+    "an index": (",image,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y", "index xy"),
+    "size": ("image,width,height,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y", "size xy"),
+    "box": ("image,x,y,w,h,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y", "box xy"),
+    "box in words": ("image,bbox_x,bbox_y,bbox_width,bbox_height,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y",
+                     "box xy"),
+    "corners": ("image,xmin,ymin,xmax,ymax,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y", "corners xy"),
+    "DeepLabCut": ("scorer,me,me,me,me,me,me\nbodyparts,nose,nose,left_hand,left_hand,right_hand,right_hand\n"
+                   "coords,x,y,x,y,x,y", "xy"),
+}  # fmt: skip
+
+
+def cells_of(points, form, name):
+    """The cells of a row, in one of the forms that NOT_SHUFFLED names."""
+    pairs = {"xy": (0, 1), "yx": (1, 0), "xyv": (0, 1, 2), "xyp": (0, 1, 3)}.get(form.split()[-1], ())
+    cells = [f"{name}.png", *((*point, 2, 0.5)[i] for point in points for i in pairs)]
+    if form == "halves":
+        cells += [*(x for x, _ in points), *(y for _, y in points)]
+    x, y, w, h = box_of(points)
+    more = {"index": [], "size": [W, H], "box": [x, y, w, h], "corners": [x, y, x + w, y + h]}.get(form.split()[0], [])
+    return [*(["7"] if form.startswith("index") else []), cells[0], *more, *cells[1:]]
+
+
+def csv_table(form, header, separator=",", comma=False):
+    rows = [[str(cell) for cell in cells_of(points, form, name)] for name, points in SCENE.items()]
+    rows = [[row[0], *(cell.replace(".", ",") for cell in row[1:])] if comma else row for row in rows]
+    return "\n".join([header.replace(",", separator), *(separator.join(row) for row in rows)]) + "\n"
+
+
+def figures_of(folder):
+    splits, points, _, faults = read(folder)
+    figures = {s.path.stem: s for s in [*splits["train"], *splits["val"]]}
+    return figures, points, faults
+
+
+@pytest.mark.parametrize("kind", NOT_SHUFFLED)
+def test_every_point_of_a_table_has_its_own_x_and_y(tmp_path, kind):
+    header, form = NOT_SHUFFLED[kind]
+    figures, points, faults = figures_of(make(tmp_path, "csv, single", content=csv_table(form, header)))
+    assert points.names == NAMES and points.flip_pairs == [(1, 2)] and sorted(figures) == ["a", "b", "c"] and faults == {}
+    for name, figure in figures.items():
+        np.testing.assert_allclose(figure.points, SCENE[name])
+        assert figure.labelled.all() and figure.size == ((W, H) if form.startswith("size") else None)
+        assert (figure.box is None) == (not form.startswith(("box", "corners")))
+        assert figure.box is None or figure.box.tolist() == box_of(SCENE[name])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("separator, comma", [(";", False), ("\t", False), (";", True), ("\t", True), ("|", False)])
+def test_separators_decimal_commas_and_encodings(tmp_path, separator, comma, encoding):
+    header = "bild,größe_x,größe_y,left_x,left_y,right_x,right_y"
+    make(tmp_path, "csv, single")
+    (tmp_path / "points.csv").write_bytes(csv_table("xy", header, separator, comma).encode(encoding))
+    figures, points, faults = figures_of(tmp_path)
+    assert points.names == ["größe", "left", "right"] and faults == {}
+    for name, figure in figures.items():
+        np.testing.assert_allclose(figure.points, SCENE[name])
+
+
+@pytest.mark.parametrize(
+    "header, told",
+    [
+        ("image,nose,left,right,tail,ear,eye", "says of no column that it is x or y"),
+        ("image,nose_x,nose_y,left_x,left_y,right_x,tail_x", "column 'right_x' has no partner|column 'tail_x' has no partner"),
+        ("image,nose_x,nose_y,left_x,left_y,nose_x,nose_y", "two columns are 'nose_x'"),
+        ("image,nose_x,nose_y,x1,y1,x2,y2", "keypoints have names, but x1, y1 ... numbers: is that a box"),
+        ("image,center_x,center_y,width,height,nose_x,nose_y", "is center with width and height a box"),
+        ("image,x,y,y,x,x,y", "could be paired in several ways"),
+        ("image,xmin,ymin,xmax,ymax,width,height", "says of no column that it is x or y"),
+    ],
+)
+def test_a_header_that_can_be_read_in_two_ways_is_refused(tmp_path, header, told):
+    one_line(lambda: read(make(tmp_path, "csv, single", content=table(header=header))), told)
+
+
+def moving_figures(order):
+    """A CSV without a header of 12 pictures in which a figure of four points moves about."""
+    rng, lines = np.random.default_rng(0), []
+    shape = np.array([(0, 0), (8, 3), (2, 9), (9, 9)])
+    for i in range(12):
+        points = shape + rng.integers(2, (40, 30)) + rng.integers(0, 2, (4, 2))
+        lines.append(",".join([f"p{i}.png", *(str(v) for v in order(points))]))
+    return "\n".join(lines) + "\n"
+
+
+def test_without_a_header_pairs_are_read_and_what_does_not_look_like_pairs_is_refused(tmp_path, capsys):
+    for i in range(12):
+        draw(tmp_path / "images" / f"p{i}.png", size=(4, 4))
+    file = write(tmp_path / "points.csv", moving_figures(lambda points: points.flatten()))
+    splits, points, *_ = read(tmp_path)
+    first = min([*splits["train"], *splits["val"]], key=lambda s: len(s.path.name))
+    assert points.names == ["0", "1", "2", "3"] and first.points[1, 0] > first.points[0, 0] + 4
+    assert "does not say which columns are x and y: they are read as x, y, x, y" in capsys.readouterr().out
+    file.write_text(moving_figures(lambda points: points.T.flatten()))
+    one_line(lambda: read(tmp_path), "is it all x and then all y")
+    file.write_text(moving_figures(lambda points: np.column_stack([points, [2, 1, 2, 2]]).flatten()))
+    one_line(lambda: read(tmp_path), "every third column holds 0, 1, 2 alone")
+
+
+def test_keypoints_in_another_order_in_another_split_are_brought_into_the_first_ones(tmp_path):
+    val = "image,right_hand_x,right_hand_y,nose_x,nose_y,left_hand_x,left_hand_y\na.png,30,22,20,10,12,24\n"
+    splits, points, *_ = read(make(tmp_path, "csv", val=val))
+    assert points.names == NAMES
+    np.testing.assert_allclose(splits["val"][0].points, SCENE["a"])
+
+
+def test_what_a_table_leaves_empty_counts_as_unlabelled_and_says_so(tmp_path, capsys):
+    rows = ["a.png,,,12,24,30,22", "b.png,NaN,nan,-1,-1,50.25,38", "c.png,0,0,22,20,41,21"]
+    train, _, _, facts = loaded(make(tmp_path, "csv", content=table({}) + "\n".join(rows)))
+    assert facts["left_out"] == {}
+    assert [s.labelled.tolist() for s in train.samples] == [[False, True, True], [False, False, True], [False, True, True]]
+    text = capsys.readouterr().out
+    for told in ("keypoint that is empty, which counts as unlabelled (2)", "that is -1, -1", "that is 0, 0"):
+        assert told in text
+    header = "image,nose_x,nose_y,nose_visible,tail_x,tail_y,tail_visible"
+    rows = ["a.png,20,10,0,12,24,1", "b.png,40,30,true,33.5,40,False", "c.png,30,8,1,22,20,"]
+    train, *_ = loaded(make(tmp_path, "csv", content="\n".join([header, *rows]), val=f"{header}\na.png,20,10,1,12,24,1"))
+    assert [s.labelled.tolist() for s in train.samples] == [[False, True], [True, False], [True, True]]
+    assert "keypoint that is of visibility 0, which counts as unlabelled (2)" in capsys.readouterr().out
+
+
+def test_fractions_are_brought_into_the_pictures_pixels(tmp_path, capsys):
+    scene = {name: [(x / W, y / H) for x, y in points] for name, points in SCENE.items()}
+    val = table({"a": [(1, 1), (0.5, 1.2), (0, 0.5)]})
+    train, validation, _, facts = loaded(make(tmp_path, "csv", content=table(scene), val=val))
+    for sample in train.samples:
+        np.testing.assert_allclose(sample.points, SCENE[sample.path.stem])
+    assert validation.samples[0].labelled.tolist() == [True, False, True]  # on the edge is in the picture, beyond it is not
+    assert facts["left_out"] == {"keypoint outside its picture": 1} and "are fractions of the picture" in capsys.readouterr().out
+    for index in range(3):
+        assert train[(0, index)]["visible"].all()
+
+
+def test_several_rows_of_a_picture_are_several_figures_cut_out_around_their_points(tmp_path, capsys):
+    content = table() + "a.png,40,10,44,24,50,22\n"
+    train, val, _, facts = loaded(make(tmp_path, "csv", content=content))
+    boxes = [(s.path.stem, s.box.tolist()) for s in (*train.samples, *val.samples)]
+    around = {name: box_of(points, margin=0) for name, points in SCENE.items()}
+    assert boxes == [*around.items(), ("a", [40, 10, 10, 14]), ("a", around["a"])] and facts["left_out"] == {}
+    assert "1 of 4 pictures have several figures" in capsys.readouterr().out
+    one_point_a_row = "image,part,x,y\na.png,nose,20,10\na.png,tail,12,24\nb.png,nose,40,30\n"
+    alone = make(tmp_path / "alone", "csv, single", content=one_point_a_row)
+    one_line(lambda: read(alone), "several rows of a picture have one x and y each")
+
+
+def test_names_without_endings_are_found(tmp_path):
+    figures, points, faults = figures_of(make(tmp_path, "csv, single", content=table().replace(".png", "")))
+    assert sorted(figures) == ["a", "b", "c"] and points.names == NAMES and faults == {}
+    np.testing.assert_allclose(figures["c"].points, SCENE["c"])
+
+
+DLC_HEAD = """scorer,,,me,me,me,me,me,me
+bodyparts,,,nose,nose,left_hand,left_hand,right_hand,right_hand
+coords,,,x,y,x,y,x,y
+"""
+
+
+@pytest.mark.parametrize("place", ["", "labeled-data", "labeled-data/one"])
+def test_a_deeplabcut_project_is_read_from_any_of_its_folders(tmp_path, place):
+    for video, old in (("one", False), ("two", True)):
+        folder = tmp_path / "labeled-data" / video
+        slash = "\\" if old else ","
+        rows = [f"labeled-data{slash}{video}{slash}{row}" for row in table(header="").splitlines()]
+        head = DLC_HEAD.replace(",,,", ",") if old else DLC_HEAD
+        write(folder / "CollectedData_me.csv", head + "\n".join(rows))
+        for name, points in SCENE.items():
+            draw(folder / f"{name}.png", points)
+    write(tmp_path / "config.yaml", "Task: reaching\n")
+    splits, points, layout, faults = read(tmp_path / place)
+    samples = [*splits["train"], *splits["val"]]
+    assert layout == "csv" and points.names == NAMES and faults == {} and all(s.box is None for s in samples)
+    videos = ["one"] if place.endswith("one") else ["one", "two"]
+    assert sorted((s.path.parent.name, s.path.stem) for s in samples) == [(v, name) for v in videos for name in "abc"]
+    for sample in samples:
+        np.testing.assert_allclose(sample.points, SCENE[sample.path.stem])
+    if not place:
+        write(tmp_path / "labeled-data" / "one" / "CollectedData_you.csv", DLC_HEAD)
+        one_line(lambda: read(tmp_path), "holds the CollectedData of several scorers")
+
+
+def test_deeplabcuts_individuals_are_figures_of_their_own(tmp_path, capsys):
+    lines = ["scorer," + ",".join(["me"] * 10), "individuals," + ",".join(["m1"] * 4 + ["m2"] * 4 + ["single"] * 2)]
+    lines += ["bodyparts," + ",".join(["nose", "nose", "tail", "tail"] * 2 + ["lamp"] * 2), "coords," + ",".join(["x", "y"] * 5)]
+    lines += ["a.png,20,10,12,24,40,10,50,30,1,1", "b.png,40,30,33.5,40,,,,,1,1", "c.png,,,,,30,8,41,21,,"]
+    splits, points, _, faults = read(make(tmp_path, "csv, single", content="\n".join(lines)))
+    assert points.names == ["nose", "tail"] and faults == {"individual with other keypoints than the first": 1}
+    samples = sorted([*splits["train"], *splits["val"]], key=lambda s: (s.path.name, s.points[0, 0]))
+    assert [(s.path.stem, s.points.tolist()) for s in samples] == [
+        ("a", [[20, 10], [12, 24]]),
+        ("a", [[40, 10], [50, 30]]),
+        ("b", [[40, 30], [33.5, 40]]),
+        ("c", [[30, 8], [41, 21]]),
+    ]
+    assert all(np.isnan(s.box).all() for s in samples)
+
+
+@pytest.mark.parametrize("columns", [20_001, 3_001])
+def test_thousands_of_columns_are_refused(tmp_path, columns):
+    row = ",".join(["a.png", *("7" for _ in range(columns - 1))])
+    one_line(lambda: read(make(tmp_path, "csv, single", content=row)), "keypoints a figure; a model knows at most 1000")
+
+
+def test_numbers_with_commas_that_may_be_thousands_are_refused(tmp_path):
+    content = csv_table("xy", "image,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y", ";")
+    make(tmp_path, "csv, single", content=content.replace("20;10", "1,020;10"))
+    one_line(lambda: read(tmp_path), "is 1,020 beside .* a thousand or a fraction")
 
 
 # ---- crops -----------------------------------------------------------------------------------------------------------
@@ -1109,8 +1335,11 @@ def test_boxes_for_infer_come_from_results_or_annotations(tmp_path):
         ("5", "expected COCO results"),
         ([{"bbox": [1, 2, 3, 4]}], "expected COCO results"),
         ([{"file_name": "a.png", "bbox": [1, 2, 3]}], "expected COCO results"),
-        ([{"file_name": "a.png", "bbox": [1, 2, 0, 4]}], "every box with an area"),
-        ([{"file_name": "a.png", "bbox": [1, 2, math.nan, 4]}], "every box with an area"),
+        ([{"file_name": "a.png", "bbox": [1, 2, 0, 4]}], "has no box of score 0.5 or more"),
+        ([{"file_name": "a.png", "bbox": [1, 2, math.nan, 4]}], "has no box of score 0.5 or more"),
+        ([{"file_name": "a.png", "bbox": [1, 2, 3, 10**400]}], "expected COCO results"),
+        ([{"file_name": "", "bbox": [1, 2, 3, 4]}], "expected COCO results"),
+        (json.dumps([]).replace("[]", "[" * 100_000), "is not valid JSON"),
         ([{"file_name": "a.png", "bbox": [1, 2, 3, 4], "score": "sure"}], "expected COCO results"),
         ([{"file_name": "a.png", "bbox": [1, 2, 3, 4], "score": None}], "expected COCO results"),
         ([{"file_name": 5, "bbox": [1, 2, 3, 4]}], "expected COCO results"),
@@ -1123,3 +1352,52 @@ def test_boxes_for_infer_come_from_results_or_annotations(tmp_path):
 def test_a_file_of_boxes_that_is_none_is_refused(tmp_path, content, told):
     picture = draw(tmp_path / "a.png")
     one_line(lambda: place_boxes([picture], str(write(tmp_path / "boxes.json", content)), 0.5, Faults()), told)
+
+
+def boxes_for(folder, names, pictures):
+    """{picture: x of the boxes that it gets} from a file in which the box of names[i] begins at x = i."""
+    rows = [{"file_name": str(name), "bbox": [i, 5, 30, 30], "score": 0.9} for i, name in enumerate(names)]
+    framed = place_boxes(pictures, str(write(folder / "boxes.json", rows)), 0.5, Faults())
+    return {str(path.relative_to(folder)): [box[0] for p, box, _ in framed if p == path] for path in pictures}
+
+
+def test_pictures_of_one_name_get_the_boxes_of_their_own_folder(tmp_path):
+    one, two, other = (draw(tmp_path / name) for name in ("cam1/frame.png", "cam2/frame.png", "cam1/x.png"))
+    both = {"cam1/frame.png": [0], "cam2/frame.png": [1]}
+    for names in ((one, two), ("cam1/frame.png", "cam2/frame.png"), ("D:\\x\\cam1\\frame.png", "/old/cam2/frame.png")):
+        assert boxes_for(tmp_path, names, [one, two]) == both
+    assert boxes_for(tmp_path, [two, one], [one]) == {"cam1/frame.png": [1]}  # the other's picture is not asked for
+    assert boxes_for(tmp_path, ["elsewhere/x.png", "x.png"], [other, one]) == {"cam1/x.png": [0, 1], "cam1/frame.png": []}
+    assert boxes_for(tmp_path, ["x.png", "elsewhere/x.png"], [other]) == {"cam1/x.png": [0, 1]}
+    one_line(lambda: boxes_for(tmp_path, ["frame.png"], [one, two]), "frame.png may be .*cam1/frame.png or .*cam2/frame.png")
+    one_line(
+        lambda: boxes_for(tmp_path, ["a/frame.png", "b/frame.png"], [one]), "cam1/frame.png may be a/frame.png or b/frame.png"
+    )
+
+
+def test_boxes_that_show_nothing_are_named(tmp_path):
+    picture, faults = draw(tmp_path / "a.png"), Faults()
+    rows = [[1, 2, 30, 40], [1, 2, 0, 4], [1, math.nan, 3, 4], [1, 2, -3, 4], [W + 5, 2, 9, 9]]
+    rows = [{"file_name": "a.png", "bbox": box} for box in rows]
+    framed = place_boxes([picture], str(write(tmp_path / "b.json", rows)), 0.5, faults)
+    points = read(make(tmp_path / "set"))[1]
+    assert figures_only(framed, preprocess(), points, faults).box(0)[0].tolist() == [1, 2, 30, 40]
+    assert faults.counts() == {"box that does not fit its picture": 1, "box without an area or a score": 3}
+    assert faults.found["box without an area or a score"][0] == "b.json row 2: a.png"
+
+
+@pytest.mark.parametrize(
+    "header, row",
+    [
+        ("file_name,x,y,w,h,score", "a.png,1,2,30,40,0.9"),
+        ("image;class;score;xmin;ymin;xmax;ymax", "a.png;cat;0.9;1;2;31;42"),
+        ("picture,label,score,x,y,width,height", "a.png,cat,0.9,1,2,30,40"),
+        ("image,x1,y1,x2,y2,confidence", "a.png,1,2,31,42,0.9"),
+        ("image,bbox_x,bbox_y,bbox_w,bbox_h,score", "a.png,1,2,30,40,0.9"),
+    ],
+)
+def test_boxes_may_come_in_a_table(tmp_path, header, row):
+    picture = draw(tmp_path / "a.png")
+    framed = place_boxes([picture], str(write(tmp_path / "boxes.csv", f"{header}\n{row}\n")), 0.5, Faults())
+    assert framed == [(picture, [1, 2, 30, 40], 0.9)]
+    one_line(lambda: place_boxes([picture], str(write(tmp_path / "boxes.csv", "image,a\na.png,1\n")), 0.5, Faults()), "or a CSV")

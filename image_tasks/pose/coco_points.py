@@ -9,7 +9,7 @@ from common.checkpoint import read_json
 from common.config import UserError
 from common.runtime import say
 from common.samples import SPLIT_NAMES, Faults, split_of, visible_entries
-from keypoints import KEYPOINT_FILE, NO_BOX, Sample, picture_finder
+from keypoints import KEYPOINT_FILE, NO_BOX, Sample, claimed_size, picture_finder
 
 OTHER_TASKS = ("captions", "instances", "stuff", "panoptic", "image_info")  # COCO's annotations that hold no keypoints
 
@@ -134,15 +134,6 @@ def coco_pictures(data_dir: Path, split: str, path: Path, table: dict, faults: F
         place = finder.find(name, faults)
         pictures[image_id] = place and (place, claimed_size(image.get("width"), image.get("height")))
     return pictures
-
-
-def claimed_size(width, height) -> tuple[int, int] | None:
-    """(width, height), or None where an annotation gives none that could be."""
-    try:
-        size = int(width), int(height)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return size if min(size) > 0 else None
 
 
 def coco_figure(annotation: dict, count: int, where: str, faults: Faults):

@@ -1,92 +1,195 @@
-"""Reads keypoints from CSV: a row per picture, its name and then x, y of every keypoint."""
+"""Reads keypoints from tables: CSV with a row for every figure, or for all of a picture; DeepLabCut's among them."""
 
-import csv
 import math
 import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.config import UserError
-from common.samples import SPLIT_NAMES, Faults, FileFinder
+from common.runtime import say
+from common.samples import SPLIT_NAMES, Faults, split_of, visible_entries
+from common.tables import read_table
 from common.vision.pictures import is_picture
-from keypoints import Sample
+from csv_columns import Columns, columns_of, is_empty, read_box, to_number
+from keypoints import NO_BOX, Sample, claimed_size, picture_finder
+
+HEADER_LINES = 4  # DeepLabCut with several animals: scorer, individuals, bodyparts, coords
 
 
-def csv_files(data_dir: Path) -> dict[str, Path]:
-    """Split -> CSV file, by the split's name in the file's; a single CSV holds the training data."""
-    files, found = sorted(data_dir.glob("*.csv")), {}
-    for split, names in SPLIT_NAMES.items():
-        mine = [p for p in files if any(name in p.name.lower() for name in names) and p not in found.values()]
+@dataclass
+class Table:
+    path: Path
+    columns: Columns
+    width: int
+    rows: list[tuple[int, list[str]]]  # (line number, cells)
+    comma: bool  # 1,5 stands for 1.5
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+
+def csv_files(data_dir: Path) -> dict[str, list[Path]]:
+    """Split -> its tables, by the split's name in theirs or their folder's; a single one holds the training data.
+
+    A DeepLabCut project has one in the folder of every video: they are training data together.
+    """
+    inner = [data_dir / entry.name for entry in visible_entries(data_dir) if entry.is_dir()]
+    files = [*tables_in(data_dir), *(path for folder in inner if folder.name.lower() in ("annotations", "labels") for path in
+             tables_in(folder))]  # fmt: skip
+    found = {}
+    for split in SPLIT_NAMES:
+        mine = [path for path in files if split_of(path.stem, alone=False) == split]
+        mine = mine or [path for folder in inner if split_of(folder.name) == split for path in tables_in(folder)]
         if mine:
-            found[split] = mine[0]
-    if len(files) == 1:
-        found = {"train": files[0]}
+            found[split] = mine[:1]
+        if mine[1:]:
+            say(f"{mine[0]} has the {split} split; not read: {', '.join(str(path) for path in mine[1:4])}")
+    collected = [path for path in files if path.name.startswith("CollectedData")]
+    if len(files) == 1 or len(collected) == 1:
+        found = {"train": collected or files}
+    videos = [path for pattern in ("labeled-data/*", "*") for path in sorted(data_dir.glob(f"{pattern}/CollectedData*.csv"))]
+    if "train" not in found and videos:
+        doubled = [folder for folder, many in Counter(path.parent for path in videos).items() if many > 1]
+        if doubled:
+            raise UserError(f"{doubled[0]} holds the CollectedData of several scorers; keep one")
+        found["train"] = videos
     return found if "train" in found else {}
 
 
-def read_csv(data_dir: Path, files: dict[str, Path], faults: Faults):
-    tables = {split: read_csv_rows(path) for split, path in files.items()}
-    names, named = tables["train"][0]
-    for split, ((other, other_named), _) in tables.items():
-        if len(other) != len(names) or (named and other_named and other != names):
-            raise UserError(f"{files[split]} has {len(other)} keypoints, others in number or name than {files['train'].name}")
-    splits = {
-        split: read_csv_split(data_dir, split, files[split], rows, len(names), faults) for split, (_, rows) in tables.items()
-    }
-    return splits, names, named, {}
+def tables_in(folder: Path) -> list[Path]:
+    files = [folder / entry.name for entry in visible_entries(folder) if entry.is_file()]
+    return [path for path in files if path.suffix.lower() in (".csv", ".tsv")]
 
 
-def read_csv_rows(path: Path) -> tuple[tuple[list[str], bool], list[tuple[int, list[str]]]]:
-    """((keypoint names, whether the header gave them), [(line number, cells)]) of a CSV file."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV: {error}") from None
-    if not rows:
+def read_csv(data_dir: Path, files: dict[str, list[Path]], faults: Faults):
+    """(splits, keypoint names, whether they are names, nothing else that the data says of them)."""
+    tables = [(split, open_table(path, faults)) for split, paths in files.items() for path in paths]
+    first, splits = tables[0][1], {}
+    for split, table in tables:
+        order = same_order(first, table)
+        splits.setdefault(split, []).extend(read_csv_split(data_dir, split, table, order, faults))
+    figures = Counter(sample.path for samples in splits.values() for sample in samples)
+    crowded = sum(many > 1 for many in figures.values())
+    if crowded and first.columns.stems == [""]:
+        raise UserError(
+            f"{first.path}: several rows of a picture have one x and y each; expected a figure's keypoints in one row"
+        )
+    if crowded or any(len(table.columns.figures) > 1 for _, table in tables):
+        told = f"{crowded} of {len(figures)} pictures have several figures"
+        say(f"{data_dir}: {told}; each is cut out by its box, or around its keypoints")
+        for sample in (sample for samples in splits.values() for sample in samples):
+            sample.box = np.array(NO_BOX) if sample.box is None else sample.box
+    return splits, first.columns.names, first.columns.named, {}
+
+
+def same_order(first: Table, table: Table) -> list[int]:
+    """The places of the first table's keypoints in another's."""
+    ours, theirs = first.columns, table.columns
+    if set(ours.stems) == set(theirs.stems):
+        return [theirs.stems.index(stem) for stem in ours.stems]
+    if len(ours.stems) != len(theirs.stems) or (ours.named and theirs.named):
+        raise UserError(f"{table.path} has {len(theirs.stems)} keypoints, others in number or name than {first.path.name}")
+    return list(range(len(ours.stems)))
+
+
+def open_table(path: Path, faults: Faults) -> Table:
+    """A table with its columns told apart. UserError where they cannot be."""
+    lines = list(read_table(path, faults))
+    if not lines:
         raise UserError(f"{path} is empty")
-    first = rows[0][1]
-    if len(first) < 3 or len(first) % 2 == 0:
-        raise UserError(f"{path}: {len(first)} columns; expected the picture's name, then x and y of every keypoint")
-    header = not is_picture(first[0].strip())
-    count = len(first) // 2
-    names = []
-    for x, y in zip(first[1::2], first[2::2], strict=True) if header else ():
-        stems = [re.fullmatch(rf"(.+?)[ _.-]?{axis}", cell.strip(), re.IGNORECASE) for cell, axis in ((x, "x"), (y, "y"))]
-        if all(stems) and stems[0][1] == stems[1][1]:
-            names.append(stems[0][1])
-    named = len(names) == count and not all(re.fullmatch(r"\D?\d+", name) for name in names)
-    return (names if named else [str(i) for i in range(count)], named), rows[1:] if header else rows
+    first = next((n for n, (_, cells) in enumerate(lines) if is_data(cells)), len(lines))
+    if first > HEADER_LINES and first < len(lines):
+        raise UserError(f"{path}: {first} lines before the first that holds a picture's name and numbers; keep one header")
+    header = [cells for _, cells in lines[: min(first, HEADER_LINES)] if sum(map(bool, cells)) > 1]
+    width = max(map(len, header or [lines[0][1]]))
+    while not any(len(cells) >= width and cells[width - 1] for _, cells in lines):
+        width -= 1  # lines that end in a separator
+    if width < 3:
+        raise UserError(f"{path}: {width} columns; expected the picture's name, then x and y of every keypoint")
+    header = [[*cells, *[""] * width][:width] for cells in header]
+    rows = [(line, cells if any(cells[width:]) else cells[:width]) for line, cells in lines[first:]]
+    columns = columns_of(path, header, [cells for _, cells in rows if len(cells) == width], width, faults)
+    used = [column for figure in columns.figures for places in figure for column in places[:2]]
+    cells = {cells[column] for _, cells in rows if len(cells) == width for column in (*used, *columns.box.values())}
+    return Table(path, columns, width, rows, decimal_comma(path, cells))
 
 
-def read_csv_split(data_dir: Path, split: str, path: Path, rows, count: int, faults: Faults) -> list[Sample]:
-    pieces = path.stem.split("_")
-    near = ["_".join(pieces[:n]) for n in range(len(pieces), 0, -1)]  # training_frames_keypoints, training_frames, training
-    near += [part for n in SPLIT_NAMES[split] for part in (n, f"images/{n}")]
-    finder = FileFinder([*(data_dir / part for part in near), data_dir / "images", data_dir])
+def is_data(cells: list[str]) -> bool:
+    """Whether a line is no header: it names a picture file or, as names may lack endings, has numbers that do not just count."""
+    if any(map(is_picture, cells)):
+        return True
+    filled = [cell for cell in cells[1:] if cell]
+    numbers = [value for value in (to_number(cell, True) for cell in filled) if not math.isnan(value)]
+    counted = all(b - a == 1 for a, b in zip(numbers, numbers[1:], strict=False))
+    return bool(cells[0]) and 2 * len(numbers) > len(filled) and not counted
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------------
+
+
+def read_csv_split(data_dir: Path, split: str, table: Table, order: list[int], faults: Faults) -> list[Sample]:
+    """order: where this table has the first one's keypoints."""
+    columns, path, finder = table.columns, table.path, picture_finder(data_dir, table.path, split)
     samples, seen = [], set()
-    for line, row in rows:
-        name = row[0].strip()
-        if len(row) != 1 + 2 * count:
-            faults.add("row of another length", f"{path.name} line {line}: {len(row)} columns instead of {1 + 2 * count}")
+    for line, row in table.rows:
+        where = f"{path.name} line {line}"
+        if len(row) != table.width:
+            faults.add("row of another length", f"{where}: {len(row)} columns instead of {table.width}")
             continue
-        place = finder.find(name)
-        if place is None:
-            faults.add("picture that is not there", name or f"{path.name} line {line}")
+        name = "/".join(filter(None, (row[column] for column in columns.picture)))
+        place = finder.find(name, faults) if name else faults.add("row without a picture", where)
+        for figure in columns.figures if place else ():
+            points, labelled = read_points(row, [figure[i] for i in order], table.comma, where, faults)
+            if len(columns.figures) > 1 and not labelled.any():
+                continue  # an individual that is not in this picture
+            key = (place, points.tobytes())
+            if key in seen:
+                faults.add("row that is given twice", f"{where}: {name}")
+                continue
+            seen.add(key)
+            size = claimed_size(*(to_number(row[columns.size[side]], table.comma) for side in "wh")) if columns.size else None
+            samples.append(Sample(place, size, points, labelled, read_box(row, columns.box, table.comma), math.nan, where))
+    return in_fractions(path, samples)
+
+
+def read_points(row: list[str], figure: list, comma: bool, where: str, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+    """(points (K, 2), labelled (K,)) of a figure in a row."""
+    points, labelled = np.full((len(figure), 2), math.nan), np.ones(len(figure), dtype=bool)
+    for k, (x, y, v) in enumerate(figure):
+        points[k] = to_number(row[x], comma), to_number(row[y], comma)
+        if is_empty(row[x]) and is_empty(row[y]):
+            unlabelled = "empty"
+        elif points[k].tolist() in ([-1, -1], [0, 0]):
+            unlabelled = f"{points[k, 0]:.0f}, {points[k, 1]:.0f}"
+        elif v is not None and (to_number(row[v], comma) <= 0 or row[v].lower() in ("false", "no")):
+            unlabelled = "of visibility 0"
+        else:
             continue
-        if place in seen:
-            faults.add("picture that is listed twice", f"{path.name} line {line}: {name}")
-            continue
-        seen.add(place)
-        values = np.array([to_number(cell) for cell in row[1:]]).reshape(-1, 2)
-        samples.append(Sample(place, None, values, np.ones(len(values), dtype=bool), None, math.nan, f"{path.name} line {line}"))
+        labelled[k] = False
+        faults.note(f"keypoint that is {unlabelled}, which counts as unlabelled", where)
+    return points, labelled
+
+
+def in_fractions(path: Path, samples: list[Sample]) -> list[Sample]:
+    """The samples, marked where all their coordinates are fractions: no picture has all its points in its first pixel."""
+    points = np.concatenate([sample.points[sample.labelled] for sample in samples] or [np.zeros((0, 2))])
+    points = points[np.isfinite(points).all(axis=1)]
+    if len(points) and (np.abs(points - 0.5) <= 1).all() and (points % 1).any():
+        say(f"{path}: coordinates from 0 to 1 are fractions of the picture's width and height")
+        if any(sample.box is not None and np.nanmax(sample.box, initial=0) > 2 for sample in samples):
+            raise UserError(f"{path}: points in fractions of the picture, and boxes in pixels")
+        for sample in samples:
+            sample.relative = True
     return samples
 
 
-def to_number(cell: str) -> float:
-    try:
-        return float(cell)
-    except ValueError:
-        return math.nan
+def decimal_comma(path: Path, cells: set[str]) -> bool:
+    """Whether numbers are written 1,5. UserError where commas may part thousands."""
+    commas = [cell for cell in cells if re.fullmatch(r"[-+]?\d+,\d+", cell)]
+    others = [cell for cell in cells if re.fullmatch(r"[-+]?\d+(\.\d+)?", cell)]
+    if commas and (any("." in cell for cell in others) or (others and all(cell[-4] == "," for cell in commas if cell[-4:]))):
+        raise UserError(f"{path}: is {commas[0]} beside {others[0]} a thousand or a fraction? Write numbers with a decimal point")
+    return bool(commas)

@@ -38,6 +38,7 @@ COCO_SIGMAS = (
 COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
               "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
               "right_ankle")  # fmt: skip
+MOST_KEYPOINTS = 1000  # a heatmap for each: what has more columns is hardly a table of keypoints
 NO_BOX = (math.nan,) * 4  # as an array, a box without area
 KEYPOINT_FILE = "keypoints.json"  # in data_dir, or in a checkpoint: names, skeleton, flip_pairs, sigmas
 
@@ -140,6 +141,8 @@ def flip_pairs_from_names(names: list[str]) -> list[tuple[int, int]]:
 
 def describe_keypoints(names: list[str], named: bool, own: dict, where: str) -> KeypointSet:
     """The KeypointSet of a data set; own: the skeleton, flip_pairs and sigmas that the data gives. Says aloud what it lacks."""
+    if len(names) > MOST_KEYPOINTS:
+        raise UserError(f"{where} has {len(names)} keypoints a figure; a model knows at most {MOST_KEYPOINTS}")
     doubled = [name for name, count in Counter(names).items() if count > 1]
     if doubled:
         raise UserError(f"{where}: two keypoints are called {doubled[0]!r}")
@@ -193,3 +196,12 @@ def picture_finder(data_dir: Path, file: Path, split: str) -> FileFinder:
     named = [folder for folder in roots if folder.name.lower() in parts or split_of(folder.name) == split]
     named = [folder for folder in named if folder.is_dir()]
     return FileFinder([*named, file.parent, data_dir / "images", data_dir], picture_endings())
+
+
+def claimed_size(width, height) -> tuple[int, int] | None:
+    """(width, height), or None where an annotation gives none that could be."""
+    try:
+        size = int(width), int(height)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return size if min(size) > 0 else None
