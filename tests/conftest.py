@@ -49,6 +49,31 @@ def use_task(folder: Path) -> None:
 SHELVED = {folder: {} for folder in FOLDERS}  # the imported modules of the tasks that are not in use, by their names
 
 
+def check_picture_inputs(predict, folder: Path) -> None:
+    """That predict(picture) answers alike for a file, its PIL image and its array, and refuses in one line what is no picture."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from common.config import UserError
+    from common.vision.pictures import decode
+
+    noise, exif = np.random.default_rng(0).integers(0, 255, (60, 40, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(noise).save(folder / "turned.jpg", exif=exif)
+    Image.fromarray(noise[:, :, 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(noise).convert("P").save(folder / "palette.png")
+    Image.fromarray(noise).convert("CMYK").save(folder / "cmyk.tif")
+    for path in (folder / name for name in ("turned.jpg", "deep.png", "palette.png", "cmyk.tif")):
+        expected = predict(path)
+        assert predict(Image.open(path)) == expected == predict(decode(path)[:, :, ::-1].copy()[:, :, ::-1])
+    assert predict(folder / "turned.jpg") != predict(Image.fromarray(decode(folder / "turned.jpg")).rotate(90, expand=True))
+    for thing in (b"", [[1]], torch.zeros(3, 9, 9), noise / 255, noise[:, :, 0], noise[:0], np.full((9, 9, 3), np.nan), None):
+        with pytest.raises(UserError, match="is no picture; expected") as caught:
+            predict(thing)
+        assert "\n" not in str(caught.value)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_the_tests(tmp_path_factory):
     """Scans go to a folder of the session's own, also those of the scripts that tests start."""

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFICATION, Payload, use_task
+from conftest import CLASSIFICATION, Payload, check_picture_inputs, use_task
 from test_labelled import check_preprocess
 
 TASK = CLASSIFICATION
@@ -599,4 +599,5 @@ def test_the_predictor_gives_the_models_probabilities_of_either_kind_of_checkpoi
         answer = predictor.predict(pixels)
         assert [value for _, value in answer] == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-4)
         assert answer[0][0] == ["star", "dot"][int(expected.argmax())]
-        assert predictor.predict_batch([pixels, pixels[:, ::-1].copy()], top_k=1, batch_size=1)[0] == answer[:1]
+        assert predictor.predict_batch([pixels, pixels[:, ::-1]], top_k=1, batch_size=1)[0] == answer[:1]
+    check_picture_inputs(predictor.predict, tmp_path)

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP, use_task
+from conftest import CLIP, check_picture_inputs, use_task
 from PIL import Image
 from tasks import SETTINGS, TASKS, call, digests, one_line, read, same_numbers, small_data, start, trained
 
@@ -165,7 +165,8 @@ def test_the_predictor_says_what_infer_says(answered, predictor, pictures):
     assert len({str(row["predictions"]) for row in rows}) == 5  # pictures differ
 
 
-def test_a_picture_may_be_a_path_an_image_or_an_array(predictor, pictures):
+def test_a_picture_may_be_a_path_an_image_or_an_array(predictor, pictures, tmp_path):
+    check_picture_inputs(predictor.predict, tmp_path)
     for name in ("a", "b", "c"):
         path = pictures / f"{name}.png"
         image = Image.open(path)

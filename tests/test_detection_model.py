@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DETECTION, Payload, in_child, use_task
+from conftest import DETECTION, Payload, check_picture_inputs, in_child, use_task
 
 TASK = DETECTION
 use_task(TASK)
@@ -443,3 +443,4 @@ def test_the_predictor_finds_what_infer_finds_one_by_one_or_in_batches(detr_adap
         assert [a["score"] for a in alone] == pytest.approx([a["score"] for a in answers[:3]], abs=1e-5)
     with pytest.raises(UserError, match="threshold must lie between 0 and 1"):
         predictor.predict(paths[0], threshold=2)
+    check_picture_inputs(lambda picture: predictor.predict(picture, threshold=0), tmp_path)

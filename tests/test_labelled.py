@@ -502,6 +502,20 @@ def test_the_shape_of_a_resized_picture_is_known_without_it(base):
         )
 
 
+def test_a_picture_that_would_become_far_too_long_is_named(tmp_path):
+    """1 x 3000 pixels would become 17 x 51,000 where the shortest edge is 17."""
+    import transformers as hf
+
+    make(tmp_path, "folders val")
+    draw(tmp_path / "train" / "cat" / "line.png", size=(3000, 1))
+    base = hf.CLIPImageProcessor(size={"shortest_edge": 17}, crop_size={"height": 8, "width": 8})
+    facts = labelled_loaders(settings(tmp_path), base, read_labelled(tmp_path, 0))[3]
+    assert facts["left_out"] == {"picture that is more than 100 times as long as it is narrow": 1} and facts["train"] == 9
+    with pytest.raises(ValueError, match="100 times as long as it is narrow, 3000 x 1 pixels"):
+        ClassifierPreprocess(base).resize(decode(tmp_path / "train" / "cat" / "line.png"))
+    assert loaded(tmp_path)[3]["left_out"] == {}  # where both sides are given it is only squeezed
+
+
 def test_the_cache_respects_its_limit(tmp_path):
     splits, *_ = read(make(tmp_path, "folders val"))
     picture = 3 * 16 * 16

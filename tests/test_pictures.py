@@ -1,11 +1,15 @@
 """Pictures that a program has in memory are taken as the files that they came from."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from common.config import UserError
-from common.vision.pictures import as_pixels, decode, find_pictures, is_picture
+from common.vision.pictures import as_list, as_pixels, decode, find_pictures, is_picture
 
 GREY = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
 
@@ -31,16 +35,79 @@ def test_a_file_an_image_and_an_array_are_one_picture(file):
         np.testing.assert_array_equal(as_pixels(given), expected)
 
 
-@pytest.mark.parametrize("array", [GREY, GREY[:, :, None].repeat(4, axis=2), GREY[:, :, None].repeat(3, axis=2) / 255])
+RGB = np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=2)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "I;16", "RGBX"])
+def test_an_image_of_any_mode_is_its_file_or_what_pillow_converts(tmp_path, mode):
+    image = Image.fromarray(GREY.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(RGB)
+    image = (
+        image if mode in ("RGB", "I;16") else image.convert("L" if mode == "I" else "P" if mode == "PA" else mode).convert(mode)
+    )
+    try:
+        image.save(tmp_path / "a.tif")
+        expected = decode(tmp_path / "a.tif")
+    except (OSError, ValueError):  # no file holds this mode
+        expected = np.array(image.convert("RGB"))
+    found = as_pixels(image)
+    assert found.shape == (6, 8, 3) and found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_arrays_are_taken_as_they_are_held(tmp_path):
+    np.testing.assert_array_equal(as_pixels(RGB[:, :, ::-1]), np.ascontiguousarray(RGB[:, :, ::-1]))
+    np.testing.assert_array_equal(as_pixels(RGB[::-2, ::3]), RGB[::-2, ::3].copy())
+    ours = as_pixels(RGB)
+    ours[:] = 0
+    assert RGB.any()  # a copy: what is done with it does not reach the caller's
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        GREY,
+        np.dstack([RGB, GREY]),
+        RGB / 255,
+        RGB[None],
+        RGB.transpose(2, 0, 1),
+        RGB[:, :, :2],
+        RGB[:0],
+        RGB.astype(int),
+        RGB > 9,
+    ],
+)
 def test_an_array_that_is_no_picture_is_refused(array):
-    with pytest.raises(UserError, match="is no picture; expected uint8"):
+    with pytest.raises(UserError, match=r"is no picture; expected uint8 \(H, W, 3\) in RGB \(PIL's Image.fromarray") as caught:
         as_pixels(array)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("thing", [b"\x89PNG", [[1, 2]], torch.zeros(3, 8, 8), None, 7, io.BytesIO(b"")])
+def test_what_is_no_picture_at_all_is_refused(thing):
+    with pytest.raises(UserError, match="^[A-Za-z]+ is no picture; expected a path, a PIL image, or a uint8 array"):
+        as_pixels(thing)
+
+
+@pytest.mark.parametrize("one", ["a.jpg", Path("a.jpg"), b"", RGB, GREY, torch.zeros(3, 8, 8), Image.fromarray(RGB), 7, None])
+def test_one_picture_is_no_list_of_them(one):
+    with pytest.raises(UserError, match="predict_batch expects a list of pictures, not .*; predict takes one"):
+        as_list(one)
+
+
+def test_lists_generators_and_arrays_of_pictures_are_lists():
+    assert as_list(["a", "b"]) == ["a", "b"] == as_list(name for name in "ab") and len(as_list(np.stack([RGB] * 3))) == 3
 
 
 def test_what_cannot_be_decoded_is_named(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="broken.png: no picture that can be decoded"):
         as_pixels(tmp_path / "broken.png")
+    with pytest.raises(UserError, match="nowhere.png: picture that cannot be decoded, .*No such file"):
+        as_pixels(tmp_path / "nowhere.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:5000])
+    with pytest.raises(UserError, match="the image: picture that cannot be decoded"):
+        as_pixels(Image.open(tmp_path / "cut.png"))
     with pytest.raises(UserError, match="the image: picture of floating-point numbers"):
         as_pixels(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
 
@@ -78,4 +145,6 @@ def test_a_file_that_would_start_a_program_is_no_picture(tmp_path, monkeypatch):
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     with pytest.raises(UserError, match="a.jpg: no picture that can be decoded"):
         as_pixels(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="the image: no picture that can be decoded, EPS"):
+        as_pixels(Image.open(tmp_path / "a.jpg"))
     assert not (tmp_path / "started").exists()

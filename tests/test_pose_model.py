@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import POSE, Payload, use_task
+from conftest import POSE, Payload, check_picture_inputs, use_task
 
 TASK = POSE
 use_task(TASK)
@@ -663,3 +663,4 @@ def test_the_predictor_finds_what_infer_finds_in_boxes_and_in_whole_pictures(ada
     assert predictor.predict(images[0]) == {name: pytest.approx(value, abs=1e-2) for name, value in together[0].items()}
     refused(lambda: predictor.predict(images[0], box=(200, 200, 5, 5)), "does not fit a picture of 100 x 80 pixels")
     refused(lambda: predictor.predict_batch(images, [None]), "3 pictures need as many boxes")
+    check_picture_inputs(predictor.predict, tmp_path)

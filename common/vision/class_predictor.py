@@ -10,12 +10,12 @@ from common.class_metrics import softmax
 from common.config import UserError
 from common.runtime import progress_bar
 from common.samples import Faults
-from common.vision.pictures import as_pixels
+from common.vision.pictures import as_list, as_pixels
 from common.vision.preprocess import ClassifierPreprocess
 
 
 class ClassPredictor:
-    """Class probabilities for pictures. A picture is a path, a PIL image, or a uint8 array (H, W, 3) in RGB."""
+    """Class probabilities for pictures. A picture is a path, a PIL image, or a uint8 array (H, W, 3) in RGB: see as_pixels."""
 
     def __init__(self, model, processor, origin: dict, device):
         self.model, self.origin, self.device = model, origin, device
@@ -27,7 +27,7 @@ class ClassPredictor:
 
     def predict_batch(self, images, top_k: int = 5, batch_size: int = 32) -> list[list[tuple[str, float]]]:
         """The same for several pictures, in their order; batch_size of them go through the model at a time."""
-        images, answers = list(images), []
+        images, answers = as_list(images), []
         if top_k < 1 or batch_size < 1:
             raise UserError("top_k and batch_size must be at least 1")
         for first in range(0, len(images), batch_size):
@@ -37,7 +37,11 @@ class ClassPredictor:
 
     def prepare(self, image) -> torch.Tensor:
         """A picture as the model wants it: float32 (3, h, w). UserError where it is none."""
-        return self.preprocess.normalize(self.preprocess.center(self.preprocess.resize(as_pixels(image))))
+        pixels = as_pixels(image)
+        try:
+            return self.preprocess.normalize(self.preprocess.center(self.preprocess.resize(pixels)))
+        except ValueError as error:
+            raise UserError(f"{image if isinstance(image, (str, Path)) else 'the image'}: {error}") from None
 
     def probabilities(self, pixels: torch.Tensor) -> np.ndarray:
         """pixels (B, 3, h, w) -> probabilities of all classes, float64 (B, K)."""

@@ -16,6 +16,7 @@ from common.scan import FileReader
 
 # What a file may hold, whatever its name says: not EPS, for one, which starts another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+PICTURES = "a path, a PIL image, or a uint8 array (H, W, 3) in RGB"  # what as_pixels takes
 READER = 3  # goes up when read_header or decode find another size or fault in some file: scans of before are not believed
 PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may say how a PNG is turned
 
@@ -57,6 +58,8 @@ def picture_faults():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except BadFile:
+        raise
     except UnidentifiedImageError as error:
         raise BadFile("no picture that can be decoded") from error
     except Exception as error:  # on a damaged file a decoder may raise anything: struct.error, TypeError, SyntaxError ...
@@ -102,18 +105,42 @@ def to_rgb(image) -> np.ndarray:
 
 
 def as_pixels(image) -> np.ndarray:
-    """A picture as a program has it, a path, a PIL image or an array, as decode would give it. UserError where it is none."""
+    """A picture as a program has it, as decode would give its file: uint8 RGB (H, W, 3), a copy. UserError where it is none.
+
+    image: a path, a PIL image of any mode, or an array of uint8 RGB (H, W, 3). Arrays of another kind do not say what their
+    numbers are: grey, BGRA, shares of 1 ...; PIL's Image.fromarray(array, mode) does.
+    """
     from PIL import Image, ImageOps
 
+    if isinstance(image, (str, os.PathLike)):
+        try:
+            return decode(Path(image).expanduser())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{os.fspath(image)}: {error}") from None
     if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise UserError(f"an array of {image.dtype} {image.shape} is no picture; expected uint8 (H, W, 3)")
-        return image
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise UserError(
+                f"an array of {image.dtype} {image.shape} is no picture; expected uint8 (H, W, 3) in RGB "
+                f"(PIL's Image.fromarray makes pictures of other kinds)"
+            )
+        return np.array(image, order="C")  # array[:, :, ::-1], as one comes from OpenCV's BGR, has strides that torch refuses
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{type(image).__name__} is no picture; expected {PICTURES}")
     try:
-        return to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else decode(Path(image).expanduser())
-    except (OSError, ValueError) as error:
-        name = "the image" if isinstance(image, Image.Image) else image
-        raise UserError(f"{name}: {error}") from None
+        with picture_faults():
+            if image.format not in (None, "MPO", *FORMATS):  # to load it could start another program
+                raise BadFile(f"no picture that can be decoded, {image.format}")
+            return to_rgb(ImageOps.exif_transpose(image))
+    except ValueError as error:
+        raise UserError(f"the image: {error}") from None
+
+
+def as_list(images) -> list:
+    """Several pictures, each for as_pixels, as a list. UserError where it is one."""
+    one = isinstance(images, (str, bytes, os.PathLike)) or (hasattr(images, "ndim") and images.ndim < 4)
+    if one or not hasattr(images, "__iter__"):
+        raise UserError(f"predict_batch expects a list of pictures, not {type(images).__name__}; predict takes one")
+    return list(images)
 
 
 def read_header(path: Path) -> tuple[int, int, int]:

@@ -6,6 +6,8 @@ import torch
 # needs: torchvision
 from common.config import UserError
 
+LONGEST = 100  # times its narrow side a picture may be long where its shortest edge becomes what the model sees
+
 
 def mean_and_std(processor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, standard deviation), each (3, 1, 1), by which an image processor of transformers scales values of 0 to 1."""
@@ -75,15 +77,21 @@ class ClassifierPreprocess:
         return self.crop or (self.size[0], self.size[-1])
 
     def resize(self, pixels: np.ndarray) -> torch.Tensor:
-        """(H, W, 3) uint8 -> (3, h, w) uint8, of a fixed size or with a fixed shortest edge, as the base's processor does."""
+        """(H, W, 3) uint8 -> (3, h, w) uint8, of a fixed size or with a fixed shortest edge, as the base's processor does.
+
+        ValueError as in resized_shape.
+        """
         from torchvision.transforms.v2 import functional
 
+        self.resized_shape(*pixels.shape[:2])
         return functional.resize(torch.from_numpy(pixels).permute(2, 0, 1), self.size, self.mode, antialias=True)
 
     def resized_shape(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of what `resize` makes of a picture of this size."""
+        """(height, width) of what `resize` makes of a picture of this size. ValueError where that would be far too long."""
         if len(self.size) == 2:
             return tuple(self.size)
+        if max(height, width) > LONGEST * min(height, width):  # 1 x 10,000 pixels would become 1.5 GB
+            raise ValueError(f"picture that is more than {LONGEST} times as long as it is narrow, {width} x {height} pixels")
         short, long = self.size[0], int(self.size[0] * max(height, width) / min(height, width))
         return (short, long) if height <= width else (long, short)
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from common.batches import EvalBatches  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.runtime import choose_device  # noqa: E402
-from common.vision.pictures import as_pixels  # noqa: E402
+from common.vision.pictures import as_list, as_pixels  # noqa: E402
 from data import Preprocess, collate  # noqa: E402
 from metrics import detect  # noqa: E402
 from model import load_checkpoint  # noqa: E402
@@ -48,7 +48,7 @@ class Predictor:
         """The same for several pictures, in their order. Those that the model sees in one shape share batches of batch_size."""
         if not 0 <= threshold <= 1 or batch_size < 1:
             raise UserError("threshold must lie between 0 and 1, and batch_size must be at least 1")
-        pictures = [as_pixels(image) for image in images]
+        pictures = [as_pixels(image) for image in as_list(images)]
         answers = [[] for _ in pictures]
         shapes = [self.preprocess.target_size(*pixels.shape[:2]) for pixels in pictures]
         for keys in EvalBatches(shapes, batch_size):

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.config import UserError  # noqa: E402
 from common.runtime import choose_device  # noqa: E402
-from common.vision.pictures import as_pixels  # noqa: E402
+from common.vision.pictures import as_list, as_pixels  # noqa: E402
 from data import PADDING, Preprocess, crop_matrix, cut_out, fits, inverse, move, shrink, shrink_factor  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 
@@ -46,7 +46,7 @@ class Predictor:
 
     def predict_batch(self, images, boxes=None, batch_size: int = 32) -> list[dict[str, tuple[float, float, float]]]:
         """The same for several pictures, in their order, batch_size at a time. boxes: one for each picture, or None."""
-        images, answers = list(images), []
+        images, answers = as_list(images), []
         boxes = [None] * len(images) if boxes is None else list(boxes)
         if len(boxes) != len(images) or batch_size < 1:
             raise UserError(f"{len(images)} pictures need as many boxes, not {len(boxes)}; and batch_size must be at least 1")
