@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.checkpoint import atomic_folder, check_holds, fingerprint, open_model_folder, read_json, write_json
+from common.checkpoint import atomic_folder, check_holds, fingerprint, open_model_folder, read_json, write_json, write_text
 from common.config import UserError
 from common.peft_adapters import ADAPTER_FILE, load_adapter_files, save_adapter_files
 from common.runtime import say
 
+CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
 WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE}  # what a checkpoint of a method must hold
 # Not by a private base class of torch. Frozen ones, as in DETR's backbone, are of none of these and need no care.
@@ -124,16 +125,17 @@ def make_origin(task: str, method: str, base: dict, config, **details) -> dict:
     return {"task": task, "method": method, "base": base, **details, **shared}
 
 
-def save_model(folder: Path, model, processor, origin: dict) -> None:
-    """A folder for from_pretrained: weights, config, image processor, origin.json."""
+def save_model(folder: Path, model, processor, origin: dict, card: str = "") -> None:
+    """A folder for from_pretrained: weights, config, image processor, origin.json, and the model card as README.md."""
     with atomic_folder(folder) as aside:
         model.save_pretrained(aside)
         processor.save_pretrained(aside)
         write_json(aside / ORIGIN, origin)
+        write_text(aside / CARD, card)
 
 
-def save_lora(folder: Path, model, processor, origin: dict) -> None:
-    """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json.
+def save_lora(folder: Path, model, processor, origin: dict, card: str = "") -> None:
+    """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json, the model card as README.md.
 
     A model that needs more than its adapter to be built again has a method save_extra(folder), which writes it.
     """
@@ -145,6 +147,7 @@ def save_lora(folder: Path, model, processor, origin: dict) -> None:
         if hasattr(plain, "save_extra"):
             plain.save_extra(aside)
         write_json(aside / ORIGIN, origin)
+        write_text(aside / CARD, card)  # in place of PEFT's template
 
 
 def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Path, dict]:

@@ -350,6 +350,14 @@ class Run:
         say(f"epoch {self.progress.epoch}/{self.config.epochs}: {in_words(record)}{'  (best)' if is_best else ''}")
         return is_best and self.is_main
 
+    def card(self, code: str = "") -> str:
+        """The model card of the best epoch, for its checkpoint folder. code: how it is loaded with the libraries alone."""
+        with self.guard("the model card"):
+            from common.card import model_card
+
+            return model_card(self.task, self.method, self.described, self.progress.best, self.config, self.device, code)
+        return ""
+
     def guard(self, what: str):
         """For what comes after the training and may not cost it, such as pictures: `with run.guard("the plots"):`.
 

@@ -300,7 +300,7 @@ def describe_trainable(model, method: str) -> None:
 
 def origin(method: str, model: ClipClassifier, base: dict, config) -> dict:
     """What origin.json says of a checkpoint of the model."""
-    details = {"classes": model.classes, "scale": model.scale, "prompts": config.prompts}
+    details = {"classes": model.classes, "scale": model.scale, "prompts": config.prompts, "tower": type(model.tower).__name__}
     return make_origin("clip", method, base, config, **details, quantize=getattr(config, "quantize", "none"))
 
 
@@ -346,3 +346,50 @@ def load_head(model: ClipClassifier, folder: Path) -> None:
     if expected != there:
         raise UserError(f"{folder / HEAD_FILE} does not fit the {len(model.classes)} classes of origin.json: it holds {there}")
     model.classifier.load_state_dict(tensors)
+
+
+def plain_code(about: dict) -> str:
+    """How the libraries alone load such a checkpoint, for its model card."""
+    kind, feature = about["tower"], "image_embeds" if "Projection" in about["tower"] else "pooler_output"
+    start = f"""
+import json
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoImageProcessor, {kind}
+
+folder = "path/to/this/folder"
+about = json.load(open(f"{{folder}}/origin.json"))
+processor = AutoImageProcessor.from_pretrained(folder)
+
+
+class Classifier(nn.Module):  # its names are those in the file: tower. and classifier.
+    def __init__(self, tower):
+        super().__init__()
+        width = getattr(tower.config, "projection_dim", tower.config.hidden_size)
+        self.tower, self.classifier = tower, nn.Linear(width, len(about["classes"]))
+
+    def forward(self, pixel_values):
+        feature = self.tower(pixel_values=pixel_values).{feature}
+        return self.classifier(about["scale"] * nn.functional.normalize(feature, dim=-1))
+
+
+"""
+    whole = f"""from safetensors.torch import load_file
+
+model = Classifier({kind}.from_pretrained(folder))
+model.classifier.load_state_dict(load_file(f"{{folder}}/{HEAD_FILE}"))
+"""
+    adapter = f'''from peft import PeftModel
+
+base = "{about["base"]["name"]}"
+model = PeftModel.from_pretrained(Classifier({kind}.from_pretrained(base)), folder)
+'''
+    answer = """
+picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    probabilities = model.eval()(picture["pixel_values"])[0].softmax(0)
+print(about["classes"][probabilities.argmax()], probabilities.max())
+"""
+    return start + (whole if about["method"] == "full" else adapter) + answer

@@ -68,6 +68,7 @@ def main(argv=None):
         load_checkpoint,
         lora_targets,
         origin,
+        plain_code,
         quantized,
         with_head,
     )
@@ -98,7 +99,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_lora(run.best, run.unwrap(model), processor, about)
+                save_lora(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:

@@ -326,6 +326,46 @@ def tensors(output):
     return [tensor for value in values if value is not None for tensor in tensors(value)]
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_card_says_what_the_checkpoint_is_and_its_code_loads_it_as_written(task, method):
+    run = trained(task, method)
+    card, summary = (run.best / "README.md").read_text(), run.summary
+    for wanted in (
+        f"`{summary['base']['sha256']}`",
+        f"`{summary['data']['sha256']}`",
+        f"{summary['data']['train']} for training, {summary['data']['val']} for validation",
+        f"{summary['parameters']['trainable']:,} of {summary['parameters']['total']:,} parameters",
+        f"| {summary['metrics']['best'][summary['metrics']['name']]:.4f} |",
+        f"{SCRIPT[method]} --data_dir path/to/data --model demo",
+    ):
+        assert wanted in card, card
+    assert str(scratch()) not in card and str(ROOT) not in card
+
+    def load():
+        photo = next(path for path in sorted(small_data(task).rglob("*.png")))
+        places = {"this/folder": run.best, "the/base": task.folder / "demo_base", "the/task": task.folder}
+        blocks = re.findall("```python\n(.*?)```", card, re.DOTALL)
+        assert len(blocks) == (1 if task.name == "pose" else 2)
+        found = []
+        for block in blocks:
+            for place, path in places.items():
+                block = block.replace(f'"path/to/{place}"', repr(str(path)))
+            scope = {}
+            exec(block.replace('"photo.jpg"', repr(str(photo))).replace("threshold=0.5", "threshold=0"), scope)
+            found.append(scope)
+        predictor = found[-1]["predictor"]
+        if "probabilities" in found[0]:
+            ours = dict(predictor.predict(photo, top_k=99))
+            theirs = dict(zip(predictor.classes, found[0]["probabilities"].tolist(), strict=True))
+            assert {name: pytest.approx(p, abs=0.02) for name, p in ours.items()} == theirs
+        elif "found" in found[0]:
+            ours = predictor.predict(photo, threshold=0)
+            scores = sorted(found[0]["found"]["scores"].tolist(), reverse=True)
+            assert scores == pytest.approx([item["score"] for item in ours], abs=0.02)
+
+    in_task(task, load)
+
+
 def test_plain_peft_loads_the_adapter(task):
     """On the base with a head of the right size, whatever is in it; the answers are those of our own loading."""
     best = trained(task, "lora").best

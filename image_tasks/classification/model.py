@@ -97,3 +97,32 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
         model = with_classes(model, about["classes"])
         model = with_saved_adapter(model, folder, class_layers(model), merge)
     return model.eval().to(device), processor, about
+
+
+def plain_code(about: dict) -> str:
+    """How the libraries alone load such a checkpoint, for its model card."""
+    start = """
+import json
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+folder = "path/to/this/folder"
+classes = json.load(open(f"{folder}/origin.json"))["classes"]
+processor = AutoImageProcessor.from_pretrained(folder)
+"""
+    whole = "model = AutoModelForImageClassification.from_pretrained(folder)\n"
+    adapter = f'''from peft import PeftModel
+
+base = "{about["base"]["name"]}"  # a new head for the classes goes on it, which the adapter's folder fills
+model = AutoModelForImageClassification.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, folder)
+'''
+    answer = """
+picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    probabilities = model.eval()(**picture).logits[0].softmax(0)
+print(classes[probabilities.argmax()], probabilities.max())
+"""
+    return start + (whole if about["method"] == "full" else adapter) + answer

@@ -47,7 +47,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
-    from model import load_base, load_checkpoint, origin, with_classes
+    from model import load_base, load_checkpoint, origin, plain_code, with_classes
 
     with Run(config, task="classification", method="full") as run:
         tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
@@ -71,7 +71,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_model(run.best, run.unwrap(model), processor, about)
+                save_model(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:

@@ -181,3 +181,37 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     if about["method"] == "lora":
         model = with_saved_adapter(with_classes(model, about["classes"]), folder, HEADS, merge)
     return model.eval().to(device), processor, about
+
+
+def plain_code(about: dict) -> str:
+    """How the libraries alone load such a checkpoint, for its model card."""
+    start = """
+import json
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+folder = "path/to/this/folder"
+classes = json.load(open(f"{folder}/origin.json"))["classes"]
+processor = AutoImageProcessor.from_pretrained(folder)
+"""
+    whole = "model = AutoModelForObjectDetection.from_pretrained(folder)\n"
+    adapter = f'''from peft import PeftModel
+
+base = "{about["base"]["name"]}"  # a new class head goes on it, which the adapter's folder fills
+model = AutoModelForObjectDetection.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(model, folder)
+'''
+    side = about["image_size"]
+    size = f', size={{"height": {side}, "width": {side}}}' if side else ""
+    answer = f'''
+picture = Image.open("photo.jpg").convert("RGB")
+with torch.inference_mode():
+    outputs = model.eval()(**processor(picture, return_tensors="pt"{size}))
+sizes = [(picture.height, picture.width)]
+found = processor.post_process_object_detection(outputs, threshold=0.5, target_sizes=sizes)[0]
+for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
+    print(classes[label], float(score), box.tolist())  # x1, y1, x2, y2 in pixels
+'''
+    return start + (whole if about["method"] == "full" else adapter) + answer

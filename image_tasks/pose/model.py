@@ -330,3 +330,8 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
         head = new_head(keypoints["head"], model.backbone.config.hidden_size, len(keypoints["names"]))
         model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge)
     return model.eval().to(device), processor, about
+
+
+def plain_code(about: dict) -> str:
+    """How the libraries alone load such a checkpoint, for its model card: not at all, as the head is this project's own."""
+    return ""

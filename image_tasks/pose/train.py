@@ -42,7 +42,7 @@ def main(argv=None):
     from common.run import Run
     from data import Preprocess, build_loaders, read_tables
     from metrics import draw_results, evaluate
-    from model import input_size, keypoint_loss, load_base, load_checkpoint, origin, with_head
+    from model import input_size, keypoint_loss, load_base, load_checkpoint, origin, plain_code, with_head
 
     with Run(config, task="pose", method="full") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
@@ -66,7 +66,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
-                save_model(run.best, run.unwrap(model), processor, about)
+                save_model(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:

@@ -48,7 +48,7 @@ def main(argv=None):
     from common.run import Run
     from data import Preprocess, build_loaders, read_tables
     from metrics import draw_results, evaluate
-    from model import HEAD, input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, with_head
+    from model import HEAD, input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, plain_code, with_head
 
     with Run(config, task="pose", method="lora" if config.lora_r else "head") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
@@ -79,7 +79,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
-                save_lora(run.best, run.unwrap(model), processor, about)
+                save_lora(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:

@@ -1,0 +1,117 @@
+"""The model card of a checkpoint: the README.md in its folder, in the form that the hub reads, too."""
+
+import dataclasses
+import json
+import re
+from pathlib import PurePath
+
+from common.runtime import environment
+
+# Settings that say where and with what, not what is trained.
+PLACES = ("output_dir", "run_name", "resume", "overwrite", "device", "threads", "num_workers", "cache")
+PREDICTOR = """import sys
+
+sys.path.insert(0, "path/to/the/task")  # its folder in LoRA Workshop, the one that holds predictor.py
+from predictor import Predictor
+
+predictor = Predictor("path/to/this/folder"{base})
+print(predictor.predict("photo.jpg"))
+"""
+
+
+def model_card(task: str, method: str, described: dict, best: dict, config, device, code: str) -> str:
+    """Markdown: what the checkpoint is, of which base and data, how good on how many samples, how to load and to repeat it.
+
+    described: base, data, parameters as in summary.json. best: the metrics of its epoch. code: how libraries alone load it.
+    """
+    base, data, parameters = (described.get(key) or {} for key in ("base", "data", "parameters"))
+    kind = {"full": "A model with every weight fine-tuned", "head": "A new head"}.get(method, f"An adapter ({method})")
+    left_out = [f"| left out | {count} with {spoken(fault)} |" for fault, count in (data.get("left_out") or {}).items()]
+    ran = environment(device, 1)
+    versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "torch", "transformers", "peft") if ran[name])
+    lines = [
+        *front_matter(task, method, str(base.get("name"))),
+        f"# {task}: {spoken(data.get('name'))}, {method}",
+        "",
+        f"{kind} for {task}, trained with LoRA Workshop. {parameters.get('trainable', 0):,} of {parameters.get('total', 0):,} "
+        "parameters trained.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| base | {spoken(base.get('name'))}, sha256 of its weights `{base.get('sha256')}` |",
+        f"| data | {spoken(data.get('name'))} ({data.get('format')}), sha256 `{data.get('sha256')}` |",
+        f"| samples | {data.get('train')} for training, {data.get('val')} for validation |",
+        *left_out,
+        *("", "## Measured", "", f"On the {data.get('val')} validation samples, which also chose this epoch:", ""),
+        *metric_table(best),
+        *("", "## Load it", "", *loading(method, str(base.get("name")), code)),
+        *("", "## Repeat it", "", "```", command(method, config), "```"),
+        *("", f"It was made with {versions} on {ran['device']}.", ""),
+    ]
+    return "\n".join(lines)
+
+
+def loading(method: str, base: str, code: str) -> list[str]:
+    """Python that loads it: with the libraries alone where `code` says how, and with this project."""
+    needs_base = "" if method == "full" else ', base="path/to/the/base"'
+    ours = ["```python", PREDICTOR.format(base=needs_base).strip(), "```"]
+    if not code:
+        return ours
+    code = code if is_hub_name(base) else code.replace(f'"{base}"', '"path/to/the/base"')
+    return ["With the libraries alone:", "", "```python", code.strip(), "```", "", "With this project:", "", *ours]
+
+
+def front_matter(task: str, method: str, base: str) -> list[str]:
+    """What the hub reads: of which base it is, by which library. A base on a disk is not named, as no one else finds it there."""
+    lines = ["---", f"library_name: {'peft' if method not in ('full', 'head') else 'transformers'}"]
+    if is_hub_name(base):
+        lines.append(f"base_model: {base}")
+    return [*lines, f"tags: [{task}, {method}, lora-workshop]", "---", ""]
+
+
+def is_hub_name(base: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", base, re.ASCII) is not None
+
+
+def spoken(name) -> str:
+    """A name as Markdown can hold it: a path's last part alone, for the folders of a machine are nobody else's business."""
+    text = str(name)
+    if PurePath(text).is_absolute() or text.startswith((".", "~")):
+        text = PurePath(text).name
+    return "".join(f"\\{c}" if c in "\\`*{}[]<>|#" else c if c.isprintable() else " " for c in text)
+
+
+def metric_table(best: dict) -> list[str]:
+    """A row for each number, and a table for what each class (or keypoint) has."""
+    numbers = {key: x for key, x in best.items() if isinstance(x, float)}
+    lines = ["| metric | value |", "| --- | ---: |", *(f"| {spoken(key)} | {x:.4f} |" for key, x in numbers.items())]
+    parts = {key: values for key, values in best.items() if isinstance(values, dict)}
+    names = list(dict.fromkeys(name for values in parts.values() for name in values))
+    if names:
+        lines += ["", "| | " + " | ".join(map(spoken, parts)) + " |", "| --- |" + " ---: |" * len(parts)]
+    for name in names:
+        cells = (values.get(name) for values in parts.values())
+        lines.append(f"| {spoken(name)} | " + " | ".join("" if x is None else f"{x:.4f}" for x in cells) + " |")
+    return lines
+
+
+def command(method: str, config) -> str:
+    """The command that repeats the training: what differs from the defaults, but for the places of one machine."""
+    words = ["python", "train.py" if method == "full" else "train_lora.py"]
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.name in PLACES or value == f.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no_'}{f.name}")
+        else:
+            words += [f"--{f.name}", quoted(value)]
+    return " ".join(words)
+
+
+def quoted(value) -> str:
+    """A setting for a command line; of a path, its last part."""
+    text = str(value)
+    if PurePath(text).is_absolute() or text.startswith((".", "~")):
+        text = f"path/to/{PurePath(text).name}"
+    return text if re.fullmatch(r"[\w./:-]+", text, re.ASCII) else json.dumps(text)
