@@ -231,6 +231,13 @@ class Progress:
         self.best, self.bad_epochs = (record, 0) if is_best else (self.best, self.bad_epochs + 1)
         return is_best
 
+    def no_better(self) -> str:
+        """Nothing, or where the best epoch is no better than the base as it was, words that say so."""
+        best, before = self.best[self.best_name], self.history[0].get(self.best_name)
+        if None in (best, before) or (best > before if self.higher_is_better else best < before):
+            return ""
+        return f", but no better than before training: {before:.4f}"
+
     def next_epoch(self) -> None:
         self.epoch, self.batches_done, self.loss_sums = self.epoch + 1, 0, {}
 

@@ -75,6 +75,14 @@ def schedule(step: int, warmup: float, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
+def follow_schedule(scheduler) -> float:
+    """Sets the rates to where the schedule is at its step, after it has become another one (of more epochs). The highest one."""
+    groups = scheduler.optimizer.param_groups
+    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    return max(group["lr"] for group in groups)
+
+
 def clip_gradients(accelerator, optimizer, max_grad_norm: float):
     """Scales the gradients of what `optimizer` steps down to max_grad_norm (0: never). Their norm before, a tensor ().
 

@@ -5,6 +5,8 @@ where the training stands is checkpoint.Progress, and one optimizer step with it
 """
 
 import dataclasses
+import shlex
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from common.batches import seed_everything, to_device
 from common.checkpoint import Progress, folder_bytes, load_moving_state, load_state, moving_state, save_state
 from common.config import UserError, write_yaml
 from common.folders import discard, forget_replaced, open_run_folder, other_setting
-from common.optim import clip_gradients, take_step
+from common.optim import clip_gradients, follow_schedule, take_step
 from common.record import Record, in_words, key_of, without_nan
 from common.runtime import (
     Interrupted,
@@ -21,6 +23,7 @@ from common.runtime import (
     from_main,
     gather_lists,
     guard,
+    in_time,
     process_index,
     progress_bar,
     say,
@@ -232,12 +235,18 @@ class Run:
             self.record.add(record)
             say(f"before training: {in_words(record)}")
             self.save_and_stop_if_asked()
+        first = progress.epoch
         while progress.epoch <= self.config.epochs and not self.out_of_patience():
             yield progress.epoch
             progress.next_epoch()
             self.save_and_stop_if_asked()
+        more = ""
+        if progress.epoch == first and self.out_of_patience():
+            more = f"; --resume --patience {2 * progress.bad_epochs} goes on (0: never stop early)"
+        elif progress.epoch == first:
+            say(f"nothing is left to do, all {self.config.epochs} epochs are done; --resume --epochs {2 * first - 2} goes on")
         if self.out_of_patience():
-            say(f"stopped early: {progress.bad_epochs} epochs without a better {progress.best_name}")
+            say(f"stopped early: {progress.bad_epochs} epochs without a better {progress.best_name}{more}")
 
     def out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.progress.bad_epochs
@@ -259,7 +268,8 @@ class Run:
         if config.max_steps_per_epoch:
             plan = plan[: config.max_steps_per_epoch * accumulate]
         loader.batch_sampler.set_range(epoch, progress.batches_done, len(plan))
-        bar = progress_bar(None, f"epoch {epoch}/{config.epochs}", total=len(plan), initial=progress.batches_done)
+        bar = progress_bar(None, f"epoch {epoch}/{config.epochs}", total=len(plan), plain="{desc}{postfix}")
+        bar.update(progress.batches_done)
         self.signals.busy, began = False, time.monotonic()
         batches = iter(loader)
         with bar:
@@ -278,10 +288,20 @@ class Run:
                 if self.under_way.is_last_batch():
                     self.end_step(began)
                     began = time.monotonic()
-                    bar.set_postfix({key_of("loss", name): f"{mean:.4f}" for name, mean in progress.mean_losses().items()})
+                    bar.set_postfix_str(self.where(len(plan)), refresh=False)
                 bar.update()
         if hasattr(loader.dataset, "new_faults"):
             self.leave_out(gather_lists(loader.dataset.new_faults()))
+
+    def where(self, batches: int) -> str:
+        """Where the training stands, in words; batches: of an epoch. The time left is that of the training steps alone."""
+        progress = self.progress
+        total = self.config.epochs * -(-batches // self.config.gradient_accumulation_steps)
+        parts = [f"step {progress.step} of {total}"]
+        parts += [f"{key_of('loss', name)} {mean:.4f}" for name, mean in progress.mean_losses().items()]
+        parts += [f"lr {max(group['lr'] for o in self.optimizers for group in o.param_groups):.2g}"]
+        left = progress.clock["train_seconds"] / progress.step * max(0, total - progress.step)
+        return ", ".join([*parts, f"{in_time(left)} left"])
 
     def leave_out(self, faults: list[tuple[str, str]]) -> None:
         """[(path, fault)] of files that turned out bad in training, on any process: each is named and counted once."""
@@ -347,7 +367,8 @@ class Run:
         self.signals.busy = True  # until the checkpoint that knows of this record is written
         self.record.add(record)
         is_best = self.progress.add_epoch(record, best, higher_is_better)
-        say(f"epoch {self.progress.epoch}/{self.config.epochs}: {in_words(record)}{'  (best)' if is_best else ''}")
+        mark = f"  (best{self.progress.no_better()})" if is_best else ""
+        say(f"epoch {self.progress.epoch}/{self.config.epochs}: {in_words(record)}{mark}")
         return is_best and self.is_main
 
     def card(self, code: str = "") -> str:
@@ -375,8 +396,17 @@ class Run:
             with self.guard("curves.png"):
                 draw_curves(self.record.lines(), name, best, resumed_at, self.folder / "curves.png")
             value = "null" if best[name] is None else f"{best[name]:.4f}"
-            say(f"best {name} {value} in epoch {best['epoch']}")
+            self.record.tick(self.progress)
+            took = in_time(self.progress.clock["seconds"])
+            say(f"finished after {took}: best {name} {value} in epoch {best['epoch']}{self.progress.no_better()}")
             say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB); curves.png and summary.json in {self.folder}")
+            self.say_next()
+
+    def say_next(self) -> None:
+        """The command that scores what was trained, as it can be copied; the script lies beside the one that runs."""
+        script = Path(sys.argv[0]).with_name("eval.py" if self.method == "full" else "eval_lora.py")
+        if script.is_file():
+            say(f"next: python {shlex.quote(str(script))} --checkpoint {shlex.quote(str(self.best))}")
 
     # ---- the end of a step ---------------------------------------------------------------------------------------
 
@@ -473,6 +503,14 @@ class Run:
         if self.progress.idle is None and then.step >= FIRST_STEPS:  # as checkpoints were that did not keep it
             self.progress.idle = []
         say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")
+        self.lengthen(then.settings.get("epochs", self.config.epochs))
+
+    def lengthen(self, before: int) -> None:
+        """Where the run has more epochs now: the rates go on by the longer schedule, as if it had been asked for at the start."""
+        if before < self.config.epochs:
+            rates = [follow_schedule(each) for each in self.companions if hasattr(each, "lr_lambdas")]
+            rate = f", from {max(rates):.2g} on" if rates else ""
+            say(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the schedule of all of them{rate}")
 
     def check_same_run(self, then: Progress) -> None:
         """UserError unless a checkpoint is of this run: of this base and data, these settings, so many processes."""

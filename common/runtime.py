@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from common.config import UserError
 
+EVERY = 30  # seconds between two lines of progress, where there is no terminal
+
 
 class Interrupted(BaseException):
     """SIGTERM or Ctrl-C, raised where nothing is half done. Not an Exception, so that no handler for faults eats it."""
@@ -113,12 +115,37 @@ def gather_lists(items: list) -> list:
     return [item for part in parts for item in part]
 
 
-def progress_bar(iterable, text: str, total: int | None = None, **options):
-    """A progress bar on the main process, gone when it is done; where nobody watches (no terminal) none at all."""
+def progress_bar(iterable, text: str, total: int | None = None, plain: str = "{desc}: {n_fmt} of {total_fmt}, {remaining} left"):
+    """tqdm's progress bar on the main process, gone when it is done.
+
+    Without a terminal (nohup, a batch system) a plain line every half minute instead, by tqdm's bar_format `plain`.
+    """
     from tqdm import tqdm
 
-    quiet = process_index()[0] > 0 or not sys.stderr.isatty()
-    return tqdm(iterable, desc=text, total=total, leave=False, disable=quiet, dynamic_ncols=True, **options)
+    options = {"dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        options = {"file": PlainLines(), "bar_format": plain, "delay": EVERY, "mininterval": EVERY, "maxinterval": EVERY}
+        options["miniters"] = 1
+    return tqdm(iterable, desc=text, total=total, leave=False, disable=process_index()[0] > 0, **options)
+
+
+class PlainLines:
+    """A file for tqdm: what it would write over its last line becomes a line of its own; blanks and returns are no text."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
+def in_time(seconds: float) -> str:
+    """A time for people: "48 s", "12 min", "3 h 05 min"."""
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    )
 
 
 def cores() -> int:

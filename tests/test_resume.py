@@ -17,6 +17,7 @@ from conftest import ROOT, metrics_of, run_toy, start_toy
 from common.checkpoint import atomic_folder, load_state, save_state
 from common.config import TrainConfig, UserError
 from common.folders import check_same_settings
+from common.optim import schedule
 
 TOY = ROOT / "tests" / "toy_train.py"
 # Dropout, augmentation, BatchNorm, accumulation with a short last window: all that could go astray.
@@ -229,6 +230,32 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path, undisturbed):
     assert bits(run) == undisturbed and "epoch 1/3" not in said
     assert summary(run)["status"] == "finished" and summary(run)["steps"] == 18
     assert [p.name for p in (tmp_path / "toy").iterdir()] == ["full"]
+
+
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
+    run_toy(tmp_path, "--epochs", "1")
+    run = tmp_path / "toy" / "full"
+    said = run_toy(tmp_path, "--epochs", "1", "--resume")
+    assert "nothing is left to do, all 1 epochs are done; --resume --epochs 2 goes on" in said
+    said = run_toy(tmp_path, "--epochs", "3", "--resume")
+    assert f"the learning rate follows the schedule of all of them, from {1e-2 * schedule(16, 4, 48):.2g} on" in said
+    record = summary(run)
+    assert record["status"] == "finished" and record["epochs"] == 3 == record["config"]["epochs"] and record["steps"] == 48
+    rates = {line["step"]: line["lr"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "lr" in line}
+    for step in (20, 30, 40):  # the line of a step has the rate of the next one
+        assert rates[step] == pytest.approx(1e-2 * schedule(step, 4, 48))
+    assert "epochs is 2 now and was 3" in run_toy(tmp_path, "--epochs", "2", "--resume", expect=2)
+    assert "resumed at step 48" in run_toy(tmp_path, "--epochs", "3", "--resume")
+
+
+def test_a_run_that_stopped_early_says_how_it_goes_on(tmp_path):
+    flags = ["--epochs", "9", "--lr", "0.5", "--max_steps_per_epoch", "4"]
+    run_toy(tmp_path, *flags, "--patience", "1")
+    stopped_at = summary(tmp_path / "toy" / "full")["epochs"]
+    assert stopped_at < 9
+    assert "--resume --patience 2 goes on" in run_toy(tmp_path, *flags, "--patience", "1", "--resume")
+    run_toy(tmp_path, *flags, "--patience", "0", "--resume")
+    assert summary(tmp_path / "toy" / "full")["epochs"] == 9
 
 
 def test_a_checkpoint_of_an_earlier_version_resumes(tmp_path, undisturbed):

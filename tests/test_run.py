@@ -140,6 +140,29 @@ def test_of_epochs_with_the_same_metric_the_surer_one_is_best():
     assert progress.best["val_loss"] == 2.0 and progress.bad_epochs == 0 and len(progress.history) == len(epochs)
 
 
+def test_the_best_so_far_is_called_so_also_below_the_base():
+    progress = Progress(history=[{"accuracy": 0.8}])
+    progress.add_epoch({"accuracy": 0.5, "epoch": 1}, "accuracy", higher_is_better=True)
+    assert progress.no_better() == ", but no better than before training: 0.8000"
+    progress.add_epoch({"accuracy": 0.9, "epoch": 2}, "accuracy", higher_is_better=True)
+    assert progress.no_better() == ""
+    errors = Progress(history=[{"error": 3.0}])
+    errors.add_epoch({"error": 3.0, "epoch": 1}, "error", higher_is_better=False)
+    assert errors.no_better() == ", but no better than before training: 3.0000"
+    unknown = Progress(history=[{}])
+    unknown.add_epoch({"error": None, "epoch": 1}, "error", higher_is_better=False)
+    assert unknown.no_better() == ""
+
+
+def test_without_a_terminal_a_line_now_and_then_says_where_the_training_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.runtime.EVERY", 0.1)
+    said = run_toy(tmp_path, "--pause", "0.03", "--epochs", "2")
+    lines = re.findall(r"^epoch (\d)/2, step (\d+) of 32, loss \d\.\d{4}, lr [\de.-]+, \d+ s left$", said, re.M)
+    assert {epoch for epoch, _ in lines} == {"1", "2"} and len(lines) < 32
+    assert [int(step) for _, step in lines] == sorted({int(step) for _, step in lines}), "each step once, in order"
+    assert re.search(r"^finished after \d+ s: best score 0\.\d{4} in epoch \d", said, re.M)
+
+
 def test_curves_are_a_picture(finished):
     with Image.open(finished / "curves.png") as picture:
         picture.load()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Child
 
+from common import runtime
 from common.batches import EpochBatches, EvalBatches, build_loader, number_from, seed_everything, seeded, to_device
 from common.config import UserError
 from common.folders import make_once
@@ -216,3 +217,18 @@ def test_of_two_processes_that_need_the_demo_data_one_makes_it(tmp_path):
     both = [Child(ask, log=tmp_path / f"{i}.txt") for i in range(2)]
     assert [child.wait() for child in both] == [0, 0], [child.text for child in both]
     assert (tmp_path / "calls").read_text() == "made\n"
+
+
+def test_progress_without_a_terminal_is_in_plain_lines(monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "EVERY", 1e-9)
+    assert list(runtime.progress_bar(range(3), "evaluating")) == [0, 1, 2]
+    said = capsys.readouterr()
+    assert [line.split(",")[0] for line in said.out.splitlines()] == [f"evaluating: {n} of 3" for n in (1, 2, 3)]
+    assert said.err == "" and "\r" not in said.out
+    monkeypatch.setattr(runtime, "EVERY", 30)
+    assert list(runtime.progress_bar(range(3), "evaluating")) == [0, 1, 2] and capsys.readouterr().out == ""
+
+
+def test_times_are_said_for_people():
+    told = [runtime.in_time(seconds) for seconds in (0.4, 89, 90, 719, 3600, 11_100)]
+    assert told == ["0 s", "89 s", "2 min", "12 min", "1 h 00 min", "3 h 05 min"]

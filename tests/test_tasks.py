@@ -6,6 +6,7 @@ Scripts run as a user runs them, on a few samples of the demo and the small base
 import json
 import re
 import resource
+import shlex
 import shutil
 import signal
 
@@ -241,6 +242,14 @@ def test_rank_zero_trains_the_head_alone(task, probe):
 # Scripts for one kind of checkpoint load the other kind as well: origin.json says what it is. Some of these calls do that.
 
 # ---- eval ------------------------------------------------------------------------------------------------------------
+
+
+@both
+def test_training_ends_with_the_command_that_comes_next(task, method):
+    run = trained(task, method)
+    (told,) = re.findall(r"^next: (.*)$", run.said.stdout, re.M)
+    python, script, *flags = shlex.split(told)
+    assert (python, script.rpartition("/")[2], flags) == ("python", EVAL[method], ["--checkpoint", str(run.best)])
 
 
 @both
