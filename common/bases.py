@@ -2,6 +2,7 @@
 
 import copy
 import os
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from common.checkpoint import atomic_folder, check_holds, fingerprint, open_model_folder, read_json, write_json, write_text
 from common.config import UserError
+from common.folders import best_of, newest_best
 from common.peft_adapters import ADAPTER_FILE, load_adapter_files, save_adapter_files
 from common.runtime import say
 
@@ -153,15 +155,11 @@ def save_lora(folder: Path, model, processor, origin: dict, card: str = "") -> N
 def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Path, dict]:
     """(folder, origin) of a checkpoint, checked: whole, and of this task and method ("full" or "lora"; "": either).
 
-    Else UserError.
+    Of a run folder it is checkpoints/best. Else UserError.
     """
-    folder = open_model_folder(Path(folder).expanduser())
+    folder = open_model_folder(best_of(Path(folder).expanduser()))
     if not (folder / ORIGIN).is_file():
-        best = folder / "checkpoints" / "best"  # of a run folder
-        hint = f"; did you mean {best}?" if (best / ORIGIN).is_file() else ""
-        raise UserError(
-            f"{folder} holds no {ORIGIN}: only checkpoints that these scripts saved say what they were trained for{hint}"
-        )
+        raise UserError(f"{folder} holds no {ORIGIN}: only checkpoints that these scripts saved say what they were trained for")
     origin = read_json(folder / ORIGIN)
     its_task, its_method = (origin.get("task"), origin.get("method")) if isinstance(origin, dict) else (None, None)
     if its_task != task or its_method not in ([method] if method else list(WEIGHTS)):
@@ -170,6 +168,17 @@ def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Pa
     check_holds(folder, WEIGHTS[its_method])
     check_origin(folder, origin)
     return folder, origin
+
+
+def choose_checkpoint(named: str, task: str, method: str) -> tuple[str, dict]:
+    """(folder, origin) of the checkpoint that eval or infer uses, which one printed line says.
+
+    named: --checkpoint, of either method; empty: the newest of `method`. UserError as in open_checkpoint and newest_best.
+    """
+    folder, origin = open_checkpoint(named or newest_best(task, method), task)
+    made = datetime.fromtimestamp((folder / ORIGIN).stat().st_mtime)
+    say(f"checkpoint: {folder} ({origin['method']}, made {made:%Y-%m-%d %H:%M})")
+    return str(folder), origin
 
 
 def check_origin(folder: Path, origin: dict) -> None:

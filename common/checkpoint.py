@@ -39,9 +39,12 @@ def fsync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing: readers see the old text or the new, never a part."""
+    """Writes a whole file or nothing: readers see the old text or the new, never a part.
+
+    Bytes of a file name that is not UTF-8 are written as escapes, which JSON reads back as what they were.
+    """
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     fsync(aside)
     os.replace(aside, path)
     fsync(path.parent)

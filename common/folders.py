@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import get_type_hints
 
@@ -212,6 +213,13 @@ def make_once(folder: Path, make) -> Path:
     return folder
 
 
+def best_of(folder: Path) -> Path:
+    """The checkpoint that a folder means: checkpoints/best where it is a run folder, else the folder itself."""
+    best = folder / "checkpoints" / "best"
+    recover(best)
+    return best if best.is_dir() else folder
+
+
 def newest_best(task: str, method: str) -> Path:
     """checkpoints/best of the newest run in outputs/ that trained a task's whole model ("full"), or a part of it ("lora").
 
@@ -231,9 +239,15 @@ def newest_best(task: str, method: str) -> Path:
     folders = [folder for folder in folders if methods[folder] and (methods[folder] == "full") == (method == "full")]
     if not folders:
         raise UserError(f"no {method} run in {root}: train first, or name a checkpoint with --checkpoint")
-    newest = max(folders, key=lambda folder: (folder / "checkpoints" / "best").stat().st_mtime)
-    say(f"checkpoint: {newest / 'checkpoints' / 'best'}")
-    return newest / "checkpoints" / "best"
+    return max((folder / "checkpoints" / "best" for folder in folders), key=lambda best: best.stat().st_mtime)
+
+
+def check_data_dir(named: str, origin: dict) -> None:
+    """UserError, before a model is loaded for it, where there is no such data. named: --data_dir; empty: that of the training."""
+    place = Path(named or origin["data_dir"]).expanduser()  # the current folder, which is there, for the demo's data
+    if not place.exists():
+        why = "" if named else "; the checkpoint was trained on it: say with --data_dir where the data is now"
+        raise UserError(f"--data_dir: there is no folder (or CSV file) {place}{why}")
 
 
 def eval_places(config) -> tuple[Path, Path]:
@@ -247,8 +261,19 @@ def eval_places(config) -> tuple[Path, Path]:
 
 
 def predictions_folder(config, origin: dict) -> Path:
-    """Where predictions go: --output_dir, or outputs/<task>/predictions/<method> of the checkpoint with this origin."""
-    own = project_root() / "outputs" / origin["task"] / "predictions" / origin["method"]
-    folder = Path(config.output_dir).expanduser() if config.output_dir else own
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Where predictions go: --output_dir, or a new outputs/<task>/predictions/<method>/<number> for each call.
+
+    origin: of the checkpoint, whose task and method they are.
+    """
+    if config.output_dir:
+        folder = Path(config.output_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    root = project_root() / "outputs" / origin["task"] / "predictions" / origin["method"]
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name) for path in root.iterdir() if path.name.isdecimal()), default=0) + 1
+    while True:  # another call may have taken the number in this moment
+        with suppress(FileExistsError):
+            (root / str(number)).mkdir()
+            return root / str(number)
+        number += 1

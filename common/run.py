@@ -35,7 +35,8 @@ from common.step import Step, check_all_used, check_nothing_left, check_own_loss
 FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
 # Said where --resume finds other data.
 MAYBE_DAMAGED = "; if no file has changed, damaged ones were left out then and are not now, or the reverse: give --cache as then"
-LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl
+LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl, or fewer: a run has at least
+STEP_LINES = 50  # such lines, or one for each step, so that its curves are true
 
 
 class Run:
@@ -74,6 +75,7 @@ class Run:
         self.bare_models: list = []  # without what several processes wrap around them; to unwrap one walks all its modules
         self.find_unused = False
         self.under_way: Step | None = None  # the optimizer step, between its first batch and its end
+        self.log_every = LOG_EVERY
         self.stop_wanted = 0  # the signal that some process got
         self.ready = self.finished = False
         self.is_new = True  # False: goes on with a run that was stopped
@@ -220,7 +222,9 @@ class Run:
     def total_steps(self, loader) -> int:
         """Optimizer steps of the whole run, for the schedule."""
         steps = -(-len(loader.batch_sampler) // self.config.gradient_accumulation_steps)
-        return self.config.epochs * min(steps, self.config.max_steps_per_epoch or steps)
+        total = self.config.epochs * min(steps, self.config.max_steps_per_epoch or steps)
+        self.log_every = max(1, min(LOG_EVERY, total // STEP_LINES))
+        return total
 
     def epochs(self, before):
         """Yields the epochs that are left, from 1. before() gives the metrics of the untrained model, for the record.
@@ -414,7 +418,7 @@ class Run:
         """Reads what the step gave, stops the run where that is not finite or not asked for, and counts it."""
         step, progress, clock = self.under_way, self.progress, self.progress.clock
         check_stepped(step.stepped, self.optimizers, self.bare_models)
-        logs = (progress.step + 1) % LOG_EVERY == 0 or progress.step == 0
+        logs = (progress.step + 1) % self.log_every == 0 or progress.step == 0
         step.read(self.signals.pending, with_parts=logs)
         self.stop_wanted = step.signum
         scaler = self.accelerator.scaler

@@ -4,7 +4,8 @@
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ../data/dogs --split test
 
 Leaves eval.json (for another split than val: eval_<split>.json) in the run folder, and beside it in eval_<split>/
-evaluation_report.txt, evaluation_results.json, confusion_matrix.png, class_performance.png, calibration.png, mistakes.png.
+evaluation_report.txt, evaluation_results.json, samples.json (the answer for each picture), confusion_matrix.png,
+class_performance.png, calibration.png and mistakes.png.
 """
 
 import sys
@@ -34,21 +35,23 @@ class EvalConfig(LoadConfig):
 def main(argv=None, method="full", doc=None):
     config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import choose_checkpoint
     from common.checkpoint import write_json, write_text
-    from common.class_metrics import calibration, class_report, classification_metrics, softmax, worst_first
+    from common.class_metrics import calibration, class_report, class_table, classification_metrics, score_table, softmax
     from common.config import UserError
-    from common.folders import eval_places, newest_best
+    from common.folders import check_data_dir, eval_places
     from common.plots import draw_calibration
-    from common.runtime import say, start_accelerator
-    from common.vision.pages import draw_page
-    from common.vision.scoring import predict
+    from common.runtime import guard, say, start_accelerator
+    from common.vision.pages import draw_mistakes
+    from common.vision.scoring import predict, save_samples
     from data import load_for_eval
-    from metrics import draw_evaluation, score_table, zero_shot_comparison
+    from metrics import draw_evaluation, zero_shot_comparison
     from model import load_checkpoint, zero_shot_model
 
     accelerator = start_accelerator(config)
-    config.checkpoint = config.checkpoint or str(newest_best("clip", method))
-    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
+    config.checkpoint, origin = choose_checkpoint(config.checkpoint, "clip", method)
+    check_data_dir(config.data_dir, origin)
+    model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
     labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     metrics = classification_metrics(labels, logits, classes)
@@ -65,19 +68,22 @@ def main(argv=None, method="full", doc=None):
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics, "zero_shot": zero_shot})
-    text, table = class_report(labels, logits, classes)
-    results = {**about, "metrics": metrics, "zero_shot": zero_shot, "classes": table}
-    summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", score_table(metrics, zero_shot)]
+    save_samples(loader.dataset, labels, logits, folder)
+    text, report = class_report(labels, logits, classes)
+    results = {**about, "metrics": metrics, "zero_shot": zero_shot, "classes": report}
+    scores = score_table(metrics, len(labels), zero_shot)
+    summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", scores]
     if zero_shot:
         results["answers"] = zero_shot_comparison(labels, logits, baseline, classes)
         summary.append("right answers: " + ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in results["answers"].items()))
     write_json(folder / "evaluation_results.json", results)
     write_text(folder / "evaluation_report.txt", "\n\n".join([*summary, text]))
-    draw_evaluation(labels, logits, classes, folder, baseline)
-    draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
-    draw_page(loader.dataset, labels, logits, classes, worst_first(labels, logits)[:12], folder / "mistakes.png")
-    print("\n\n".join([*summary, text]))
-    print(f"saved {file}, and report and pictures in {folder}")
+    with guard("the pictures"):
+        draw_evaluation(labels, logits, classes, folder, baseline)
+        draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
+        draw_mistakes(loader.dataset, labels, logits, folder / "mistakes.png")
+    print("\n\n".join([*summary, class_table(labels, logits, classes)]))
+    print(f"\nsaved {file}, and report and pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
 
-Leaves predictions.txt and predictions.json in outputs/clip/predictions/<method>/, and the pictures on request. To classify
-from a program of your own, see predictor.py.
+Leaves predictions.txt and predictions.json, and the pictures on request, in outputs/clip/predictions/<method>/<number>/, a
+new folder each time. To classify from a program of your own, see predictor.py.
 """
 
 import sys
@@ -24,7 +24,7 @@ class InferConfig(LoadConfig):
     top_k: Count = 5  # so many classes for each picture, the most probable first
     pictures: bool = False  # save each picture with its classes beside it
     batch_size: BatchSize = 1  # pictures at a time; more is faster on a GPU
-    output_dir: str = ""  # where the results go; empty: outputs/clip/predictions/<method>
+    output_dir: str = ""  # where the results go; empty: a new outputs/clip/predictions/<method>/<number>
 
 
 def main(argv=None, method="full", doc=None):
@@ -32,8 +32,9 @@ def main(argv=None, method="full", doc=None):
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import choose_checkpoint
     from common.checkpoint import write_json, write_text
-    from common.folders import newest_best, predictions_folder
+    from common.folders import predictions_folder
     from common.runtime import start_accelerator
     from common.samples import Faults
     from common.vision.pages import draw_answer
@@ -42,10 +43,10 @@ def main(argv=None, method="full", doc=None):
 
     paths, faults = find_pictures(config.input), Faults()
     accelerator = start_accelerator(config)
-    config.checkpoint = config.checkpoint or str(newest_best("clip", method))
+    config.checkpoint, origin = choose_checkpoint(config.checkpoint, "clip", method)
     predictor = Predictor(config.checkpoint, config.model, accelerator.device, config.merge)
     predictor.model = accelerator.prepare_model(predictor.model, evaluation_mode=True)  # computes in --precision
-    root = predictions_folder(config, predictor.origin)
+    root = predictions_folder(config, origin)
 
     results, lines, total = [], [], 0.0
     for path, answers, ms in predictor.classify_files(paths, config.top_k, config.batch_size, faults):
@@ -54,7 +55,7 @@ def main(argv=None, method="full", doc=None):
         lines += [f"{path}  ({ms:.1f} ms)"]
         lines += [f"  {a['class']:28} {a['probability']:7.4f}  {'#' * round(40 * a['probability'])}" for a in answers]
         if config.pictures:
-            draw_answer(path, answers, root / f"{len(results):04d}_{path.stem}.png")
+            draw_answer(path, answers, root / f"{len(results):04d}_{path.stem[:60]}.png")
     faults.report()
     if not results:
         raise UserError(f"--input {config.input}: no picture there that can be decoded")

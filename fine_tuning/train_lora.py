@@ -105,7 +105,7 @@ def main(argv=None):
         if run.is_main:
             with run.guard("the plots"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
-                draw_results(best, val_loader.dataset, run.history, run.folder)
+                draw_results(best, val_loader.dataset, run.folder)
         run.finish()
 
 

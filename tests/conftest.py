@@ -215,7 +215,7 @@ class Script(Child):
             if rank:
                 os.environ.update(rank_environment(*rank))
             if draw is not True:
-                Figure.savefig = draw or (lambda _, path: path.write_bytes(b""))
+                Figure.savefig = draw or (lambda _, path, **options: path.write_bytes(b""))
             enter(folder)
             os.chdir(cwd or folder)
             sys.argv = [script, *map(str, args)]

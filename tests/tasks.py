@@ -96,7 +96,7 @@ class Task:
         return self.name
 
 
-CLASS_PLOTS = ("plots/loss.png", "plots/metrics.png", "plots/confusion_matrix.png")
+CLASS_PLOTS = ("samples.json", "plots/confusion_matrix.png")
 ROWS = (
     Task(
         "classification",
@@ -111,7 +111,8 @@ ROWS = (
         flags=("--crop", 0.6, "--randaugment", 5, "--mixup", 0.4, "--class_weights", "balanced"),
         infer_flags=("--top_k", 99),
         left=(*CLASS_PLOTS, "plots/f1_per_class.png"),
-        left_by_eval=("confusion_matrix.png", "f1_per_class.png", "calibration.png", "mistakes.png", "report.txt", "report.json"),
+        left_by_eval=("confusion_matrix.png", "f1_per_class.png", "calibration.png", "mistakes.png")
+        + ("report.txt", "report.json", "samples.json"),
         left_by_infer=("predictions.csv",),
     ),
     Task(
@@ -161,7 +162,7 @@ ROWS = (
         infer_flags=("--top_k", 99),
         left=(*CLASS_PLOTS, "plots/class_performance.png"),
         left_by_eval=("confusion_matrix.png", "class_performance.png", "calibration.png", "mistakes.png")
-        + ("evaluation_report.txt", "evaluation_results.json"),
+        + ("evaluation_report.txt", "evaluation_results.json", "samples.json"),
         left_by_infer=("predictions.txt",),
         in_full=("classifier.safetensors",),
     ),

@@ -11,9 +11,10 @@ import torch
 from conftest import CLASSIFICATION, ROOT
 
 from common import folders
-from common.bases import class_tensors, make_origin, open_checkpoint, save_lora, train_mode
+from common.bases import choose_checkpoint, class_tensors, make_origin, open_checkpoint, save_lora, train_mode
+from common.checkpoint import atomic_folder
 from common.config import UserError
-from common.folders import eval_places, make_once, newest_best, predictions_folder
+from common.folders import check_data_dir, eval_places, make_once, newest_best, predictions_folder
 from common.lora import LoRAConfig, inject_lora
 
 CONFIG = SimpleNamespace(data_dir="", batch_size=4, seed=0)
@@ -28,7 +29,7 @@ def leave_run(root, name, method, age):
     return best
 
 
-def test_the_newest_run_of_either_kind_is_taken_and_named(tmp_path, monkeypatch, capsys):
+def test_the_newest_run_of_either_kind_is_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
     with pytest.raises(UserError, match="no lora run in .*toy: train first"):
         newest_best("toy", "lora")
@@ -36,7 +37,6 @@ def test_the_newest_run_of_either_kind_is_taken_and_named(tmp_path, monkeypatch,
     leave_run(tmp_path, "lora", "lora", age=2)
     dora = leave_run(tmp_path, "dora", "dora", age=1)
     assert newest_best("toy", "lora") == dora and newest_best("toy", "full") == full
-    assert f"checkpoint: {dora}" in capsys.readouterr().out
     head = leave_run(tmp_path, "head", "head", age=0)
     assert newest_best("toy", "lora") == head
 
@@ -52,7 +52,19 @@ def test_results_go_beside_the_checkpoint_or_where_they_are_wanted(tmp_path, mon
     assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "out"
     monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
     config.output_dir = ""
-    assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "outputs" / "toy" / "predictions" / "lora"
+    root = tmp_path / "outputs" / "toy" / "predictions" / "lora"
+    (root / "7").mkdir(parents=True)
+    made = [predictions_folder(config, {"task": "toy", "method": "lora"}) for _ in range(3)]
+    assert made == [root / "8", root / "9", root / "10"] and all(folder.is_dir() for folder in made)
+
+
+def test_data_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path):
+    check_data_dir("", {"data_dir": ""})  # the demo's
+    check_data_dir(str(tmp_path), {"data_dir": "/gone"})
+    with pytest.raises(UserError, match=r"--data_dir: there is no folder \(or CSV file\) .*nowhere$"):
+        check_data_dir(str(tmp_path / "nowhere"), {"data_dir": str(tmp_path)})
+    with pytest.raises(UserError, match="nowhere; the checkpoint was trained on it: say with --data_dir where"):
+        check_data_dir("", {"data_dir": str(tmp_path / "nowhere")})
 
 
 def test_demo_data_that_was_not_finished_is_made_anew(tmp_path):
@@ -107,11 +119,20 @@ def test_an_origin_nested_without_end_is_no_json(tmp_path):
         open_checkpoint(tmp_path, "toy")
 
 
-def test_a_run_folder_is_answered_with_its_checkpoint(tmp_path):
-    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "best" / "origin.json").touch()
-    with pytest.raises(UserError, match="did you mean .*best"):
-        open_checkpoint(tmp_path, "toy")
+def test_the_checkpoint_of_a_run_folder_is_its_best_one_which_a_line_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
+    best = leave_run(tmp_path, "mine", "full", age=0)
+    origin = make_origin("toy", "full", {"name": "b", "sha256": ""}, CONFIG)
+    with atomic_folder(best) as aside:
+        (aside / "origin.json").write_text(json.dumps(origin))
+        (aside / "model.safetensors").touch()
+    os.utime(best / "origin.json", (1e9, 1e9))
+    run = best.parent.parent
+    assert open_checkpoint(run, "toy") == (best, origin) and capsys.readouterr().out == ""
+    for named in ("", str(run), str(best)):
+        assert choose_checkpoint(named, "toy", "full") == (str(best), origin)
+        said = capsys.readouterr().out
+        assert f"checkpoint: {best} (full, made 2001-09-" in said and said.count("\n") == 1
 
 
 def test_one_kind_may_be_asked_for(tmp_path):

@@ -2,16 +2,27 @@
 
 import json
 
+import matplotlib.text
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from common.class_metrics import calibration, class_report, classification_metrics, confusion, softmax, worst_first
+from common.class_metrics import (
+    calibration,
+    class_report,
+    class_table,
+    classification_metrics,
+    confusion,
+    softmax,
+    wilson,
+    worst_first,
+)
 from common.plots import draw_calibration
 from common.samples import Faults
+from common.vision import pages
 from common.vision.labelled import LabelledPictures, Sample, eval_loader, load_pictures
-from common.vision.pages import draw_answer, draw_page
+from common.vision.pages import draw_answer, draw_mistakes, draw_page, draw_some, thumbnail
 from common.vision.preprocess import ClassifierPreprocess
 from common.vision.scoring import evaluate, logits_of, predict
 
@@ -97,7 +108,7 @@ def test_calibration_error_by_hand():
     assert calibration(half, certain)[0] == pytest.approx(0.5)
     error, rows = calibration(np.concatenate([right, half]), np.concatenate([shares, certain]))
     assert error == pytest.approx(0.25, abs=1e-6)
-    np.testing.assert_allclose(rows, [[0.5, 0.8, 0.8], [0.5, 1.0, 0.5]], atol=1e-6)
+    np.testing.assert_allclose(rows, [[10, 0.8, 0.8], [10, 1.0, 0.5]], atol=1e-6)
     unsure = calibration(right, softmax(logits_for(guesses, 2, 0.6).astype(np.float64)))  # right more often than it says
     assert unsure[0] == pytest.approx(0.2, abs=1e-6)
 
@@ -110,6 +121,31 @@ def test_bins_keep_errors_of_both_signs_apart():
     shares = softmax(logits_for(guesses, 2, sure).astype(np.float64))
     assert calibration(labels, shares)[0] == pytest.approx(0.2, abs=1e-6)
     assert calibration(labels, shares, bins=1)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_bins_say_how_many_pictures_they_hold():
+    shares = softmax(logits_for(np.zeros(6, dtype=int), 2, np.array([0.6] * 2 + [0.99] * 4)).astype(np.float64))
+    rows = calibration(np.array([0, 1, 0, 0, 0, 0]), shares)[1]
+    assert [(count, round(sure, 2), right) for count, sure, right in rows] == [(2, 0.6, 0.5), (4, 0.99, 1.0)]
+
+
+def test_intervals_are_wilsons():
+    """Of Brown, Cai, DasGupta 2001, Interval Estimation for a Binomial Proportion: 0 and 2 of 10, and half of 100."""
+    for right, count, expected in ((0, 10, (0, 0.2775)), (2, 10, (0.0567, 0.5098)), (50, 100, (0.4038, 0.5962))):
+        assert wilson(right, count) == pytest.approx(expected, abs=1e-4)
+    assert wilson(7, 7)[1] == 1.0
+
+
+def test_of_many_classes_the_lowest_are_listed():
+    names = [f"c{i}" for i in range(30)]
+    labels = np.repeat(np.arange(30), 2)
+    guesses = labels.copy()
+    guesses[[8, 9, 40]] = 1  # class 4 wholly, class 20 by half
+    lines = class_table(labels, logits_for(guesses, 30), names).splitlines()
+    assert len(lines) == 21 and "the 20 lowest F1 of 30" in lines[0]
+    assert [line.split()[0] for line in lines[1:4]] == ["c4", "c1", "c20"] and lines[1].split()[-1] == "2"
+    few = class_table(labels[:6], logits_for(guesses[:6], 30), names).splitlines()
+    assert [line.split()[0] for line in few] == ["class", "c0", "c1", "c2"], "those that occur, in their order"
 
 
 def test_mistakes_come_most_confident_first():
@@ -172,8 +208,8 @@ def test_pictures_of_answers_can_be_drawn_and_read(mixed, tmp_path):
     model, dataset = mixed
     labels, logits = predict(model, eval_loader(dataset, 4))
     draw_calibration(*calibration(labels, softmax(logits.astype(float))), tmp_path / "calibration.png")
-    draw_page(dataset, labels, logits, CLASSES, range(11), tmp_path / "page.png")
-    draw_page(dataset, labels, logits, CLASSES, [], tmp_path / "none.png")
+    draw_some(dataset, labels, logits, tmp_path / "page.png")
+    draw_mistakes(dataset, labels, logits_for(labels, 3), tmp_path / "none.png")
     draw_answer(dataset.samples[0].path, [{"class": "cat", "probability": 0.7}], tmp_path / "answer.png")
     for name in ("calibration", "page", "none", "answer"):
         pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
@@ -182,13 +218,41 @@ def test_pictures_of_answers_can_be_drawn_and_read(mixed, tmp_path):
     assert page.size[1] > Image.open(tmp_path / "none.png").size[1]  # three rows of pictures
 
 
-def test_a_mistake_is_red_and_a_right_answer_is_not(mixed, tmp_path):
+def texts_of_page(draw, *args):
+    """Every text on the figure that draw(*args, path) would save."""
+    with pytest.MonkeyPatch.context() as patch:
+        kept = []
+        patch.setattr(pages, "save_figure", lambda drawing, path: kept.append(drawing))
+        draw(*args, "nowhere")
+    return [text.get_text() for text in kept[0].findobj(matplotlib.text.Text) if text.get_text()]
+
+
+def test_a_page_names_folder_truth_and_guess_and_counts_the_mistakes(mixed):
+    _, dataset = mixed
+    labels = np.array([sample.label for sample in dataset.samples])
+    guesses = np.where(np.arange(11) < 4, (labels + 1) % 3, labels)
+    texts = texts_of_page(draw_some, dataset, labels, logits_for(guesses, 3))
+    assert "11 of 11 pictures, of which 4 are mistaken" in texts and "0.png" in texts
+    assert f"true: {CLASSES[labels[0]]}\nsaid: {CLASSES[guesses[0]]} 0.90" in texts
+    dataset.samples[0].name, before = "val/$5 / $6/ring/0.png", dataset.samples[0].name
+    texts = texts_of_page(draw_mistakes, dataset, labels, logits_for(guesses, 3))
+    dataset.samples[0].name = before
+    assert "4 mistakes among 11 pictures" in texts and "ring/0.png" in texts
+
+
+def test_a_mistake_is_framed_in_red_and_a_right_answer_is_not(mixed, tmp_path):
     _, dataset = mixed
     labels = np.array([sample.label for sample in dataset.samples])
 
     def red(guesses):
-        draw_page(dataset, labels, logits_for(guesses, 3), CLASSES, [0], tmp_path / "page.png")
-        title = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)[:60]  # the picture itself is below
-        return ((title[..., 0] > 150) & (title[..., 1] < 90) & (title[..., 2] < 90)).sum()
+        draw_page(dataset, labels, logits_for(guesses, 3), [0], tmp_path / "page.png", "a page")
+        page = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
+        return (abs(page - (0xD6, 0x27, 0x28)).sum(axis=2) < 30).sum()
 
-    assert red(labels) == 0 and red((labels + 1) % 3) > 20
+    assert red((labels + 1) % 3) > red(labels) + 500
+
+
+def test_large_photographs_are_reduced_for_a_page(tmp_path):
+    Image.new("RGB", (3000, 2000), "teal").save(tmp_path / "large.png")
+    Image.new("RGB", (20, 30), "teal").save(tmp_path / "small.png")
+    assert thumbnail(tmp_path / "large.png").size == (384, 256) and thumbnail(tmp_path / "small.png").size == (256, 384)

@@ -24,11 +24,29 @@ def head(full):
 
 
 def test_eval_says_the_same_in_text_table_and_metrics(full, tmp_path):
-    done = call(ROW, "eval.py", "--checkpoint", full.best, "--output_dir", tmp_path)
+    done = call(ROW, "eval.py", "--checkpoint", full.folder, "--output_dir", tmp_path)
     metrics, table = read(tmp_path / "eval.json")["metrics"], read(tmp_path / "eval_val" / "report.json")
     assert {"val_loss", "accuracy", "top5", "ece", "per_class_f1"} <= set(metrics) and "8 pictures" in done.stdout
     assert table["accuracy"] == pytest.approx(metrics["accuracy"]) and table["checked_ring"]["support"] == 1
-    assert (tmp_path / "eval_val" / "report.txt").read_text() in done.stdout
+    assert "checked_ring" in (tmp_path / "eval_val" / "report.txt").read_text()
+    said = done.stdout.splitlines()
+    assert said[0].startswith(f"checkpoint: {full.best} (full, made 20")
+    row = next(line.split() for line in said if line.startswith("checked_ring"))
+    assert row[1:] == [f"{table['checked_ring'][key]:.4f}" for key in ("precision", "recall", "f1-score")] + ["1"]
+    assert sum(line.startswith("accuracy ") for line in said) == 1, "no fact twice"
+
+
+def test_what_was_said_of_each_picture_is_kept_by_training_and_eval(full, tmp_path):
+    call(ROW, "eval.py", "--checkpoint", full.best, "--output_dir", tmp_path)
+    kept, again = read(full.folder / "samples.json"), read(tmp_path / "eval_val" / "samples.json")
+    for left, right in zip(kept["rows"], again["rows"], strict=True):
+        assert left == {**right, "probability": pytest.approx(right["probability"], abs=1e-4)}
+    assert (kept["metric"], kept["unit"]) == ("balanced_accuracy", "samples")
+    assert len({row["file"] for row in kept["rows"]}) == 8
+    for row in kept["rows"]:
+        assert row["file"].split("/")[-2] == kept["classes"][row["label"]] and row["right"] == (row["guess"] == row["label"])
+    right = sum(row["right"] for row in kept["rows"]) / 8
+    assert right == pytest.approx(read(full.folder / "summary.json")["metrics"]["best"]["accuracy"])
 
 
 def test_infer_says_the_same_in_csv_and_json_and_draws_the_pictures(full, tmp_path):

@@ -60,7 +60,10 @@ def test_eval_scores_the_base_as_it_is_beside_the_run(run, scored):
     found = read(folder / "eval.json")
     same_numbers(found["zero_shot"], {name: run.summary["metrics"]["before"][name] for name in found["zero_shot"]})
     assert set(found["metrics"]) >= METRICS and set(found["zero_shot"]) >= METRICS and found["pictures"] == 8
-    assert (folder / "eval_val" / "evaluation_report.txt").read_text() in said
+    report = (folder / "eval_val" / "evaluation_report.txt").read_text()
+    scores = report[: report.index("right answers")]
+    assert scores in said and "95 % interval" in scores and "zero-shot" in scores
+    assert len(read(folder / "eval_val" / "samples.json")["rows"]) == 8
 
 
 def test_the_report_is_scikit_learns(run, scored):

@@ -37,7 +37,7 @@ TYPES = {
 def schema(task: str) -> dict[str, list[str]]:
     """Key with dots -> the types it may have, as the table in the document says; "detection: ..." is of that task alone."""
     keys = {}
-    for line in (ROOT / "docs" / "summary_schema.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "summary_schema.md").read_text().partition("# metrics.jsonl")[0].splitlines():
         if not line.startswith("| `"):
             continue
         names, kinds, what = (cell.strip() for cell in line.strip("|").split("|")[:3])
@@ -186,7 +186,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(finished, tmp_path):
 def test_step_lines_say_how_fast_and_how_large(finished):
     steps = [line for line in lines(finished) if "epoch" not in line]
     record = summary(finished)
-    assert [line["step"] for line in steps] == [1, 10, 20, 30, 40]
+    assert [line["step"] for line in steps] == list(range(1, 49)), "so short a run has a line for each"
     for line in steps:
         assert 0 < line["grad_norm"] < 100 and 0 < line["samples_per_second"] < 1e5
         assert 50e6 < line["peak_memory_bytes"] <= record["peak_memory_bytes"]["cpu"]

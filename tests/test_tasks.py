@@ -102,7 +102,8 @@ def test_a_run_leaves_what_is_promised(task, method):
 def test_the_summary_is_what_its_schema_says(task, method):
     run = trained(task, method)
     summary, metrics, counts = run.summary, run.summary["metrics"], run.summary["parameters"]
-    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "summary_schema.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs" / "summary_schema.md").read_text().partition("# metrics.jsonl")[0]
+    rows = re.findall(r"^\| (`.*?`) \|", text, re.MULTILINE)
     keys = {name for row in rows for name in re.findall(r"`([\w.]+)`", row)} - {"data.most_boxes"}
     assert len(keys) > 30
     for key in keys:
@@ -193,7 +194,7 @@ def train_losses(folder):
     return losses
 
 
-def no_memory(*_):
+def no_memory(*_, **__):
     raise MemoryError("no room for 6 GB")
 
 

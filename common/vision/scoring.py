@@ -1,10 +1,13 @@
 """Runs an image classifier over pictures with one class each."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from common.class_metrics import classification_metrics
+from common.class_metrics import classification_metrics, sample_rows
+from common.record import write_samples
 from common.runtime import gather_lists, progress_bar
 from common.vision.labelled import collate
 
@@ -40,3 +43,9 @@ def logits_of(model, dataset) -> tuple[np.ndarray, np.ndarray]:
 def evaluate(model, loader, classes: list[str]) -> dict:
     """The metrics of a model on a loader's data. Used in training and by eval.py."""
     return classification_metrics(*predict(model, loader), classes)
+
+
+def save_samples(dataset, labels: np.ndarray, logits: np.ndarray, folder: Path) -> None:
+    """samples.json in the folder: what was said of each picture."""
+    rows = sample_rows([sample.name for sample in dataset.samples], labels, logits)
+    write_samples(folder / "samples.json", "balanced_accuracy", True, rows, unit="samples", classes=dataset.classes)

@@ -4,7 +4,8 @@
     python eval.py --checkpoint ~/runs/full/checkpoints/best --data_dir ~/pictures --split test
 
 Leaves eval.json (for another split than val: eval_<split>.json) in the run folder, and beside it in eval_<split>/ the
-report as text and JSON, the confusion matrix, F1 of each class, the calibration and a page of mistakes.
+report as text and JSON, samples.json with the answer for each picture, the confusion matrix, F1 of each class, the
+calibration and a page of mistakes.
 """
 
 import sys
@@ -32,20 +33,22 @@ class EvalConfig(LoadConfig):
 def main(argv=None, method="full", doc=None):
     config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import choose_checkpoint
     from common.checkpoint import write_json, write_text
-    from common.class_metrics import calibration, class_report, classification_metrics, softmax, worst_first
-    from common.folders import eval_places, newest_best
+    from common.class_metrics import calibration, class_report, class_table, classification_metrics, score_table, softmax
+    from common.folders import check_data_dir, eval_places
     from common.plots import draw_calibration
-    from common.runtime import start_accelerator
-    from common.vision.pages import draw_page
-    from common.vision.scoring import predict
+    from common.runtime import guard, start_accelerator
+    from common.vision.pages import draw_mistakes
+    from common.vision.scoring import predict, save_samples
     from data import load_for_eval
     from metrics import draw_evaluation
     from model import load_checkpoint
 
     accelerator = start_accelerator(config)
-    config.checkpoint = config.checkpoint or str(newest_best("classification", method))
-    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
+    config.checkpoint, origin = choose_checkpoint(config.checkpoint, "classification", method)
+    check_data_dir(config.data_dir, origin)
+    model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
     labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     metrics = classification_metrics(labels, logits, classes)
@@ -53,18 +56,18 @@ def main(argv=None, method="full", doc=None):
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
-    text, table = class_report(labels, logits, classes)
+    save_samples(loader.dataset, labels, logits, folder)
+    text, report = class_report(labels, logits, classes)
     write_text(folder / "report.txt", text)
-    write_json(folder / "report.json", table)
-    draw_evaluation(labels, logits, classes, folder)
-    draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
-    draw_page(loader.dataset, labels, logits, classes, worst_first(labels, logits)[:12], folder / "mistakes.png")
+    write_json(folder / "report.json", report)
+    with guard("the pictures"):
+        draw_evaluation(labels, logits, classes, folder)
+        draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
+        draw_mistakes(loader.dataset, labels, logits, folder / "mistakes.png")
 
-    print(f"{name}, {config.split} split, {len(labels)} pictures")
-    for key, value in metrics.items():
-        if not isinstance(value, dict):
-            print(f"  {key:18} {'absent' if value is None else f'{value:.4f}'}")
-    print(f"\n{text}\nsaved {file}, and report and pictures in {folder}")
+    print(f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes\n")
+    print(f"{score_table(metrics, len(labels))}\n\n{class_table(labels, logits, classes)}\n")
+    print(f"saved {file}, and report and pictures in {folder}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
 
-Leaves predictions.csv and predictions.json in outputs/classification/predictions/<method>/, and the pictures on request.
+Leaves predictions.csv and predictions.json, and the pictures on request, in a new folder each time:
+outputs/classification/predictions/<method>/<number>/.
 """
 
 import csv
@@ -22,14 +23,14 @@ from common.config import BatchSize, Count, LoadConfig, UserError, cli, parse  #
 class InferConfig(LoadConfig):
     input: str = ""  # a picture, a folder of pictures, or a glob in quotes
     top_k: Count = 5  # so many classes for each picture, the most probable first
-    pictures: bool = False  # save each picture with its classes written below it
+    pictures: bool = False  # save each picture with its classes beside it
     batch_size: BatchSize = 1  # pictures at a time; more is faster on a GPU
-    output_dir: str = ""  # where the results go; empty: outputs/classification/predictions/<method>
+    output_dir: str = ""  # where the results go; empty: a new outputs/classification/predictions/<method>/<number>
 
 
 def write_table(path: Path, results: list[dict]) -> None:
     """CSV: a line for each picture and class, the most probable first."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["file_name", "rank", "class", "probability", "milliseconds"])
         for row in results:
@@ -43,29 +44,31 @@ def main(argv=None, method="full", doc=None):
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import choose_checkpoint
     from common.checkpoint import write_json
-    from common.folders import newest_best, predictions_folder
+    from common.folders import predictions_folder
     from common.runtime import start_accelerator
-    from common.samples import Faults
+    from common.samples import Faults, short_names
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
     from predictor import Predictor
 
     paths, faults = find_pictures(config.input), Faults()
     accelerator = start_accelerator(config)
-    config.checkpoint = config.checkpoint or str(newest_best("classification", method))
+    config.checkpoint, origin = choose_checkpoint(config.checkpoint, "classification", method)
     predictor = Predictor(config.checkpoint, config.model, accelerator.device, config.merge)
     predictor.model = accelerator.prepare_model(predictor.model, evaluation_mode=True)  # computes in --precision
-    root = predictions_folder(config, predictor.origin)
+    root, names = predictions_folder(config, origin), dict(zip(paths, short_names(paths), strict=True))
 
     results, total = [], 0.0
-    print(f"{'picture':40} {'class':24} {'probability':>11} {'ms':>8}")
+    width = min(60, max(map(len, names.values())))
+    print(f"{'picture':{width}} {'class':24} {'probability':>11} {'ms':>8}")
     for path, answers, ms in predictor.classify_files(paths, config.top_k, config.batch_size, faults):
         results.append({"file_name": str(path), "milliseconds": round(ms, 2), "predictions": answers})
         total += ms
-        print(f"{path.name[:40]:40} {answers[0]['class'][:24]:24} {answers[0]['probability']:11.4f} {ms:8.1f}")
+        print(f"{names[path][-60:]:{width}} {answers[0]['class'][:24]:24} {answers[0]['probability']:11.4f} {ms:8.1f}")
         if config.pictures:
-            draw_answer(path, answers, root / f"{len(results):04d}_{path.stem}.png")
+            draw_answer(path, answers, root / f"{len(results):04d}_{path.stem[:60]}.png")
     faults.report()
     if not results:
         raise UserError(f"--input {config.input}: no picture there that can be decoded")
