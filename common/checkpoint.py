@@ -57,7 +57,7 @@ def write_json(path: Path, data) -> None:
 def read_json(path: Path):
     """The content of a JSON file. UserError where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())  # UTF-8 or UTF-16, with or without a byte order mark
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

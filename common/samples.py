@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -196,24 +196,20 @@ class FileFinder:
 
     A name is first taken as it stands, with each folder listed once. One of another machine (D:/old/a.jpg, ../../upload/a.jpg),
     file system or web server then gets the file below the folders that shares most of its last parts. That lies in a folder
-    named like a split only if the name says so: train/1.jpg and val/1.jpg are different pictures.
+    named like a split only if the name says so (or with any_split): train/1.jpg and val/1.jpg are different pictures.
 
     endings: of the files that are looked for, in lower case; names may lack them. Empty: files of all kinds.
     """
 
-    def __init__(self, folders, endings: tuple[str, ...] = ()):
-        self.folders, self.endings = list(dict.fromkeys(folders)), endings
-        self.listings = {}  # part of names before the last slash -> [(folder, names of its files)]
+    def __init__(self, folders, endings: tuple[str, ...] = (), any_split: bool = False):
+        self.folders, self.endings, self.any_split = list(dict.fromkeys(folders)), endings, any_split
+        self.listings = {}  # part of names before the last slash -> [(folder, {name: the file's in it})]
         self.told = False  # that names do not stand for the files that they say
 
     def find(self, name: str, faults: Faults | None = None, what: str = "picture") -> Path | None:
         """The file of that name, or None, which faults is told: there is none, or there are several as good as each other."""
-        head, tail = os.path.split(name)
-        if head not in self.listings:
-            self.listings[head] = [listing for folder in self.folders if (listing := list_files(folder, head))]
-        for folder, files in self.listings[head]:
-            if tail in files:
-                return folder / tail
+        if path := self.find_as_it_stands(name):
+            return path
         found = self.find_by_last_parts(name)
         if len(found) == 1:
             if not self.told:
@@ -225,46 +221,51 @@ class FileFinder:
             faults.add(fault, f"{name} ({found[0]}, {found[1]})" if found else name)
         return None
 
+    def find_as_it_stands(self, name: str) -> Path | None:
+        """The file of exactly that name, with its ending or without, in the first folder that has it."""
+        head, tail = os.path.split(name)
+        if head not in self.listings:
+            self.listings[head] = [listing for folder in self.folders if (listing := self.list_files(folder, head))]
+        return next((folder / files[tail] for folder, files in self.listings[head] if tail in files), None)
+
+    def list_files(self, folder: Path, head: str) -> tuple[Path, dict[str, str]] | None:
+        """(folder/head, {name: name of the file in it}), where one file has a name without its ending that, too."""
+        try:
+            if not (place := inside(folder, head)):
+                return None
+            with os.scandir(place) as entries:
+                files = {entry.name: entry.name for entry in entries if entry.is_file()}
+        except OSError:
+            return None
+        stems = [(os.path.splitext(name)[0], name) for name in files if self.endings and name.lower().endswith(self.endings)]
+        counts = Counter(stem for stem, _ in stems)
+        return place, {**{stem: name for stem, name in stems if counts[stem] == 1}, **files}
+
     def find_by_last_parts(self, name: str) -> list[Path]:
         """The files that share most of the name's last parts; of these, those in the first of the folders that has one."""
         *parents, tail = name_parts(name) or [""]
         uploaded = re.sub("^[0-9a-f]{8}-", "", tail)  # Label Studio puts this before the names of files that it is given
         best = defaultdict(list)
-        for path, folder in self.below.get(tail) or self.below.get(uploaded, []):
-            own, between = (name_parts(p)[:-1] for p in (path, path.relative_to(folder)))
+        for path, folder in (self.below.get(tail) or self.below.get(uploaded, {})).items():
+            own, between = name_parts(path)[:-1], path.relative_to(folder).parts[:-1]
             pairs = zip(reversed(own), reversed(parents), strict=False)
             shared = next((n for n, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(own), len(parents)))
             unnamed = between[: max(0, len(between) - shared)]  # the folders above it that the name says nothing of
-            other = any(part.rstrip("0123456789") in names for part in unnamed for names in SPLIT_NAMES.values())
-            if not other and path.is_file():  # a link may lead nowhere
+            if (self.any_split or not any(map(split_of, unnamed))) and path.is_file():  # a link may lead nowhere
                 best[-shared, len(self.folders) if unnamed else self.folders.index(folder)].append(path)
         return best[min(best)] if best else []
 
     @cached_property
-    def below(self) -> dict[str, list[tuple[Path, Path]]]:
-        """Last part of a name as it is compared, with and without its ending -> [(file, the folder it was found below)]."""
-        found, seen = defaultdict(list), set()
+    def below(self) -> dict[str, dict[Path, Path]]:
+        """Last part of a name as it is compared, with and without its ending -> {file: the folder it was found below}."""
+        found = defaultdict(dict)
         for folder in self.folders:
-            for place, folders, files in os.walk(folder):
-                folders[:] = sorted(f for f in folders if not is_hidden(f) and os.path.join(place, f) not in seen)
-                for file in sorted(f for f in files if not is_hidden(f) and place not in seen):
-                    if file.lower().endswith(self.endings or ""):
-                        tail = (name_parts(file) or [""])[-1]
-                        for key in {tail, os.path.splitext(tail)[0]} if self.endings else {tail}:
-                            found[key].append((Path(place, file), folder))
-                seen.add(place)
+            for path in files_below(folder):
+                if path.lower().endswith(self.endings or ""):
+                    tail = (name_parts(path) or [""])[-1]
+                    for key in {tail, os.path.splitext(tail)[0]} if self.endings else {tail}:
+                        found[key].setdefault(Path(path), folder)
         return found
-
-
-def list_files(folder: Path, head: str) -> tuple[Path, set[str]] | None:
-    """(folder/head, the names of the files in it); None where there is no such folder."""
-    try:
-        if place := inside(folder, head):
-            with os.scandir(place) as entries:
-                return place, {entry.name for entry in entries if entry.is_file()}
-    except OSError:
-        pass
-    return None
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------------

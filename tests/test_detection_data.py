@@ -14,12 +14,13 @@ TASK = DETECTION
 use_task(TASK)
 
 import data  # noqa: E402
+from boxes import make_sample  # noqa: E402
 from common.batches import EpochBatches, build_loader  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from common.vision.pictures import decode, header_size, read_header  # noqa: E402
 from data import DetectionData, Preprocess, build_loaders, check_samples, collate, load_for_eval, read_tables  # noqa: E402
-from formats import make_sample, read_dataset  # noqa: E402
+from formats import read_dataset  # noqa: E402
 from metrics import coco_eval  # noqa: E402
 
 CLASSES = ["cat", "dog"]
@@ -267,7 +268,8 @@ def test_boxes_outside_are_clipped_and_those_without_area_are_dropped_and_counte
     np.testing.assert_allclose(train.samples[0].boxes, [(0, 0, 20, 20), (60, 40, 64, 48), (1, 1, 10, 10)])
     np.testing.assert_allclose(train.samples[0].area, [400, 32, 81])
     assert facts["left_out"] == {
-        "box that cannot be read": 6,
+        "box of a category that is not listed": 1,
+        "box that cannot be read": 5,
         "box without area inside its picture": 5,
         "boxes of an image that is not listed": 1,
         "part of a box that lay outside its picture": 2,
@@ -291,7 +293,7 @@ def test_names_that_leave_the_folder_are_not_followed_by_voc_and_yolo(tmp_path):
     write(tmp_path / "secret.xml", xml("secret", SCENE["a"]))
     write(voc / "ImageSets" / "Main" / "train.txt", "a\n../../secret\n")
     splits, _, _, faults = read(voc)
-    assert [s.path.stem for s in splits["train"]] == ["a"] and faults == {"annotation that cannot be read": 1}
+    assert [s.path.stem for s in splits["train"]] == ["a"] and faults == {"annotation that is not there": 1}
     lists = make(tmp_path / "yolo", "yolo")
     here = (lists / "images" / "train" / "b.png").resolve()
     write(lists / "train.txt", f"images/train/a.png\n{here}\n{tmp_path}/secret.png\n../secret.png\nimages/train/gone.png\n")
@@ -317,9 +319,14 @@ def test_yolo_rows_that_cannot_be_read_are_named(tmp_path, capsys):
     write(tmp_path / "labels" / "train" / "a.txt", rows + "0 nan 0.5 0.1 0.1\n")
     train, _, _, facts = loaded(tmp_path)
     assert len(train.samples[0].boxes) == 1
-    assert facts["left_out"] == {"box that cannot be read": 5, "box without area inside its picture": 1}
+    assert facts["left_out"] == {
+        "box of a class number without a name": 2,
+        "box that cannot be read": 3,
+        "box without area inside its picture": 1,
+    }
     text = capsys.readouterr().out
-    assert "left out, box that cannot be read (5): a.txt line 2, a.txt line 3, a.txt line 4 and 2 more" in text
+    assert "left out, box of a class number without a name (2): a.txt line 2: 2, a.txt line 5: -1" in text
+    assert "left out, box that cannot be read (3): a.txt line 3, a.txt line 4, a.txt line 6" in text
 
 
 def test_a_data_yaml_outside_the_working_folder_is_read_with_its_absolute_paths(tmp_path, monkeypatch):
@@ -338,8 +345,13 @@ def test_a_data_yaml_outside_the_working_folder_is_read_with_its_absolute_paths(
         ("coco", "annotations/instances_val2017.json", '{"images": []}', "no COCO file: it has no list 'annotations'"),
         ("coco", "annotations/instances_train2017.json", coco(ids={"cat": 1, "dog": "x"}), "instances_train2017.json: .*id"),
         ("coco", "annotations/instances_train2017.json", {**coco(), "categories": []}, "names no classes"),
-        ("coco", "annotations/instances_train2017.json", {**coco(), "images": coco()["images"] * 2}, "id 0 is given twice"),
-        ("yolo", "data.yaml", "names: [a, b", "data.yaml must hold `names:`"),
+        (
+            "coco",
+            "annotations/instances_train2017.json",
+            {**coco(), "images": [*coco()["images"], {"id": 0, "file_name": "b"}]},
+            "id 0 is given twice, to a.png and to b",
+        ),
+        ("yolo", "data.yaml", "names: [a, b", "data.yaml is not valid YAML"),
         ("yolo", "data.yaml", "nc: 2", "data.yaml must hold `names:`"),
         ("yolo", "data.yaml", "names: cat", "data.yaml must hold `names:`"),
         ("yolo", "data.yaml", "", "data.yaml must hold `names:`"),
@@ -445,12 +457,11 @@ def test_broken_pictures_are_left_out_named_and_counted(tmp_path, capsys):
     train, _, _, facts = loaded(tmp_path)
     assert [s.path.stem for s in train.samples] == ["a", "b", "c"]
     assert facts["left_out"] == {
-        "image entry without id, file_name, width and height": 1,
         "no picture that can be decoded": 2,
         "picture of another size than its annotation says": 1,
         "picture of floating-point numbers": 1,
         "picture that cannot be decoded": 1,
-        "picture that is not there": 1,
+        "picture that is not there": 2,
     }
     text = capsys.readouterr().out
     assert all(name in text for name in [*broken, "gone.png", "unsized.png"])
@@ -593,7 +604,7 @@ def test_the_cache_respects_its_limit(tmp_path, decoded):
     splits, *_ = read(make(tmp_path, "coco"))
     picture = 3 * 32 * 32
     for limit, kept in ((0, 0), (picture - 1, 0), (2 * picture, 2), (9 * picture, 3)):
-        _, cache = check_samples(splits["train"], Preprocess(processor()), Faults(), limit, "test")
+        _, cache, _ = check_samples(splits["train"], Preprocess(processor()), Faults(), limit, "test")
         assert cache.kept == kept and cache.bytes <= limit
 
 
@@ -635,7 +646,7 @@ def test_boxes_follow_their_pixels_through_augmentation(tmp_path, size):
     path = draw(tmp_path / "a.png", [("cat", 37, 21, 50, 31)], size=(160, 100))
     sample = make_sample(path, (160, 100), [(37, 21, 87, 52, 0, False, 0)])
     preprocess = Preprocess(processor(size=size, do_normalize=False))
-    samples, cache = check_samples([sample], preprocess, Faults(), 10**6, "test")
+    samples, cache, _ = check_samples([sample], preprocess, Faults(), 10**6, "test")
     moved = DetectionData(samples, preprocess, cache, augment=True)
     seen, plain = set(), DetectionData(samples, preprocess, cache)
     for epoch in range(200):

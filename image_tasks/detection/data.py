@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from boxes import Sample, make_sample
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 
 # needs: torchvision
@@ -18,9 +19,10 @@ from common.samples import Faults
 from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
-from formats import Sample, make_sample, read_dataset
+from formats import read_dataset
 
 HERE = Path(__file__).resolve().parent
+SLIVER = 3  # pixels: where the crop leaves less of an object, there is nothing to see
 
 
 def demo_data() -> Path:
@@ -103,10 +105,14 @@ class DetectionData(torch.utils.data.Dataset):
         labels = torch.from_numpy(sample.labels[keep])
         if self.augment:
             with seeded(self.seed, epoch, index):
-                boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w))
-                item = self.augment({"image": tv_tensors.Image(pixels), "boxes": boxes, "labels": labels})
-            pixels, boxes = (item[key].as_subclass(torch.Tensor) for key in ("image", "boxes"))
-            labels = item["labels"]
+                framed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(h, w))
+                item = self.augment({"image": tv_tensors.Image(pixels), "boxes": framed})
+            pixels, moved = (item[key].as_subclass(torch.Tensor) for key in ("image", "boxes"))
+            before, after = (b[:, 2:] - b[:, :2] for b in (boxes, moved))
+            seen = ((after > 0) & (after >= before.clamp(max=SLIVER))).all(
+                dim=1
+            )  # what was small before stays as long as it is whole
+            boxes, labels = moved[seen], labels[seen]
         x1, y1, x2, y2 = (boxes / torch.tensor([w, h, w, h])).clamp(0, 1).unbind(1)
         target = {
             "class_labels": labels,
@@ -118,7 +124,7 @@ class DetectionData(torch.utils.data.Dataset):
 
 
 def make_augmentation():
-    """Flip, crop to between 40 % and all of the picture (boxes follow, slivers go), colour. Keys: image, boxes, labels."""
+    """Flip, crop to between 40 % and all of the picture, colour. Keys: image, boxes, which follow and keep their order."""
     from torchvision.transforms import v2
 
     class CropAndScaleBack(v2.Transform):
@@ -134,7 +140,6 @@ def make_augmentation():
             v2.RandomApply([CropAndScaleBack()], p=0.5),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
             v2.ClampBoundingBoxes(),
-            v2.SanitizeBoundingBoxes(min_size=3),
         ]
     )
 
@@ -155,9 +160,10 @@ def collate(items: list[dict]) -> dict:
 
 
 def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults, cache_bytes: int, text: str, whole=True):
-    """(samples that are usable, cache of their resized pictures): see check_files.
+    """(samples that are usable, cache of their resized pictures, number of tiny objects): see check_files.
 
-    Boxes are clipped to the picture; those without area, or not finite, are dropped.
+    Boxes are clipped to the picture; those without area, or not finite, are dropped. Tiny: a side below SLIVER pixels as the
+    model sees the picture.
     """
 
     def measure(sample: Sample, header):
@@ -167,9 +173,13 @@ def check_samples(samples: list[Sample], preprocess: Preprocess, faults: Faults,
     load, text = partial(load_resized, preprocess), f"{text} pictures"
     good, cache = check_files(samples, picture_reader(), measure, load, faults, cache_bytes, text, whole)
     samples = [samples[number] for number in good]
+    tiny = 0
     for sample in samples:
         clean_boxes(sample, *sample.size, faults)
-    return samples, cache
+        (width, height), (h, w) = sample.size, preprocess.target_size(*sample.size[::-1])
+        sides = (sample.boxes[:, 2:] - sample.boxes[:, :2]) * [w / width, h / height]
+        tiny += int((sides < SLIVER).any(axis=1).sum())
+    return samples, cache, tiny
 
 
 def load_resized(preprocess: Preprocess, sample: Sample) -> np.ndarray:
@@ -194,10 +204,11 @@ def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None
     sample.boxes, sample.labels, sample.crowd = clipped[~bad], sample.labels[~bad], sample.crowd[~bad]
 
 
-def read_tables(data_dir: str, data_format: str, seed: int):
+def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True):
     """(splits, classes, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture."""
+    folder = Path(data_dir).expanduser() if data_dir else demo_data()
     with Faults() as faults:
-        return *read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults), faults
+        return *read_dataset(folder, data_format, seed, faults, to_train), faults
 
 
 def build_loaders(config, processor, tables):
@@ -211,6 +222,8 @@ def build_loaders(config, processor, tables):
     with faults:
         training = usable("train", splits["train"], preprocess, faults, limit, whole=config.cache != "off")
         train = DetectionData(*training, config.augment, config.seed)
+        if all(sample.crowd.all() for sample in train.samples):
+            raise UserError(f"{config.data_dir or 'demo'} ({data_format}): none of the {len(train)} training pictures has a box")
         val = DetectionData(*usable("val", splits["val"], preprocess, faults, limit - train.cache.bytes))
     facts = {
         "name": config.data_dir or "demo",
@@ -235,9 +248,15 @@ def build_loaders(config, processor, tables):
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, whole=True):
     """(samples, preprocess, cache) for DetectionData; UserError where no picture is left."""
-    samples, cache = check_samples(samples, preprocess, faults, limit, split, whole)
+    samples, cache, tiny = check_samples(samples, preprocess, faults, limit, split, whole)
     if not samples:
         raise UserError(f"the {split} split has no picture that can be used")
+    if tiny:
+        every, size = sum(len(s.boxes) for s in samples), " x ".join(str(side) for side in preprocess.size.values())
+        say(
+            f"{tiny} of {every} {split} objects are less than {SLIVER} pixels wide or high as the model sees them ({size}): "
+            "--image_size makes them larger"
+        )
     return samples, preprocess, cache
 
 
@@ -248,7 +267,7 @@ def load_for_eval(config, processor, origin: dict):
     """
     chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
     data_dir = chosen["data_dir"]
-    splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"])
+    splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False)
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     strange = [name for name in classes if name not in origin["classes"]]
