@@ -11,7 +11,7 @@ from torch import nn
 from common.checkpoint import atomic_folder, check_holds, fingerprint, open_model_folder, read_json, write_json, write_text
 from common.config import UserError
 from common.folders import best_of, newest_best
-from common.peft_adapters import ADAPTER_FILE, load_adapter_files, save_adapter_files
+from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files
 from common.runtime import say
 
 CARD = "README.md"
@@ -217,13 +217,14 @@ def load_under(folder: Path, origin: dict, load_base, name: str = ""):
     return model, processor
 
 
-def with_saved_adapter(model, folder: Path, whole, merge: bool):
+def with_saved_adapter(model, folder: Path, whole, merge: bool, answer):
     """The model with the adapter of `folder`, and the parts that trained `whole`, in its own class.
 
-    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B.
+    merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B. answer: by
+    which that is checked, see common/trial.py.
     """
     model = load_adapter_files(model, folder, whole)
-    return model.merge_and_unload() if merge else model.get_base_model()
+    return merged(model, answer) if merge else model.get_base_model()
 
 
 def train_mode(model) -> None:

@@ -20,7 +20,9 @@ from common.config import UserError
 from common.fast_lora import conv_pays, lora_conv, lora_linear
 from common.lora import ADAPTER_FILE, is_within
 from common.runtime import say
+from common.trial import in_short, passed_by, try_out
 
+MERGE_TOLERANCE = 1e-3  # of the largest output; rounding in float32 makes about 1e-5 of it
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The names of attention's query and value projections differ between architectures: the first set that is there counts.
 QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
@@ -39,32 +41,44 @@ OLD_NAMES = (
 )
 
 
-def choose_targets(model, which: str, exclude=(), last_k: int = 0) -> list[str]:
+def choose_targets(model, which: str, exclude=(), last_k: int = 0, answer=None) -> list[str]:
     """Full names of the layers that get adapters, for LoraConfig(target_modules=...).
 
     which: qv (attention's query and value), all-linear, all (convolutions, too), or a regular expression for the end of a layer's
-    name. exclude: parts that train whole (heads). last_k: the last K blocks alone. UserError where nothing is hit.
+    name. exclude: parts that train whole (heads). last_k: the last K blocks alone. answer: as in common/trial.py; layers on
+    which it shows that an adapter would do nothing are left out, and named. UserError where nothing is hit, or nothing left.
     """
+    # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
+    grouped = [name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS) and module.groups > 1]
+    if which == "all-linear" and not adaptable_names(model, (nn.Linear,), exclude):
+        which = "all"
+        say("no linear layer outside the head, so adapters go on convolutions, as with --lora_targets all")
     if which == "qv":
         ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
         fitting = next((names for names in QUERY_VALUE if set(names) <= ends), QUERY_VALUE[0])
-        return find_targets(model, fitting, (nn.Linear,), exclude, last_k)
+        return find_targets(model, fitting, (nn.Linear,), exclude, last_k, answer)
     if which == "all-linear":
-        return find_targets(model, "*", (nn.Linear,), exclude, last_k)
-    # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
-    grouped = [name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS) and module.groups > 1]
-    return find_targets(model, "*" if which == "all" else [which], (nn.Linear, *CONVOLUTIONS), (*exclude, *grouped), last_k)
+        return find_targets(model, "*", (nn.Linear,), exclude, last_k, answer)
+    if which == "all" and grouped:
+        say(f"{len(grouped)} grouped convolutions take no adapter and stay frozen")
+    kinds, exclude = (nn.Linear, *CONVOLUTIONS), (*exclude, *grouped)
+    return find_targets(model, "*" if which == "all" else [which], kinds, exclude, last_k, answer)
 
 
-def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0) -> list[str]:
+def adaptable_names(model, kinds, exclude=()) -> list[str]:
+    """Names of the modules of exactly these kinds, in the model's order, but for those in the parts to leave alone."""
+    return [name for name, module in model.named_modules() if is_adaptable(module, kinds) and not is_within(name, exclude)]
+
+
+def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0, answer=None) -> list[str]:
     """Full names of the modules of exactly these kinds that adapters go on.
 
     wanted: "*" for all of these kinds, or a list of patterns, each a regular expression for the end of a module's name
     ("q_proj", "encoder.*fc1"). exclude: names that start a part of the model to leave alone, such as a head that trains
-    whole. last_k: see `in_last_blocks`. Prints how many layers each pattern hit; UserError, with the candidates, where one
-    hit none.
+    whole. last_k: see `in_last_blocks`. answer: see `choose_targets`. Prints how many layers each pattern hit; UserError, with
+    the candidates, where one hit none.
     """
-    names = [name for name, module in model.named_modules() if is_adaptable(module, kinds) and not is_within(name, exclude)]
+    names = adaptable_names(model, kinds, exclude)
     if wanted == "*":
         hits = {}
         for name in names:
@@ -82,10 +96,24 @@ def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0) -> list[str]
         raise UserError("the model has no layer that an adapter could go on")
     chosen = {name for found in hits.values() for name in found}
     chosen = in_last_blocks([name for name in names if name in chosen], last_k)
+    chosen = where_adapters_work(model, chosen, exclude, answer) if answer else chosen
     counts = {pattern: len(chosen & set(found)) for pattern, found in hits.items()}
     coverage = ", ".join(f"{pattern} {count}" for pattern, count in counts.items() if count)
     say(f"LoRA on {len(chosen)} layers: {coverage}" + (f", in the last {last_k} blocks" if last_k else ""))
     return sorted(chosen)
+
+
+def where_adapters_work(model, names: set[str], exclude, answer) -> set[str]:
+    """Those of the layers on which an adapter can do something; the others are named. UserError where none is left."""
+    idle = passed_by(model, names, answer)
+    why = f"the model does not call {in_short(sorted(idle))} as plain layers, and adapters there would do nothing"
+    if idle and len(idle) == len(names):
+        others = set(adaptable_names(model, (nn.Linear,), exclude)) - names
+        others -= set(passed_by(model, others, answer))
+        raise UserError(f"--lora_targets: {why}; take others, such as {in_short(sorted(others)) or 'none of this model'}")
+    if idle:
+        say(f"left out: {why}")
+    return names - set(idle)
 
 
 def is_adaptable(module, kinds) -> bool:
@@ -210,6 +238,23 @@ def plain_lora(layer, x):
 def is_plain_convolution(conv) -> bool:
     plain = conv.groups == 1 and set(conv.dilation) == {1} and conv.padding_mode == "zeros"
     return plain and not isinstance(conv.padding, str)
+
+
+@torch.no_grad()
+def merged(model, answer):
+    """The plain model with the adapter of a PEFT model added into its weights, where that leaves its outputs as they are.
+
+    answer: as in common/trial.py; it is compared before and after. Else the model with its adapter beside it, and a line that
+    says so: a weight-standardised convolution normalises its weight anew, and with it what was added.
+    """
+    before = try_out(model, answer)
+    model.merge_adapter()
+    after = None if before is None else try_out(model, answer)
+    if after is not None and (after - before).abs().max() <= MERGE_TOLERANCE * before.abs().max():
+        return model.unload()
+    model.unmerge_adapter()
+    say("the adapter is not merged: added into the weights it would change the answers; it goes on beside them")
+    return model.get_base_model()
 
 
 def train_whole(model, parts) -> None:

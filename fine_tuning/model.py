@@ -22,6 +22,8 @@ from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
 from common.runtime import say
+from common.trial import freeze_unused
+from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 EXAMPLE = "openai/clip-vit-base-patch32"
@@ -171,10 +173,12 @@ def with_head(tower, classes: list[str], base: str, head: str, prompts: str) -> 
         say(f"head for {len(classes)} classes: random" + (f", since {reason}" if reason else ""))
         model = ClipClassifier(tower, classes, SCALE)
         model.new_layers = [HEAD]
-        return model
-    rows, scale = zero_shot_rows(base, classes, prompts)
-    say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
-    return zero_shot_classifier(tower, classes, rows, scale)
+    else:
+        rows, scale = zero_shot_rows(base, classes, prompts)
+        say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
+        model = zero_shot_classifier(tower, classes, rows, scale)
+    freeze_unused(model, answer)
+    return model
 
 
 def zero_shot_classifier(tower, classes: list[str], rows, scale: float) -> ClipClassifier:
@@ -216,7 +220,13 @@ def layer_groups(model: ClipClassifier, lr: float, decay: float) -> list[dict]:
 
 def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
     """Names of the layers that get adapters, never in the head; see choose_targets."""
-    return choose_targets(model, which, (HEAD,), last_k)
+    return choose_targets(model, which, (HEAD,), last_k, answer)
+
+
+def answer(model) -> torch.Tensor:
+    """The logits (1, K) for one picture of noise, to find out what they depend on; see common/trial.py."""
+    picture = example_picture(*trained_shape(model.tower.config))
+    return model.eval()(pixel_values=picture.to(next(model.parameters()).device)).logits
 
 
 def adapter_config(method: str, config, targets: list[str]):
@@ -322,7 +332,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
         model, merge = quantized(model, about["quantize"], device), False
     elif small:
         say("note: this adapter was trained on a 4-bit base; here it goes on the base itself, so answers differ a little")
-    return with_saved_adapter(model, folder, (HEAD,), merge).eval().to(device), processor, about
+    return with_saved_adapter(model, folder, (HEAD,), merge, answer).eval().to(device), processor, about
 
 
 def check_classifier_origin(folder: Path, about: dict) -> None:

@@ -17,6 +17,26 @@ def mean_and_std(processor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, std
 
 
+def example_picture(channels: int, height: int, width: int) -> torch.Tensor:
+    """Noise (1, channels, height, width), always the same: what a model does with it shows what its outputs depend on."""
+    return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def trained_shape(config) -> tuple[int, int, int]:
+    """(channels, height, width) of the pictures that a base with this configuration of transformers is built for.
+
+    224 x 224 where the configuration names no size, as of networks of convolutions.
+    """
+    timm = getattr(config, "pretrained_cfg", None) or {}
+    if timm.get("input_size"):
+        return tuple(timm["input_size"])
+    parts = (config, getattr(config, "backbone_config", None))
+    sizes = [getattr(part, key, None) for part in parts for key in ("image_size", "eval_size", "anchor_image_size")]
+    size = next((size for size in sizes if size), 224)
+    size = size.values() if isinstance(size, dict) else [size] * 2 if isinstance(size, int) else size
+    return (getattr(config, "num_channels", None) or 3, *size)
+
+
 class ClassifierPreprocess:
     """How a classifier wants its pictures: resized (and cropped), scaled; read from its image processor and checked against it.
 

@@ -18,13 +18,20 @@ from common.bases import (
 )
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import say
+from common.trial import freeze_unused
+from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 
 
 def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
     """Names of the layers that get adapters, never in the head; see choose_targets."""
-    return choose_targets(model, which, class_layers(model), last_k)
+    return choose_targets(model, which, class_layers(model), last_k, answer)
+
+
+def answer(model) -> torch.Tensor:
+    """The logits (1, K) for one picture of noise, to find out what they depend on; see common/trial.py."""
+    return model.eval()(pixel_values=example_picture(*trained_shape(model.config)).to(model.device)).logits
 
 
 def load_base(name: str):
@@ -53,12 +60,27 @@ def class_layers(model) -> list[str]:
 
 
 def with_classes(base, classes: list[str]):
+    """The base with a head for `classes`, to train: which head it got, and what the model has no use for, is said."""
+    known = known_classes(base)
+    model = with_class_head(base, classes)
+    if known != classes:
+        how = "rows of the base, by name" if set(classes) <= set(known) else "new weights"
+        say(f"head ({', '.join(class_layers(model))}) for {len(classes)} classes: {how}")
+    freeze_unused(model, answer)
+    return model
+
+
+def known_classes(model) -> list[str]:
+    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+
+def with_class_head(base, classes: list[str]):
     """The base with a head for `classes`; every other weight is kept.
 
     A base that knows all of the classes keeps its rows for them. Else the head is new: a few old rows among new ones would
     outweigh them. model.new_layers: the names of the head's layers where it is new, for build_optimizer; else empty.
     """
-    known = [base.config.id2label[i] for i in range(base.config.num_labels)]
+    known = known_classes(base)
     model, base.new_layers = base, []
     if known != classes:
         heads = class_layers(base)
@@ -75,15 +97,12 @@ def with_classes(base, classes: list[str]):
             if key.rsplit(".", 1)[0] in heads:
                 tensors[key] = tensors[key][[known.index(name) for name in classes]] if kept else new[key]
         model.load_state_dict(tensors)
-        how = "rows of the base, by name" if kept else "new weights"
-        say(f"head ({', '.join(heads)}) for {len(classes)} classes: {how}")
     return without_word_embeddings(model)  # so that plain PEFT loads adapters onto it, too
 
 
 def origin(method: str, model, base: dict, config) -> dict:
     """What origin.json says of a checkpoint of the model."""
-    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    return make_origin("classification", method, base, config, classes=classes)
+    return make_origin("classification", method, base, config, classes=known_classes(model))
 
 
 def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
@@ -94,8 +113,8 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     folder, about = open_checkpoint(folder, "classification")
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] == "lora":
-        model = with_classes(model, about["classes"])
-        model = with_saved_adapter(model, folder, class_layers(model), merge)
+        model = with_class_head(model, about["classes"])
+        model = with_saved_adapter(model, folder, class_layers(model), merge, answer)
     return model.eval().to(device), processor, about
 
 

@@ -14,11 +14,14 @@ from common.bases import (
     load_under,
     make_origin,
     open_checkpoint,
+    train_mode,
     with_saved_adapter,
 )
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import process_index, say
+from common.trial import freeze_unused
+from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 
@@ -27,13 +30,29 @@ HEADS = (
     "class_labels_classifier", "bbox_predictor",  # DETR, Conditional DETR, YOLOS
     "class_embed", "bbox_embed",  # Deformable DETR, RT-DETR, D-FINE
     "enc_score_head", "enc_bbox_head", "denoising_class_embed",  # RT-DETR, D-FINE
+    "enc_out_class_embed", "enc_out_bbox_embed",  # LW-DETR, RF-DETR: the same of their first stage
     "pre_bbox_head", "lqe_layers",  # D-FINE: the first guess of the boxes, and how well a box fits (part of the score)
 )  # fmt: skip
 
 
 def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
     """Names of the layers that get adapters, never in the heads; see choose_targets."""
-    return choose_targets(model, which, HEADS, last_k)
+    return choose_targets(model, which, HEADS, last_k, lesson)
+
+
+def lesson(model) -> torch.Tensor:
+    """The loss () for one picture of noise with a box in it, to find out what can learn from one; see common/trial.py.
+
+    In training mode, in which some detectors run parts that they do without later.
+    """
+    train_mode(model)
+    label = {"class_labels": torch.zeros(1, dtype=torch.long), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}
+    return model(pixel_values=example_picture(*trained_shape(model.config)), labels=[label]).loss
+
+
+def answer(model) -> torch.Tensor:
+    """All class logits for one picture of noise, sorted: detectors that choose their queries swap some that score alike."""
+    return model.eval()(pixel_values=example_picture(*trained_shape(model.config))).logits.flatten().sort().values
 
 
 def load_base(name: str):
@@ -56,46 +75,58 @@ def build(config):
 
 
 def with_classes(base, classes: list[str], most_boxes: int = 0):
-    """The base with a class head for `classes`; every other weight is kept. most_boxes: in one picture, to warn of too many.
+    """The base with a class head for `classes`, to train: what is new in it, and what the model has no use for, is said.
+
+    most_boxes: in one picture, to warn of too many.
+    """
+    queries = getattr(base.config, "num_queries", most_boxes)
+    if queries < most_boxes:
+        say(f"note: this base finds at most {queries} objects in a picture, and one of yours has {most_boxes}")
+    model = with_class_head(base, classes)
+    if known_classes(base) != classes:
+        new = [c for c, row in zip(classes, matching_rows(base, classes), strict=True) if row is None]
+        say(
+            f"class head for {len(classes)} classes, {len(classes) - len(new)} of them copied by name"
+            + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
+        )
+    freeze_unused(model, lesson)
+    return model
+
+
+def known_classes(model) -> list[str]:
+    return [model.config.id2label[i] for i in range(len(model.config.id2label))]
+
+
+def matching_rows(base, classes: list[str]) -> list[int | None]:
+    """For each class the place of the base's class of that name, whatever its case; None where it has none."""
+    lowered = [label.lower() for label in known_classes(base)]
+    return [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
+
+
+def with_class_head(base, classes: list[str]):
+    """The base with a class head for `classes`; every other weight is kept.
 
     Rows of class layers are copied by class name; a class that the base does not know starts as the mean of those that it
     does: the head keeps its notion of "some object" against "no object". model.new_layers: the names of the class layers where
     some class is new, for build_optimizer; else empty.
     """
-    base.new_layers = []
-    known = [base.config.id2label[i] for i in range(len(base.config.id2label))]
-    queries = getattr(base.config, "num_queries", most_boxes)
-    if queries < most_boxes:
-        say(f"note: this base finds at most {queries} objects in a picture, and one of yours has {most_boxes}")
-    model = base if known == classes else with_class_head(base, known, classes)
+    model, base.new_layers = base, []
+    if known_classes(base) != classes:
+        config = copy.deepcopy(base.config)
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {label: i for i, label in enumerate(classes)}
+        model = build(config)
+        tensors, rows, changed = base.state_dict(), matching_rows(base, classes), class_tensors(build, base)
+        for name in changed:
+            tensors[name] = pick_rows(tensors[name], rows, len(known_classes(base)))
+        model.load_state_dict(tensors)
+        model.new_layers = sorted({name.rsplit(".", 1)[0] for name in changed}) if None in rows else []
     for name, parameter in model.named_parameters():
         if is_within(name, ("backbone",)):
             parameter.requires_grad_(True)  # transformers freezes a DETR's backbone in some ways of building it
     if not hasattr(model.loss_function, "weighed"):
         model.loss_function = weighed_over_processes(model.loss_function)
     return without_word_embeddings(model)  # so that plain PEFT loads adapters onto it, too
-
-
-def with_class_head(base, known: list[str], classes: list[str]):
-    """A new model for `classes` with the weights of a base that knows `known`."""
-    config = copy.deepcopy(base.config)
-    config.id2label = dict(enumerate(classes))
-    config.label2id = {label: i for i, label in enumerate(classes)}
-    model = build(config)
-    lowered = [label.lower() for label in known]
-    rows = [lowered.index(c.lower()) if c.lower() in lowered else None for c in classes]
-    tensors, changed = base.state_dict(), class_tensors(build, base)
-    for name in changed:
-        tensors[name] = pick_rows(tensors[name], rows, len(known))
-    model.load_state_dict(tensors)
-    new = [c for c, row in zip(classes, rows, strict=True) if row is None]
-    layers = sorted({name.rsplit(".", 1)[0] for name in changed})
-    model.new_layers = layers if new else []
-    say(
-        f"new class head ({', '.join(layers)}): {len(classes) - len(new)} of {len(classes)} classes copied by name"
-        + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
-    )
-    return model
 
 
 def weighed_over_processes(family_loss):
@@ -166,7 +197,7 @@ def backbone_groups(model, lr: float, lr_backbone: float) -> list[dict]:
 
 def origin(method: str, model, base: dict, config) -> dict:
     """What origin.json says of a checkpoint of the model."""
-    classes = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    classes = known_classes(model)
     data = {"image_size": config.image_size, "data_format": config.data_format}
     return make_origin("detection", method, base, config, classes=classes, **data)
 
@@ -179,7 +210,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     folder, about = open_checkpoint(folder, "detection")
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] == "lora":
-        model = with_saved_adapter(with_classes(model, about["classes"]), folder, HEADS, merge)
+        model = with_saved_adapter(with_class_head(model, about["classes"]), folder, HEADS, merge, answer)
     return model.eval().to(device), processor, about
 
 

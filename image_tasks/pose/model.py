@@ -12,6 +12,8 @@ from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
 from common.runtime import process_index, say
+from common.trial import freeze_unused
+from common.vision.preprocess import example_picture
 from keypoints import KEYPOINT_FILE, KeypointSet
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -206,8 +208,6 @@ def load_base(name: str):
         base = from_vitpose(model, name)
     else:
         base = KeypointModel(model, None, {"input_size": trained_size(processor, model.config)})
-    for key, parameter in base.named_parameters():
-        parameter.requires_grad_(not key.endswith("mask_token"))  # only ever used in pretraining: it would get no gradient
     head = f"with a head for {len(base.facts['names'])} keypoints" if base.keypoint_head else "without a keypoint head"
     millions = sum(p.numel() for p in base.parameters()) / 1e6
     say(f"base: {name}, {type(base.backbone).__name__} {head}, {millions:.2f} M parameters")
@@ -260,6 +260,7 @@ def with_head(base: KeypointModel, points: KeypointSet, head: str, size: tuple[i
     facts = {**points.to_json(), "head": head, "input_size": list(size), "beta": beta}
     model = KeypointModel(base.backbone, module, facts)
     model.new_layers = [] if module is base.keypoint_head else [HEAD]
+    freeze_unused(model, answer)
     return model
 
 
@@ -269,7 +270,14 @@ def new_head(kind: str, width: int, keypoints: int) -> nn.Module:
 
 def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
     """Names of the layers that get adapters, never in the head; see choose_targets."""
-    return choose_targets(model, which, (HEAD,), last_k)
+    return choose_targets(model, which, (HEAD,), last_k, answer)
+
+
+def answer(model) -> torch.Tensor:
+    """Coordinates and heatmaps for one picture of noise, in one row, to find out what they depend on; see common/trial.py."""
+    device = next(model.parameters()).device
+    coords, _, heatmaps = model.eval()(example_picture(3, *model.facts["input_size"]).to(device))
+    return torch.cat([part.flatten() for part in (coords, heatmaps) if part is not None])
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -328,7 +336,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     if about["method"] == "lora":
         keypoints = read_facts(folder)
         head = new_head(keypoints["head"], model.backbone.config.hidden_size, len(keypoints["names"]))
-        model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge)
+        model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge, answer)
     return model.eval().to(device), processor, about
 
 
