@@ -446,10 +446,11 @@ class Run:
     def stop_if_idle(self) -> None:
         """Every parameter that trains must have had a gradient within the first steps, else it would silently stay as it is.
 
-        (Not in the very first: a batch without boxes, say, rightly gives none to what boxes teach.)
+        (Not in the very first: a batch without boxes, say, rightly gives none to what boxes teach. With find_unused that is
+        said to go on: a thousand pictures of background may come first.)
         """
         idle = self.progress.idle
-        if idle:
+        if idle and not self.find_unused:
             names = ", ".join(sorted(idle)[:3])
             raise UserError(f"{len(idle)} trainable tensors got no gradient, so they would never learn: {names}")
 

@@ -346,6 +346,12 @@ def test_a_tensor_that_cannot_learn_is_named(tmp_path):
     assert summary(tmp_path / "toy" / "full")["epochs"] == 0
 
 
+def test_a_tensor_that_batches_may_pass_by_stops_no_run_however_long_they_do(tmp_path):
+    """As what learns from boxes, where pictures of background come first."""
+    said = run_toy(tmp_path, "--fault", "dead", "--find_unused", "--epochs", "1", curves=False)
+    assert "no gradient" not in said and summary(tmp_path / "toy" / "full")["status"] == "finished"
+
+
 def test_patience_stops(tmp_path):
     said = run_toy(tmp_path, "--epochs", "30", "--patience", "2", "--lr", "0.5")
     record, run = summary(tmp_path / "toy" / "full"), tmp_path / "toy" / "full"
