@@ -148,11 +148,23 @@ def read_text(file: Path, faults: Faults) -> str:
         return content.decode("utf-16", errors="replace")
     if b"\0" in content[:2]:
         return content.decode("utf-16-be" if content[0] == 0 else "utf-16-le", errors="replace")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    text, guessed = decode_bytes(content)
+    if guessed:
         faults.note("text that is not UTF-8, read as Windows-1252", Path(file).name)
-        return content.decode("cp1252", errors="replace")
+    return text
+
+
+def readable(name: str) -> str:
+    """The name of a file or folder as text that can be printed and written, also where its bytes are not UTF-8."""
+    return decode_bytes(os.fsencode(name))[0]
+
+
+def decode_bytes(content: bytes) -> tuple[str, bool]:
+    """(text, whether its encoding is a guess) of UTF-8, with or without a byte order mark, or else Windows-1252."""
+    try:
+        return content.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace"), True
 
 
 def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str) -> str:

@@ -422,7 +422,9 @@ def test_after_the_first_pass_nothing_is_decoded_again(tmp_path, decoded):
 def test_without_cache_each_access_decodes_and_gives_the_same(tmp_path, decoded):
     changes = {"flip": True, "crop": 0.5, "randaugment": 5, "mixup": 0.4}
     cached, *_ = loaded(make(tmp_path, "folders val"), **changes)
+    decoded.clear()
     train, *_ = loaded(tmp_path, cache="off", **changes)
+    assert decoded == ["bird/000.png", "cat/000.png", "dog/000.png"]  # one of each class
     decoded.clear()
     for i in range(9):
         assert torch.equal(train[(4, i)]["pixels"], cached[(4, i)]["pixels"])
@@ -474,7 +476,7 @@ def test_what_is_left_out_does_not_depend_on_who_has_read_the_files_before(tmp_p
     assert loaded(folder, cache="off")[3] == headers_alone and loaded(folder, cache="auto")[3] == whole
 
 
-def test_what_turns_out_bad_in_training_stops_nothing(tmp_path):
+def test_what_turns_out_bad_in_training_stops_nothing(tmp_path, capsys):
     """Another picture, with its own class, takes the place: the same one in whatever order items are drawn."""
     make(tmp_path, "folders val")
     for name in ("000.png", "001.png", "002.png"):
@@ -482,6 +484,10 @@ def test_what_turns_out_bad_in_training_stops_nothing(tmp_path):
         file.write_bytes(file.read_bytes()[:-40])
     train, _, _, facts = loaded(tmp_path, cache="off", mixup=0.4, flip=True)
     assert facts["train"] == 9 and facts["left_out"] == {}
+    assert (
+        "note, class of which no training picture can be decoded, so that it will not be learnt (1): cat"
+        in capsys.readouterr().out
+    )
     items = {key: train[key] for key in [(epoch, i) for epoch in (1, 2) for i in range(9)]}
     for key in reversed(items):
         assert torch.equal(train[key]["pixels"], items[key]["pixels"]) and torch.equal(train[key]["target"], items[key]["target"])

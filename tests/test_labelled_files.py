@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+from common.checkpoint import read_json, write_json
 from common.config import UserError
 from common.samples import Faults
 from common.vision.labelled import labelled_for_eval
@@ -267,5 +268,11 @@ def test_splits_in_a_column_have_their_usual_names(tmp_path):
 def test_a_picture_whose_name_is_not_utf8_is_a_sample(tmp_path):
     fill(tmp_path, 3)
     os.rename(tmp_path / "cat" / "cat0.png", os.fsencode(tmp_path / "cat") + b"/\xe9.png")
-    splits, _, _ = read(tmp_path)
+    os.rename(tmp_path / "cat", os.fsencode(tmp_path) + b"/caf\xe9")
+    splits, classes, _ = read(tmp_path)
+    assert classes == ["café", "dog"], "the name of a class is text"
     assert Path(os.fsdecode(b"\xe9.png")).stem in splits["train"] | splits["val"]
+    loader = for_eval(tmp_path, ["café", "dog"], split="train")
+    names = [sample.name for sample in loader.dataset.samples]
+    write_json(tmp_path / "names.json", names)
+    assert read_json(tmp_path / "names.json") == names

@@ -1,11 +1,13 @@
 """Pictures that a program has in memory are taken as the files that they came from."""
 
+import ast
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from common.config import UserError
@@ -148,3 +150,10 @@ def test_a_file_that_would_start_a_program_is_no_picture(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the image: no picture that can be decoded, EPS"):
         as_pixels(Image.open(tmp_path / "a.jpg"))
     assert not (tmp_path / "started").exists()
+
+
+def test_whoever_opens_a_picture_names_the_formats():
+    sources = [p for part in ("common", "fine_tuning", "image_tasks", "scripts") for p in (ROOT / part).rglob("*.py")]
+    nodes = [node for p in sources for node in ast.walk(ast.parse(p.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    calls = [ast.unparse(node) for node in nodes if ast.unparse(node.func) == "Image.open"]
+    assert len(calls) > 1 and all("formats=FORMATS" in call for call in calls)

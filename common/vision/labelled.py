@@ -13,8 +13,8 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.runtime import process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import Faults
-from common.scan import check_files
+from common.samples import Faults, attempt
+from common.scan import check_files, in_parts
 from common.vision.labelled_files import Sample, read_dataset
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import ClassifierPreprocess
@@ -124,7 +124,8 @@ def read_labelled(source: Path, seed: int, scored: bool = False):
 def labelled_loaders(config, processor, tables):
     """(train loader, validation loader, class names, facts for the summary); tables: what read_labelled gave.
 
-    With --cache off no training picture is decoded before it is used. Validation pictures always are: what is scored stays.
+    With --cache off one good training picture of each class is looked for; the others are decoded when they are used.
+    Validation pictures always are: what is scored stays.
     """
     rank, world = process_index()
     splits, classes, layout, faults = tables
@@ -136,6 +137,8 @@ def labelled_loaders(config, processor, tables):
         counts = Counter(classes[s.label] for s in train)
         if missing := [name for name in classes if not counts[name]]:
             raise UserError(f"no training picture of the class {missing[0]!r} can be used")
+        for name in [] if whole else classes_without_pictures(train, classes, preprocess):
+            faults.note("class of which no training picture can be decoded, so that it will not be learnt", name)
     facts = {
         "name": config.data_dir or "demo",
         "format": layout,
@@ -156,6 +159,19 @@ def labelled_loaders(config, processor, tables):
     train_loader = build_loader(train_data, batches, collate, config.num_workers)
     val_data = LabelledPictures(val, classes, preprocess, val_cache)
     return train_loader, eval_loader(val_data, config.batch_size, config.num_workers), classes, facts
+
+
+def classes_without_pictures(samples: list[Sample], classes: list[str], preprocess: ClassifierPreprocess) -> list[str]:
+    """The classes of which no picture can be decoded. Of each class the first that can be is the last that is tried."""
+    members = [[] for _ in classes]
+    for sample in samples:
+        members[sample.label].append(sample)
+
+    def has_good(mine):
+        return any(attempt(load_resized, preprocess, sample)[0] is not None for sample in mine)
+
+    good = in_parts(members, has_good, "looking for a good picture of each class")
+    return [name for name, found in zip(classes, good, strict=True) if not found]
 
 
 def class_weights(kind: str, dataset: LabelledPictures, device):

@@ -15,6 +15,7 @@ from common.samples import (
     FileFinder,
     is_hidden,
     name_parts,
+    readable,
     split_folders,
     split_of,
     split_off,
@@ -169,7 +170,7 @@ def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
         splits = sorted(name for name in inner if split_of(name))
         if len({split_of(name) for name in splits}) > 1:
             raise UserError(f"{place} holds {' and '.join(splits)}; expected {LAYOUTS}, not <class>/{splits[0]}/")
-        found += [(path, entry.name) for path in pictures]
+        found += [(path, readable(entry.name)) for path in pictures]
     return found
 
 
