@@ -50,7 +50,8 @@ def with_head_rate(groups: list[dict], model, new, rate: float) -> list[dict]:
 def describe_steps(config, steps: int, rates: set[float]) -> None:
     """Prints the run's optimizer steps and learning rates, and what gives more steps where they are few."""
     told = " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)}))
-    hint = "; so few teach little: more --epochs or a smaller --batch_size make more" if steps < FEW_STEPS else ""
+    few = steps < FEW_STEPS and not config.max_steps_per_epoch
+    hint = "; so few teach little: more --epochs or a smaller --batch_size make more" if few else ""
     say(f"{steps} optimizer steps, {warmup_of(config.warmup_steps, steps)} of them warm-up, learning rate {told}{hint}")
 
 

@@ -268,8 +268,9 @@ def test_the_run_says_its_steps_and_what_makes_more_of_few(capsys):
         "60 optimizer steps, 6 of them warm-up, learning rate 0.1 to 1; so few teach little: more --epochs or a smaller "
         "--batch_size make more\n"
     )
-    build_optimizer(net(), config(warmup_steps=20), 400)
-    assert capsys.readouterr().out == "400 optimizer steps, 20 of them warm-up, learning rate 0.1\n"
+    for steps, changes in ((400, {}), (40, {"max_steps_per_epoch": 4})):  # a smoke run is short on purpose
+        build_optimizer(net(), config(warmup_steps=20, **changes), steps)
+        assert capsys.readouterr().out == f"{steps} optimizer steps, 20 of them warm-up, learning rate 0.1\n"
 
 
 @pytest.mark.parametrize(("share", "total", "steps"), [(0.1, 1000, 100), (0.1, 56, 6), (0.25, 8, 2), (0.9, 10, 5), (0.1, 3, 0)])

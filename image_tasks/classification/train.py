@@ -32,7 +32,7 @@ class Config(TrainConfig):
     epochs: int = setting(10, demo=15)  # passes over the training data
     warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
-    lr: float = setting(5e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    lr: float = setting(1e-4, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
 
 
 def main(argv=None):

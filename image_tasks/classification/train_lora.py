@@ -32,7 +32,7 @@ class Config(LoraTrainConfig):
     epochs: int = setting(10, demo=15)  # passes over the training data
     warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
-    lr: float = setting(2e-4, demo=1e-2)  # few weights move, so several times the step of train.py
+    lr: float = setting(5e-4, demo=1e-2)  # few weights move, so several times the step of train.py
     lora_r: int = setting(16, demo=8)  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
     lora_alpha: int = setting(32, demo=16)  # the update is scaled by lora_alpha / lora_r
     lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
