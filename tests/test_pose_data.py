@@ -950,6 +950,114 @@ def test_numbers_with_commas_that_may_be_thousands_are_refused(tmp_path):
     one_line(lambda: read(tmp_path), "is 1,020 beside .* a thousand or a fraction")
 
 
+# ---- YOLO ------------------------------------------------------------------------------------------------------------
+
+YAML = "path: .\ntrain: images/train\nval: images/val\nkpt_shape: [3, 3]\nflip_idx: [0, 2, 1]\nnames:\n  0: figure\n"
+
+
+def label_line(points, flags=(2, 2, 2), box=None):
+    x, y, w, h = box or box_of(points)
+    cells = [0, (x + w / 2) / W, (y + h / 2) / H, w / W, h / H]
+    for (px, py), flag in zip(points, flags, strict=True):
+        cells += [px / W, py / H, *([] if flag is None else [flag])]
+    return " ".join(f"{cell:.8g}" for cell in cells) + "\n"
+
+
+def make_yolo(folder, settings=YAML, places=("images/{}", "labels/{}"), flags=(2, 2, 2), encoding="utf-8"):
+    """SCENE as YOLO pose: a and b for training, c for validation."""
+    for split, names in (("train", "ab"), ("val", "c")):
+        for name in names:
+            draw(folder / places[0].format(split) / f"{name}.png", SCENE[name])
+            label = write(folder / places[1].format(split) / f"{name}.txt", "")
+            label.write_text(label_line(SCENE[name], flags), encoding=encoding)
+    write(folder / "data.yaml", settings).write_text(settings, encoding=encoding)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"places": ("{}/images", "{}/labels"), "settings": YAML.replace("images/train", "../train/images")},
+        {"settings": YAML.replace("images/", "/home/me/set/images/").replace("path: .", "path: C:/me")},
+        {"settings": YAML.replace("[3, 3]", "[3, 2]"), "flags": (None,) * 3},
+        {"encoding": "utf-8-sig"},
+        {"settings": YAML.replace("images/train", "[images/train]")},
+    ],
+)
+def test_yolo_pose_is_read_to_the_pixel(tmp_path, options):
+    train, val, points, facts = loaded(make_yolo(tmp_path, **options))
+    assert facts["format"] == "yolo" and facts["left_out"] == {} and points.flip_pairs == [(1, 2)] and not points.named
+    samples = {s.path.stem: s for s in (*train.samples, *val.samples)}
+    assert [s.path.stem for s in train.samples] == ["a", "b"] and sorted(samples) == ["a", "b", "c"]
+    for name, sample in samples.items():
+        np.testing.assert_allclose(sample.points, SCENE[name], atol=1e-5)
+        np.testing.assert_allclose(sample.box, box_of(SCENE[name]), atol=1e-5)
+        assert sample.labelled.all()
+
+
+def test_yolo_names_flips_and_skeleton_are_the_datas(tmp_path):
+    settings = YAML + f"kpt_names:\n  0: [{', '.join(NAMES)}]\nskeleton: [[0, 1], [0, 2]]\n"
+    points = read(make_yolo(tmp_path, settings))[1]
+    assert points.names == NAMES and points.named and points.skeleton == [(0, 1), (0, 2)] and points.flip_pairs == [(1, 2)]
+    named = settings.replace("flip_idx: [0, 2, 1]\n", "")
+    assert read(make_yolo(tmp_path, named))[1].flip_pairs == [(1, 2)]
+    assert read(make_yolo(tmp_path, settings.replace("[0, 2, 1]", "[0, 1, 2]")))[1].flip_pairs == []
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("[3, 3]", "[3]", "must hold kpt_shape"),
+        ("[3, 3]", "[1000000000, 3]", "at most 1000 keypoints"),
+        ("[3, 3]", "[3, 4]", "must hold kpt_shape"),
+        ("[3, 3]", "abc", "must hold kpt_shape"),
+        ("[3, 3]", ".inf", "must hold kpt_shape"),
+        ("[0, 2, 1]", "[1, 2, 0]", "flip_idx must pair 3 keypoints"),
+        ("[0, 2, 1]", "[0, 1]", "flip_idx must pair 3 keypoints"),
+        ("[0, 2, 1]", "[0, 2, 9]", "flip_idx must pair 3 keypoints"),
+        ("[0, 2, 1]", "yes", "flip_idx must pair 3 keypoints"),
+        ("path: .", "kpt_names: [a, b]", "kpt_names must be a list of 3 names"),
+        ("path: .", "kpt_names: {0: [a, b, c], 1: [a, b, d]}", "kpt_names differ from class to class"),
+        ("path: .", "a: &a [1]\nb: *a", "YAML alias"),
+        ("path: .", "a: " + "[" * 3000, "not valid YAML"),
+        ("path: .", "a: " + "9" * 6000, "not valid YAML"),
+    ],
+)
+def test_a_yolo_file_that_makes_no_sense_is_named(tmp_path, old, new, told):
+    one_line(lambda: read(make_yolo(tmp_path, YAML.replace(old, new))), told)
+
+
+def test_yolo_lines_that_cannot_be_used_are_named_and_unlabelled_points_stay_out(tmp_path, capsys):
+    make_yolo(tmp_path)
+    good = label_line(SCENE["a"], flags=(2, 0, 1))
+    flat = label_line(SCENE["a"], box=[12, 10, 18, 0])
+    write(tmp_path / "labels/train/a.txt", good + "\n0 0.5 0.5 0.1\n0 0.5 0.5 0.1 0.1\nx y\n" + good[:-3] + "\n" + flat)
+    train, _, _, facts = loaded(tmp_path)
+    assert [s.labelled.tolist() for s in train.samples] == [[True, False, True], [True] * 3, [True] * 3]
+    np.testing.assert_allclose(train.samples[1].box, box_of(SCENE["a"], margin=0), atol=1e-5)
+    assert facts["left_out"] == {"figure without a keypoint that counts": 1, "line that is no figure of 3 keypoints": 3}
+    text = capsys.readouterr().out
+    assert "a.txt line 3" in text and "visibility 0, which counts as unlabelled (1): a.txt line 1" in text
+
+
+def test_yolo_for_boxes_alone_is_no_pose_data(tmp_path):
+    make_yolo(tmp_path, YAML.replace("kpt_shape: [3, 3]\n", ""))
+    one_line(lambda: read(tmp_path), "is none of the layouts that are known; .*data.yaml with kpt_shape")
+
+
+@pytest.mark.parametrize("kind", ["coco", "csv", "yolo"])
+def test_eval_needs_no_training_pictures(tmp_path, kind):
+    if kind == "yolo":
+        shutil.rmtree(make_yolo(tmp_path) / "images" / "train")
+    else:
+        make(tmp_path, kind)
+        (tmp_path / LAYOUTS[kind][0]).unlink()
+    one_line(lambda: read(tmp_path), "has no training pictures with keypoints")
+    splits, points, _, _ = read_tables(str(tmp_path), "auto", 0, to_train=False)
+    assert [s.path.stem for s in splits["val"]] == ["c" if kind == "yolo" else "a"] and len(points.names) == 3
+
+
 # ---- crops -----------------------------------------------------------------------------------------------------------
 
 

@@ -28,13 +28,13 @@ def coco_files(data_dir: Path) -> dict[str, Path]:
             found[split] = mine[0]
         if mine[1:]:
             say(f"{mine[0]} has the {split} split; not read: {', '.join(str(path) for path in mine[1:4])}")
-    if "train" not in found:
+    if "train" not in found:  # one whose name says nothing, such as CVAT's person_keypoints_default.json
         single = [path for path in every if path not in found.values() and not split_of(path.parent.name)]
-        if len(single) > 1:
-            single = [path for path in single if b'"keypoints"' in path.read_bytes()]
+        posed = [path for path in single if b'"keypoints"' in path.read_bytes()]
+        single = posed or [path for path in single if b'"annotations"' in path.read_bytes()]
         if len(single) == 1:
-            found["train"] = single[0]
-    return found if "train" in found else {}
+            found = {"train": single[0], **found}
+    return found
 
 
 def json_files(folder: Path) -> list[Path]:
@@ -54,11 +54,14 @@ def read_coco(data_dir: Path, files: dict[str, Path], faults: Faults):
             raise UserError(f"{path} is no COCO file: it has no list {absent[0]!r}")
         if not absent:  # a test set may come without labels; it is no use here then
             tables[split] = (path, table)
-    names, own = coco_keypoints(*tables["train"])
+    if not tables:
+        raise UserError(f"{data_dir} has no annotations but {', '.join(path.name for path in files.values())}, without keypoints")
+    first = next(iter(tables))  # of train, if it is there
+    names, own = coco_keypoints(*tables[first])
     for path, table in tables.values():
         other, _ = coco_keypoints(path, table)
         if other != names:
-            raise UserError(f"{path} has other keypoints ({', '.join(other[:5])} ...) than {files['train'].name}")
+            raise UserError(f"{path} has other keypoints ({', '.join(other[:5])} ...) than {files[first].name}")
     splits = {split: read_coco_split(data_dir, split, *tables[split], len(names), faults) for split in tables}
     return splits, names, True, own
 

@@ -37,8 +37,8 @@ def csv_files(data_dir: Path) -> dict[str, list[Path]]:
     A DeepLabCut project has one in the folder of every video: they are training data together.
     """
     inner = [data_dir / entry.name for entry in visible_entries(data_dir) if entry.is_dir()]
-    files = [*tables_in(data_dir), *(path for folder in inner if folder.name.lower() in ("annotations", "labels") for path in
-             tables_in(folder))]  # fmt: skip
+    places = [data_dir, *(folder for folder in inner if folder.name.lower() in ("annotations", "labels"))]
+    files = [path for place in places for path in tables_in(place)]
     found = {}
     for split in SPLIT_NAMES:
         mine = [path for path in files if split_of(path.stem, alone=False) == split]
@@ -48,15 +48,15 @@ def csv_files(data_dir: Path) -> dict[str, list[Path]]:
         if mine[1:]:
             say(f"{mine[0]} has the {split} split; not read: {', '.join(str(path) for path in mine[1:4])}")
     collected = [path for path in files if path.name.startswith("CollectedData")]
-    if len(files) == 1 or len(collected) == 1:
+    if not found and 1 in (len(files), len(collected)):
         found = {"train": collected or files}
     videos = [path for pattern in ("labeled-data/*", "*") for path in sorted(data_dir.glob(f"{pattern}/CollectedData*.csv"))]
     if "train" not in found and videos:
         doubled = [folder for folder, many in Counter(path.parent for path in videos).items() if many > 1]
         if doubled:
             raise UserError(f"{doubled[0]} holds the CollectedData of several scorers; keep one")
-        found["train"] = videos
-    return found if "train" in found else {}
+        found = {"train": videos, **found}
+    return found
 
 
 def tables_in(folder: Path) -> list[Path]:

@@ -311,10 +311,11 @@ def clean_points(sample: Sample, size: tuple[int, int], faults: Faults) -> None:
     sample.points = np.where(finite[:, None], sample.points, 0.0)
 
 
-def read_tables(data_dir: str, data_format: str, seed: int):
+def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True):
     """(splits, KeypointSet, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture."""
+    folder = Path(data_dir).expanduser() if data_dir else demo_data()
     with Faults() as faults:
-        return *read_dataset(Path(data_dir).expanduser() if data_dir else demo_data(), data_format, seed, faults), faults
+        return *read_dataset(folder, data_format, seed, faults, to_train), faults
 
 
 def build_loaders(config, preprocess: Preprocess, tables):
@@ -364,7 +365,7 @@ def load_for_eval(config, preprocess: Preprocess, known: dict, origin: dict):
     """
     chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
     data_dir = chosen["data_dir"]
-    splits, points, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"])
+    splits, points, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False)
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     both_named = points.named and known["named"]

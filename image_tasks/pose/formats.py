@@ -1,4 +1,4 @@
-"""Reads keypoint annotations - COCO JSON or CSV - into one form. Knows no model; opens no picture.
+"""Reads keypoint annotations - COCO JSON, CSV or Ultralytics' YOLO - into one form. Knows no model; opens no picture.
 
 Files from outside are checked here: what is malformed is named, counted and left out; what makes the whole set unusable is a
 UserError. Coordinates leave in pixels of the picture as a person sees it, whole numbers at pixel centres.
@@ -11,28 +11,33 @@ from common.config import UserError
 from common.samples import Faults, choose_layout, hold_out
 from csv_points import csv_files, read_csv
 from keypoints import KEYPOINT_FILE, add_keypoint_file, describe_keypoints
+from yolo_points import read_yolo, yolo_file
 
-LAYOUTS = "COCO keypoints (annotations/*.json) or CSV (a file with train in its name: picture, x, y, x, y ...)"
+LAYOUTS = (
+    "COCO keypoints (annotations/*.json), CSV (a file with train in its name: picture, nose_x, nose_y ..., or DeepLabCut's) or "
+    "YOLO (data.yaml with kpt_shape, images/, labels/)"
+)
 
 
-def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults):
+def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults, to_train: bool = True):
     """(splits, KeypointSet, format): splits maps train, val and perhaps test to lists of Sample.
 
     data_format: "auto" recognises the layout by what is there. Without a val split about a fifth of the training pictures
-    becomes it: a hash of (seed, file name) decides for each picture alone, so that adding pictures moves no other.
+    becomes it: a hash of (seed, file name) decides for each picture alone, so that adding pictures moves no other. to_train:
+    there must be training pictures.
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir: there is no folder {data_dir}")
-    there = {"coco": coco_files(data_dir), "csv": csv_files(data_dir)}
+    readers = {"coco": read_coco, "csv": read_csv, "yolo": read_yolo}
+    there = {"coco": coco_files(data_dir), "csv": csv_files(data_dir), "yolo": yolo_file(data_dir)}
     data_format = choose_layout(data_dir, data_format, there, LAYOUTS)
-    reader = read_coco if data_format == "coco" else read_csv
-    splits, names, named, own = reader(data_dir, there[data_format], faults)
+    splits, names, named, own = readers[data_format](data_dir, there[data_format], faults)
     if (data_dir / KEYPOINT_FILE).is_file():
         names, named, own = add_keypoint_file(data_dir / KEYPOINT_FILE, names, named, own)
     points = describe_keypoints(names, named, own, str(data_dir))
-    if not splits.get("train"):
+    if to_train and not splits.get("train"):
         raise UserError(f"{data_dir} ({data_format}) has no training pictures with keypoints")
-    if not splits.get("val"):
+    if splits.get("train") and not splits.get("val"):
         pictures = [s.path.name for s in splits["train"]]  # the figures of one picture stay together
         splits["train"], splits["val"] = hold_out(splits["train"], pictures, seed, data_dir, "pictures")
     return splits, points, data_format

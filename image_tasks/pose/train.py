@@ -24,7 +24,7 @@ from common.config import PictureSize, TrainConfig, cli, parse, setting  # noqa:
 class Config(TrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name, local folder, or demo
     head: Literal["heatmap", "regression"] = "heatmap"  # heatmaps are more exact; regression is smaller and faster
-    data_format: Literal["auto", "coco", "csv"] = "auto"  # layout of data_dir; auto looks what is there
+    data_format: Literal["auto", "coco", "csv", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
     image_size: PictureSize = 0  # side of the square that the model sees, in pixels; 0: as the base was trained
     augment: bool = True  # random turn, size, place, mirroring and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
