@@ -225,7 +225,7 @@ def test_compare_says_who_is_better_though_less_is_better(full, lora, tmp_path):
     done = Script(ROOT / "scripts", "compare.py", args, tmp_path / "log", draw=False).wait()
     errors = [run.summary["metrics"]["best"]["pixel_error"] for run in (full, lora)]
     verdict = next(line for line in done.stdout.splitlines() if line.startswith("LoRA reaches pixel_error"))
-    assert errors[0] != errors[1] and ("better)" if errors[1] < errors[0] else "worse)") in verdict, verdict
+    assert errors[0] != errors[1] and ("better" if errors[1] < errors[0] else "worse") in verdict, verdict
 
 
 def test_real_data_trains(tmp_path):

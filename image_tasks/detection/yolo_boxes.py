@@ -1,19 +1,14 @@
 """Reads boxes in YOLO's format: one text file per picture, and one that names the classes."""
 
 import math
-import os
 import re
 from collections import Counter
 from pathlib import Path
 
 from boxes import Sample, distinct_classes, make_sample
 from common.config import UserError, load_yaml
-from common.samples import SPLIT_NAMES, Faults, FileFinder, name_parts, read_text, split_of, visible_entries
-from common.vision.pictures import picture_endings, pictures_below
-
-# A folder of pictures -> that of their labels, which has the same place otherwise.
-LABEL_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS", "JPEGImages": "labels"}
-
+from common.samples import Faults, read_text, visible_entries
+from common.vision.yolo_folders import LabelFinder, yolo_splits
 
 # ---- what names the classes and the splits ---------------------------------------------------------------------------
 
@@ -54,21 +49,15 @@ def yolo_settings(file: Path, data_dir: Path, faults: Faults) -> tuple[list[str]
     return classes, {number: index for index, number in enumerate(sorted(numbered))}, settings
 
 
-# ---- which pictures --------------------------------------------------------------------------------------------------
+# ---- pictures and labels ---------------------------------------------------------------------------------------------
 
 
 def read_yolo(data_dir: Path, faults: Faults):
     file = yolo_file(data_dir)
     classes, index, settings = yolo_settings(file, data_dir, faults)
-    pictures = {split: yolo_pictures(data_dir, split, settings, faults) for split in SPLIT_NAMES}
-    held_out = {path for split in ("val", "test") for path in pictures[split] or []}
-    shared = [path for path in pictures["train"] or [] if path in held_out]
-    if 0 < len(shared) < len(pictures["train"] or []):  # `train: images`, and val in a folder of it
-        pictures["train"] = [path for path in pictures["train"] if path not in held_out]
-        faults.notes["picture of two splits: it is not trained on"] += [path.name for path in shared]
-    reader, splits = LabelReader(data_dir, index, "kpt_shape" in settings, faults), {}
-    for split in (split for split in SPLIT_NAMES if pictures[split] is not None):
-        splits[split] = [reader.read(path) for path in pictures[split]]
+    reader = LabelReader(data_dir, index, "kpt_shape" in settings, faults)
+    splits = yolo_splits(data_dir, settings, faults)
+    splits = {split: [reader.read(path) for path in pictures] for split, pictures in splits.items()}
     if reader.unknown[len(classes)] and not reader.counts[0] and min(index, default=1) == 0:
         raise UserError(
             f"{data_dir}: the label files count classes from 1 to {len(classes)}, and {file.name} from 0; "
@@ -77,79 +66,11 @@ def read_yolo(data_dir: Path, faults: Faults):
     return splits, classes
 
 
-def yolo_pictures(data_dir: Path, split: str, settings: dict, faults: Faults) -> list[Path] | None:
-    """The pictures of a split, in the folders and lists that the settings name or in a usual folder; None where there is none."""
-    entries = [value for key, value in settings.items() if isinstance(key, str) and key.lower() in SPLIT_NAMES[split]]
-    entries = [e for value in entries for e in (value if isinstance(value, list) else [value]) if isinstance(e, str) and e]
-    found = []
-    for entry in entries:
-        place = find_place(data_dir, str(settings.get("path") or ""), entry, split)
-        if place:
-            found += pictures_at(data_dir, place, split, faults)
-        elif split != "test":  # many name one that did not come along
-            faults.add(f"folder or list of the {split} split that is not there", entry)
-    if not found:
-        folders = usual_folders(data_dir, split)
-        found = [path for folder in folders[:1] for path in pictures_at(data_dir, folder, split, faults)] if folders else None
-    for path, times in Counter(found or []).items():
-        if times > 1:
-            faults.note("picture that is listed twice, and taken once", path.name)
-    return found and list(dict.fromkeys(found))
-
-
-def find_place(data_dir: Path, root: str, entry: str, split: str) -> Path | None:
-    """The folder or list in data_dir that an entry means; root: the data set's folder where it was made, perhaps elsewhere.
-
-    Paths are often of another machine: the more of their last parts fit, the better. One that has lost the name of its split
-    on the way (images, of ../train/images) is not believed.
-    """
-    whole = [part for part in name_parts(entry) if "*" not in part]
-    named = any(split_of(part) == split for part in whole)
-    tries = [name_parts(root) + whole, *(whole[start:] for start in range(len(whole)))]
-    for parts in tries if whole else [[]]:
-        place = descend(data_dir, parts)
-        if place and (not named or any(split_of(part) == split for part in parts)):
-            return place
-    return None
-
-
-def descend(folder: Path, parts: list[str]) -> Path | None:
-    """What lies at these parts, as name_parts gives them, below the folder."""
-    for part in parts:
-        entries = [entry for entry in visible_entries(folder) if name_parts(entry.name) == [part]]
-        if not entries:
-            return None
-        folder = folder / entries[0].name
-    return folder
-
-
-def usual_folders(data_dir: Path, split: str) -> list[Path]:
-    """Where the pictures of a split lie when nothing names the place, the likeliest first."""
-    rooms = [data_dir / "images", data_dir / "Images", data_dir]
-    named = [Path(e.path) for room in rooms for e in visible_entries(room) if e.is_dir() and split_of(e.name) == split]
-    folders = [folder / "images" if (folder / "images").is_dir() else folder for folder in named]
-    folders += [*rooms[:2], data_dir / "obj_train_data", data_dir] if split == "train" else []
-    return [folder for folder in folders if folder.is_dir()]
-
-
-def pictures_at(data_dir: Path, place: Path, split: str, faults: Faults) -> list[Path]:
-    """The pictures below a folder, or those that a text file names, one a line."""
-    if place.is_dir():
-        return pictures_below(place)
-    finder = FileFinder([data_dir, place.parent, *usual_folders(data_dir, split)], picture_endings())
-    lines = [line.strip() for line in read_text(place, faults).splitlines()]
-    return [path for path in (finder.find(line, faults) for line in lines if line) if path]
-
-
-# ---- labels ----------------------------------------------------------------------------------------------------------
-
-
 class LabelReader:
     """Reads the label files of pictures. Afterwards counts and unknown tell how often each class number stood there."""
 
     def __init__(self, data_dir: Path, index: dict[int, int], posed: bool, faults: Faults):
-        self.data_dir, self.index, self.posed, self.faults = data_dir, index, posed, faults
-        self.listings = {}  # folder -> {name, as it is and as it is compared: label file}
+        self.finder, self.index, self.posed, self.faults = LabelFinder(data_dir), index, posed, faults
         self.counts, self.unknown = Counter(), Counter()
 
     def read(self, picture: Path) -> Sample:
@@ -158,7 +79,7 @@ class LabelReader:
         One more number is a detector's confidence. Still more are keypoints behind the box, where data.yaml has kpt_shape
         (posed); else a polygon, whose bounding box counts.
         """
-        file, rows = self.find(picture), []
+        file, rows = self.finder.find(picture), []
         for number, line in enumerate(read_text(file, self.faults).splitlines() if file else [], start=1):
             try:
                 label, *box = yolo_row(line.split(), self.posed) if line.strip() else [None]
@@ -172,20 +93,6 @@ class LabelReader:
                 self.unknown[label] += 1
                 self.faults.add("box of a class number without a name", f"{file.name} line {number}: {label:g}")
         return make_sample(picture, None, rows, relative=True)
-
-    def find(self, picture: Path) -> Path | None:
-        """A picture's label file: in the folder that belongs to its own, or beside it."""
-        parts = Path(os.path.relpath(picture.parent, self.data_dir)).parts
-        swapped = [(*parts[:n], LABEL_FOLDERS[part], *parts[n + 1 :]) for n, part in enumerate(parts) if part in LABEL_FOLDERS]
-        name = f"{picture.stem}.txt"
-        for folder in [*swapped[::-1], parts, ("labels", *parts)]:
-            if folder not in self.listings:
-                entries = visible_entries(self.data_dir.joinpath(*folder))
-                files = {entry.name: Path(entry.path) for entry in entries if entry.name.lower().endswith(".txt")}
-                self.listings[folder] = {**{name_parts(file)[-1]: path for file, path in files.items()}, **files}
-            if file := self.listings[folder].get(name) or self.listings[folder].get(name_parts(name)[-1]):
-                return file
-        return None
 
 
 def yolo_row(cells: list[str], posed: bool) -> tuple:
