@@ -7,6 +7,9 @@ from common.config import UserError
 from common.runtime import gather_lists
 
 
+MOST_FILES = 32  # that an error lists
+
+
 class Number(NamedTuple):
     """A loss, or the norm of a gradient: something that must be finite."""
 
@@ -127,7 +130,8 @@ class Step:
         name = "" if number.name == "loss" else f" {number.name}" if is_loss else f" of {number.name}"
         hint = "" if is_loss else "; a lower --lr or --precision fp32 may help"
         values = ", ".join(map(str, odd if is_loss else odd[:1]))
-        held = ", ".join(gather_lists(files))
+        files = gather_lists(files)
+        held = ", ".join(files[:MOST_FILES]) + (f" and {len(files) - MOST_FILES} more" if len(files) > MOST_FILES else "")
         return (
             f"the {number.kind}{name} is {values} {place}{hint}; the batch held {held}; {before}, the last checkpoint is intact"
         )

@@ -1,6 +1,7 @@
 """Six detector architectures, tiny and random: class heads, adapters, training, saving and loading do what they promise."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -444,3 +445,14 @@ def test_the_predictor_finds_what_infer_finds_one_by_one_or_in_batches(detr_adap
     with pytest.raises(UserError, match="threshold must lie between 0 and 1"):
         predictor.predict(paths[0], threshold=2)
     check_picture_inputs(lambda picture: predictor.predict(picture, threshold=0), tmp_path)
+
+
+def test_a_model_that_has_become_nan_ends_in_a_loss_that_says_so():
+    """Not in the library's traceback about boxes: the run stops at such a loss, and names the step."""
+    model = with_classes(load_base("demo")[0], ["a", "b"])
+    with torch.no_grad():
+        next(model.bbox_predictor.parameters()).fill_(math.nan)
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
+    loss = model(pixel_values=torch.rand(1, 3, 64, 64), labels=labels).loss
+    loss.backward()
+    assert loss.isnan()

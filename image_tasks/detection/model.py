@@ -1,6 +1,7 @@
 """DETR-family detectors: where they come from, their class head for new classes, where adapters go, saving and loading."""
 
 import copy
+import math
 from pathlib import Path
 
 import torch
@@ -141,7 +142,10 @@ def weighed_over_processes(family_loss):
     softmax = family_loss is ForObjectDetectionLoss  # plain DETR's, the one with a class term that is no sum over boxes
 
     def loss_function(logits, labels, device, pred_boxes, config, *args, **kwargs):
-        loss, parts, auxiliary = family_loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
+        if logits.isfinite().all() and pred_boxes.isfinite().all():  # what matches boxes waits for the device anyway
+            loss, parts, auxiliary = family_loss(logits, labels, device, pred_boxes, config, *args, **kwargs)
+        else:  # it would end in a traceback: the run stops at a loss of NaN, and says at which step and pictures
+            loss, parts, auxiliary = (logits.sum() + pred_boxes.sum()) * math.nan, {}, None
         world = process_index()[1]
         if world == 1:
             return loss, parts, auxiliary
