@@ -176,9 +176,8 @@ def convert(kind, value):
         return value
     if typing.get_origin(kind) is Literal:
         return convert_choice(typing.get_args(kind), value)
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
-        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
-        return None if value is None or value == "" else convert(kinds[0], value)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return convert_union(typing.get_args(kind), value)
     if kind is bool:
         fits = isinstance(value, bool)
     elif kind is str:
@@ -193,6 +192,20 @@ def convert(kind, value):
     except (ValueError, OverflowError):
         pass
     raise ValueError({int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind])
+
+
+def convert_union(kinds, value):
+    """The first of the kinds that the value is good for: X | None, or float | Literal["best"]."""
+    if type(None) in kinds and (value is None or value == ""):
+        return None
+    wanted = []
+    for kind in kinds:
+        try:
+            if kind is not type(None):
+                return convert(kind, value)
+        except ValueError as error:
+            wanted.append(str(error))
+    raise ValueError(", or ".join(wanted))
 
 
 def convert_choice(choices, value):

@@ -1,4 +1,4 @@
-"""Tables of somebody's: CSV files as spreadsheets, pandas and annotation tools write them."""
+"""Tables of somebody's: CSV files as spreadsheets, pandas and annotation tools write them; and our own."""
 
 import csv
 import io
@@ -30,3 +30,9 @@ def read_table(file: Path, faults: Faults) -> Iterator[tuple[int, list[str]]]:
                 yield lines.line_num, cells
     except (OSError, csv.Error) as error:
         raise UserError(f"{file} is no CSV file that can be read: {error}") from None
+
+
+def write_table(file: Path, columns: list[str], rows: list[list]) -> None:
+    """A CSV file in UTF-8 with these columns. Bytes of a file name that is not UTF-8 are written as escapes."""
+    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
+        csv.writer(out).writerows([columns, *rows])

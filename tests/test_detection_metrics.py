@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DETECTION, use_task
-from PIL import Image
+from PIL import Image, ImageDraw
 from test_detection_model import CLASSES, save_base
 
 TASK = DETECTION
@@ -16,7 +16,9 @@ use_task(TASK)
 
 from boxes import make_sample  # noqa: E402
 from common.average_precision import average_precision, average_precisions  # noqa: E402
+from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
+from common.vision.pairs import covered, write_labels  # noqa: E402
 from data import DetectionData, Preprocess, check_samples, eval_loader  # noqa: E402
 from formats import read_dataset  # noqa: E402
 from metrics import (  # noqa: E402
@@ -24,17 +26,15 @@ from metrics import (  # noqa: E402
     coco_eval,
     coco_metrics,
     confidence_curves,
-    draw_boxes,
-    draw_page,
-    draw_per_class,
-    draw_precision_recall,
-    draw_results,
+    confident,
+    draw_evaluation,
     evaluate,
+    least_score,
+    match_rows,
     predict,
-    sample_rows,
-    worst_first,
 )
 from model import load_base  # noqa: E402
+from pages import draw_boxes, draw_pages, draw_results, judge, most_mistaken  # noqa: E402
 
 
 def random_scene(folder, count=25, size=(300, 200)):
@@ -119,7 +119,7 @@ def scene(tmp_path_factory):
 
 def test_average_precision_from_the_rows_is_pycocotools_own(scene):
     samples, found, scored = scene
-    rows = json.loads(json.dumps(sample_rows(scored, samples, CLASSES)))
+    rows = json.loads(json.dumps(match_rows(scored, samples, CLASSES)))
     assert any(sample.crowd.any() for sample in samples) and any("-" in hits for row in rows for _, _, hits in row["found"])
     assert average_precision(rows, CLASSES) == pytest.approx(scored.stats[0], abs=1e-9)
 
@@ -128,7 +128,7 @@ def test_average_precision_of_drawn_pictures_is_that_of_a_data_set_of_just_these
     samples, found, _ = scene
     rng = np.random.default_rng(1)  # no ties: a picture that counts twice has its detections in another order then
     found = [{**item, "scores": item["scores"] + rng.uniform(0, 0.009, len(item["scores"]))} for item in found]
-    rows = sample_rows(coco_eval(samples, found, CLASSES), samples, CLASSES)
+    rows = match_rows(coco_eval(samples, found, CLASSES), samples, CLASSES)
     draws = rng.multinomial(len(rows), [1 / len(rows)] * len(rows), size=5)
     values = average_precisions(rows, CLASSES, draws)
     for counts, value in zip(draws, values, strict=True):
@@ -260,20 +260,63 @@ def test_boxes_come_back_in_pixels_of_the_original(mixed):
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def test_worst_first_counts_missed_and_invented_boxes():
+def test_mistakes_are_missed_and_invented_boxes_and_the_worst_picture_comes_first():
     box, far = (10, 10, 60, 60), (200, 100, 260, 160)
     truth = [sample((0, box)), sample((0, box), (1, far)), sample(), sample((0, box)), sample((0, box))]
     found = [
         detection(0, (0.9, 0, (12, 10, 60, 61))),  # right
-        detection(1, (0.2, 0, box)),  # both missed: too unsure
-        detection(2, (0.9, 0, box), (0.8, 1, far), (0.7, 2, far)),  # three inventions
+        detection(1, (0.2, 0, box), (0.7, 1, far)),  # one missed: too unsure
+        detection(2, (0.7, 2, far), (0.9, 0, box), (0.8, 1, far)),  # three inventions
         detection(3, (0.9, 1, box)),  # wrong class: one missed, one invented
-        detection(4, (0.9, 0, box), (0.8, 0, box)),  # found twice: one too many
+        detection(4, (0.9, 0, box), (0.8, 0, (10, 10, 60, 58))),  # found twice, which is shown once
     ]
-    assert worst_first(truth, found) == [2, 1, 3, 4, 0]
-    hidden = sample((0, box))
-    hidden.crowd[:] = True
-    assert worst_first([hidden, sample((0, box))], [detection(0), detection(1)]) == [1, 0]
+    verdicts = judge(truth, found, CLASSES, 0.5)
+    assert most_mistaken(verdicts) == [2, 3, 1]
+    assert [verdicts[i].in_words() for i in range(5)] == [
+        "no mistakes", "1 missed", "3 false alarms", "1 missed, 1 false alarm", "no mistakes"
+    ]  # fmt: skip
+    assert verdicts[1].missed.tolist() == [True, False] and verdicts[1].right.tolist() == [True]
+    assert verdicts[2].found["scores"].tolist() == pytest.approx([0.9, 0.8, 0.7])
+
+
+def test_what_lies_on_a_crowd_is_no_mistake():
+    box, far = (10, 10, 60, 60), (200, 100, 260, 160)
+    hidden = sample((0, box), (0, far))
+    hidden.crowd[0] = True
+    verdict = judge([sample(), hidden], [detection(1, (0.9, 0, far), (0.8, 0, box))], CLASSES, 0.5)[1]
+    assert verdict.in_words() == "no mistakes" and verdict.right.all() and not verdict.missed.any()
+    nothing = judge([hidden], [detection(0)], CLASSES, 0.5)[0]
+    assert nothing.in_words() == "1 missed" and nothing.missed.tolist() == [False, True]
+
+
+def test_an_object_that_was_found_twice_is_shown_once():
+    box, shifted, other = (10, 10, 60, 60), (12, 10, 60, 60), (10, 10, 60, 90)
+    found = detection(0, (0.6, 0, box), (0.9, 0, shifted), (0.5, 1, box), (0.7, 0, other), (0.1, 2, box))
+    once = confident(found, 0.3)
+    assert once["scores"].tolist() == pytest.approx([0.9, 0.7, 0.5])  # the surest first; another class and IoU 0.6 stay
+    assert once["labels"].tolist() == [0, 0, 1] and once["boxes"][0].tolist() == list(shifted)
+    assert confident(found, 0.3, nms=1.0)["scores"].tolist() == pytest.approx([0.9, 0.7, 0.6, 0.5])
+    assert confident(found, 0.95)["boxes"].shape == (0, 4)
+
+
+def test_the_best_threshold_comes_from_the_checkpoint_and_none_is_an_error(capsys):
+    assert least_score("best", {"threshold": 0.25}) == 0.25 and "threshold 0.250" in capsys.readouterr().out
+    assert least_score(0.4, {}) == 0.4 and capsys.readouterr().out == ""
+    for origin in ({}, {"threshold": None}, {"threshold": "0.3"}, {"threshold": 7.0}):
+        with pytest.raises(UserError, match="no best threshold: give a number"):
+            least_score("best", origin)
+    for wrong in (1.5, -0.1, float("nan"), "worst"):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            least_score(wrong, {"threshold": 0.25})
+
+
+def test_twenty_labels_lie_inside_the_picture_and_clear_of_each_other():
+    rng, size = np.random.default_rng(0), (480, 360)
+    corners = rng.uniform(-5, [400, 300], (20, 2))
+    labels = [(f"platelet {k / 20:.2f}", (*xy, *(xy + rng.uniform(20, 70, 2))), "red") for k, xy in enumerate(corners)]
+    places = write_labels(ImageDraw.Draw(Image.new("RGB", size)), size, labels)
+    assert (places[:, :2] >= 0).all() and (places[:, 2:] < size).all()
+    assert sum(covered(place, places[:i]) for i, place in enumerate(places)) == 0
 
 
 @pytest.mark.parametrize("size", [(20, 12), (400, 300), (1, 900), (64, 2000)])
@@ -295,16 +338,24 @@ def test_boxes_and_labels_at_the_border_are_drawn_inside_the_picture(tmp_path, s
 def test_pages_and_plots_are_readable_pngs(mixed, tmp_path):
     model, processor, samples, cache, preprocess = mixed
     dataset = DetectionData(samples, preprocess, cache)
+    names = ["$cost$", "\u732b \u72ac", "x" * 200]  # a formula, letters that the font lacks, no room
     found, _ = predict(model, processor, loader_of(mixed, 4))
-    for item in found:
-        item["scores"] = item["scores"] + 0.4  # some above the threshold
-    draw_page(dataset, found, CLASSES, worst_first(samples, found)[:4], tmp_path / "page.png")
-    draw_page(dataset, found, CLASSES, [5], tmp_path / "one.png")
-    draw_results(model, processor, dataset, CLASSES, tmp_path / "run")
-    scored = coco_eval(samples, found, CLASSES)
-    draw_precision_recall(scored, CLASSES, tmp_path / "pr.png")
-    draw_per_class(coco_metrics(scored, CLASSES), tmp_path / "bars.png")
-    for name in ("page.png", "one.png", "run/predictions/validation.png", "pr.png", "bars.png"):
+    draw_pages(dataset, found, names, 0.1, tmp_path / "page.png", tmp_path / "worst.png")
+    draw_pages(dataset, [detection(i) for i in range(11)], names, 0.5, tmp_path / "empty.png")
+    draw_results(model, processor, dataset, names, tmp_path / "run")
+    draw_evaluation(coco_eval(samples, found, names), names, tmp_path / "plots")
+    plots = ("precision_recall.png", "confidence.png", "per_class.png")
+    files = ["page.png", "worst.png", "empty.png", "run/predictions/validation.png"]
+    for name in [*files, *(f"{folder}/{plot}" for folder in ("plots", "run/plots") for plot in plots)]:
         with Image.open(tmp_path / name) as picture:
             picture.load()
-            assert min(picture.size) > 200 and np.ptp(np.asarray(picture)) > 100
+            assert 200 < min(picture.size) and max(picture.size) <= 4000 and np.ptp(np.asarray(picture)) > 100
+
+
+def test_a_page_of_no_mistakes_says_so(mixed, tmp_path):
+    _, _, samples, cache, preprocess = mixed
+    dataset = DetectionData(samples, preprocess, cache)
+    found = [detection(i, *((0.9, k, box) for k, box in zip(s.labels, s.boxes, strict=True))) for i, s in enumerate(samples)]
+    draw_pages(dataset, found, CLASSES, 0.5, tmp_path / "page.png", tmp_path / "worst.png")
+    with Image.open(tmp_path / "worst.png") as worst, Image.open(tmp_path / "page.png") as page:
+        assert worst.size[1] < page.size[1] / 3  # a title alone

@@ -434,16 +434,22 @@ def test_the_predictor_finds_what_infer_finds_one_by_one_or_in_batches(detr_adap
     dataset = pictures_only(paths, Preprocess(predictor.processor, 0), Faults())
     batches = [collate([dataset[(0, i)]]) for i in range(3)]
     expected = [item for items in detect(predictor.model, predictor.processor, batches, with_loss=False) for item in items]
-    together = predictor.predict_batch([paths[0], Image.open(paths[1]), np.array(Image.open(paths[2]))], threshold=0)
+    together = predictor.predict_batch([paths[0], Image.open(paths[1]), np.array(Image.open(paths[2]))], threshold=0, nms=1)
     for path, found, answers in zip(paths, expected, together, strict=True):
         order = np.argsort(-found["scores"], kind="stable")
         assert [a["score"] for a in answers] == pytest.approx(found["scores"][order].tolist(), abs=1e-5)
         np.testing.assert_allclose([a["box"] for a in answers], found["boxes"][order], atol=1e-2)
         assert {a["class"] for a in answers} <= {"star", "dot"}
-        alone = predictor.predict(path, threshold=(answers[2]["score"] + answers[3]["score"]) / 2)
+        alone = predictor.predict(path, threshold=(answers[2]["score"] + answers[3]["score"]) / 2, nms=1)
         assert [a["score"] for a in alone] == pytest.approx([a["score"] for a in answers[:3]], abs=1e-5)
-    with pytest.raises(UserError, match="threshold must lie between 0 and 1"):
-        predictor.predict(paths[0], threshold=2)
+    fewer = predictor.predict(paths[0], threshold=0, nms=0.2)  # boxes of one class that overlap are one object
+    assert 0 < len(fewer) < len(together[0]) and fewer[0]["class"] == together[0][0]["class"]
+    assert predictor.predict(paths[0], threshold=1) == [] and predictor.predict_batch([]) == []
+    for wrong in ({"threshold": 2}, {"nms": -1}, {"threshold": "worst"}):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            predictor.predict(paths[0], **wrong)
+    predictor.origin["threshold"] = (together[0][0]["score"] + together[0][1]["score"]) / 2
+    assert predictor.predict(paths[0], "best") == predictor.predict(paths[0], predictor.origin["threshold"])
     check_picture_inputs(lambda picture: predictor.predict(picture, threshold=0), tmp_path)
 
 

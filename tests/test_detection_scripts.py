@@ -1,5 +1,6 @@
 """What the detection scripts do beside the contract of test_tasks.py: COCO results, other layouts, real blood cells."""
 
+import csv
 import os
 import shutil
 
@@ -67,6 +68,26 @@ def test_infer_writes_coco_results(best, tmp_path):
     assert len(truth.dataset["images"]) == 2
     truth.createIndex()
     assert len(truth.loadRes([dict(row) for row in rows]).anns) == len(rows) > 0
+
+
+def test_the_table_holds_the_objects_above_the_best_threshold_which_the_checkpoint_knows(best, tmp_path):
+    metrics = trained(ROW, "full").summary["metrics"]["best"]
+    assert read(best / "origin.json")["threshold"] == metrics["f1_threshold"] and 0 <= metrics["f1"] <= 1
+    source = tmp_path / "two"
+    shutil.copytree(small_data(ROW) / "val", source / "val")
+    shutil.copytree(small_data(ROW) / "val", source / "again")  # the same names in another folder
+    args = ["--input", source, "--checkpoint", best, "--threshold", "best", "--no_pictures", "--output_dir", tmp_path / "out"]
+    done = call(ROW, "infer.py", *args)
+    assert f"threshold {metrics['f1_threshold']:.3f}, that of the best F1" in done.stdout
+    assert "val/000001.png" in done.stdout and "again/000001.png" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["predictions.csv", "predictions.json"]
+    rows = read(tmp_path / "out" / "predictions.json")
+    with open(tmp_path / "out" / "predictions.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [(row["file_name"], row["class"]) for row in table] == [(row["file_name"], row["category_name"]) for row in rows]
+    for line, row in zip(table, rows, strict=True):
+        assert [float(line[key]) for key in ("left", "top", "width", "height")] == pytest.approx(row["bbox"], abs=0.06)
+        assert float(line["score"]) == pytest.approx(row["score"], abs=1e-4) and row["score"] >= metrics["f1_threshold"]
 
 
 def test_classes_that_the_checkpoint_does_not_know_are_named(best, tmp_path):

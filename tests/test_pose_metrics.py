@@ -21,18 +21,15 @@ from formats import read_dataset  # noqa: E402
 from keypoints import KeypointSet, Sample  # noqa: E402
 from metrics import (  # noqa: E402
     AREA_OF_BOX,
-    draw_page,
-    draw_poses,
-    draw_results,
     evaluate,
     oks_metrics,
     point_errors,
     pose_metrics,
     predict,
     save_samples,
-    worst_first,
 )
 from model import keypoint_loss  # noqa: E402
+from pages import draw_pages, draw_pair, draw_poses, draw_results, farthest_first  # noqa: E402
 
 SIZE = (120, 90)
 
@@ -267,7 +264,7 @@ def test_answers_are_in_pixels_of_the_original_and_the_loss_is_that_of_training(
         np.testing.assert_allclose(item["scores"], scores[i], atol=1e-6)
 
 
-def test_worst_first_is_relative_to_the_box(tmp_path):
+def test_farthest_first_is_relative_to_the_box(tmp_path):
     paths = blank(tmp_path / "pictures", 3)
     samples = [
         figure_of(paths[0], [(20, 20), (40, 40)], box=(10, 10, 80, 60)),  # 8 px of 80
@@ -276,8 +273,8 @@ def test_worst_first_is_relative_to_the_box(tmp_path):
     ]
     dataset = dataset_of(samples, keypoints(2))
     found = found_at(dataset, [[(8, 0), (0, 8)], [(6, 0), (6, 0)], [(0, 4), (90, 90)]])
-    assert worst_first(dataset, found) == [1, 0, 2] or worst_first(dataset, found) == [1, 2, 0]
-    assert worst_first(dataset, found[::-1])[0] == 1
+    assert farthest_first(dataset, found) == [1, 0, 2] or farthest_first(dataset, found) == [1, 2, 0]
+    assert farthest_first(dataset, found[::-1])[0] == 1
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -305,15 +302,32 @@ def test_a_keypoint_is_drawn_where_it_lies():
         assert centre == pytest.approx((x, y), abs=0.2)
 
 
+def test_errors_are_lines_from_the_truth_and_unlabelled_keypoints_have_none():
+    """68 keypoints, too: they are dots without names, so small that most of the picture is left to be seen."""
+    for count in (2, 68):
+        points = KeypointSet([f"p{k}" for k in range(count)], [], [], [0.05] * count, True)
+        truth = np.column_stack([np.linspace(10, 90, count), np.full(count, 20.0)])
+        labelled = np.arange(count) > 0
+        pair = draw_pair(np.zeros((100, 100, 3), np.uint8), truth, labelled, truth + [0, 60], points)
+        (left, right), zoom = (np.asarray(picture).astype(int) for picture in pair), 480 / 100
+        middle = (right[round(50 * zoom)] > 100).any(axis=1)  # half way down, where only lines pass
+        assert middle[: round(9 * zoom)].sum() == 0 and middle[round(88 * zoom) :].sum() > 0
+        assert not middle[round(9 * zoom) : round(11 * zoom)].any()  # the first keypoint has no label
+        assert (left[round(50 * zoom) :] == 0).all() and (left[: round(30 * zoom), round(88 * zoom) :] > 0).any()
+        assert (left.max(axis=2) > 0).mean() < 0.03
+
+
 def test_pages_and_plots_are_readable_pngs(answered, tmp_path):
     model, dataset = answered
+    names = ["$left$ _hand", "\u732b", "x" * 200, "d", "e"]  # a formula, a letter that the font lacks, no room
+    points = KeypointSet(names, [(0, 1)], [], [0.05] * 5, True)
     found, _ = predict(model, eval_loader(dataset, 4))
-    draw_page(dataset, found, POINTS, worst_first(dataset, found)[:1], tmp_path / "one.png")
-    record = {"train_loss": 0.5, **evaluate(model, eval_loader(dataset, 4), POINTS)}
-    draw_results(model, dataset, POINTS, [{"epoch": 0, **record, "train_loss": None}, {"epoch": 1, **record}], tmp_path)
+    draw_pages(dataset, found, points, tmp_path / "page.png", tmp_path / "worst.png")
+    draw_results(model, dataset, points, tmp_path)
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert len(drawn) == 1 + 6 and {"predictions/validation.png", "plots/pck_curve.png", "plots/per_keypoint.png"} < set(drawn)
+    plots = [f"plots/{name}.png" for name in ("errors", "pck_curve", "per_keypoint")]
+    assert drawn == ["page.png", *plots, "predictions/validation.png", "worst.png"]
     for name in drawn:
         with Image.open(tmp_path / name) as picture:
             picture.load()
-            assert min(picture.size) > 200 and np.ptp(np.asarray(picture)) > 100, name
+            assert 200 < min(picture.size) and max(picture.size) <= 4000 and np.ptp(np.asarray(picture)) > 100, name

@@ -661,6 +661,7 @@ def test_the_predictor_finds_what_infer_finds_in_boxes_and_in_whole_pictures(ada
         np.testing.assert_allclose([value[:2] for value in answer.values()], found["points"], atol=1e-2)
         np.testing.assert_allclose([value[2] for value in answer.values()], found["scores"], atol=1e-4)
     assert predictor.predict(images[0]) == {name: pytest.approx(value, abs=1e-2) for name, value in together[0].items()}
+    assert predictor.predict_batch([]) == []
     refused(lambda: predictor.predict(images[0], box=(200, 200, 5, 5)), "does not fit a picture of 100 x 80 pixels")
     refused(lambda: predictor.predict_batch(images, [None]), "3 pictures need as many boxes")
     check_picture_inputs(predictor.predict, tmp_path)

@@ -1,5 +1,6 @@
 """What the pose scripts do beside the contract of test_tasks.py: keypoint results, boxes of a detector, other heads, faces."""
 
+import csv
 import json
 import os
 
@@ -112,7 +113,15 @@ def test_infer_takes_whole_pictures(full, pictures, tmp_path):
         assert 0 <= row["score"] <= 1 and row["score"] == pytest.approx(points[:, 2].mean(), abs=1e-6)
         side = max(width, height)  # the square that was looked at
         assert (np.abs(points[:, 0] - width / 2) <= side / 2).all() and (np.abs(points[:, 1] - height / 2) <= side / 2).all()
-    for path in tmp_path.glob("*.png"):
+    with open(tmp_path / "predictions.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [(line["file_name"], line["figure"], line["keypoint"]) for line in table] == [
+        (row["file_name"], str(number), name) for number, row in enumerate(rows, start=1) for name in KEYPOINTS
+    ]
+    told = [[float(line[key]) for key in ("x", "y", "score")] for line in table]
+    np.testing.assert_allclose(np.ravel(told), np.ravel([row["keypoints"] for row in rows]), atol=6e-3)
+    assert len(list(tmp_path.glob("*.jpg"))) == 3
+    for path in tmp_path.glob("*.jpg"):
         assert np.ptp(np.asarray(Image.open(path))) > 100
 
 

@@ -369,7 +369,7 @@ def test_the_card_says_what_the_checkpoint_is_and_its_code_loads_it_as_written(t
             theirs = dict(zip(predictor.classes, found[0]["probabilities"].tolist(), strict=True))
             assert {name: pytest.approx(p, abs=0.02) for name, p in ours.items()} == theirs
         elif "found" in found[0]:
-            ours = predictor.predict(photo, threshold=0)
+            ours = predictor.predict(photo, threshold=0, nms=1)
             scores = sorted(found[0]["found"]["scores"].tolist(), reverse=True)
             assert scores == pytest.approx([item["score"] for item in ours], abs=0.02)
 

@@ -32,25 +32,19 @@ class EvalConfig(LoadConfig):
 def main(argv=None, method="full", doc=None):
     config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import choose_checkpoint
     from common.checkpoint import write_json
-    from common.folders import eval_places, newest_best
-    from common.runtime import start_accelerator
+    from common.folders import check_data_dir, eval_places
+    from common.runtime import guard, start_accelerator
     from data import load_for_eval
-    from metrics import (
-        coco_eval,
-        coco_metrics,
-        draw_page,
-        draw_per_class,
-        draw_precision_recall,
-        predict,
-        save_samples,
-        worst_first,
-    )
+    from metrics import coco_eval, coco_metrics, draw_evaluation, predict, save_samples, shown_from
     from model import load_checkpoint
+    from pages import draw_pages
 
     accelerator = start_accelerator(config)
-    config.checkpoint = config.checkpoint or str(newest_best("detection", method))
-    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
+    config.checkpoint, origin = choose_checkpoint(config.checkpoint, "detection", method)
+    check_data_dir(config.data_dir, origin)
+    model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), processor, loader)
     samples = loader.dataset.samples
@@ -61,11 +55,10 @@ def main(argv=None, method="full", doc=None):
     about = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     save_samples(scored, samples, classes, folder / "samples.json")
-    if scored:
-        draw_precision_recall(scored, classes, folder / "precision_recall.png")
-        draw_per_class(metrics, folder / "per_class.png")
-    draw_page(loader.dataset, found, classes, range(min(9, len(samples))), folder / "predictions.png")
-    draw_page(loader.dataset, found, classes, worst_first(samples, found)[:9], folder / "worst.png")
+    with guard("the pictures"):
+        if scored:
+            draw_evaluation(scored, classes, folder)
+        draw_pages(loader.dataset, found, classes, shown_from(scored), folder / "predictions.png", folder / "worst.png")
 
     print(f"{name}, {config.split} split, {len(samples)} pictures")
     for key, value in metrics.items():

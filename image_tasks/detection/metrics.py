@@ -1,4 +1,4 @@
-"""COCO average precision by pycocotools, and pictures of what a detector finds."""
+"""COCO average precision by pycocotools, and curves over recall and confidence."""
 
 import contextlib
 import io
@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
-from common.batches import EvalBatches, to_device
-from common.plots import figure, save_figure
+from common.batches import to_device
+from common.config import UserError
+from common.plots import extremes, figure, plot_text, save_figure, with_counts
 from common.record import write_samples
-from common.runtime import gather_lists, progress_bar
+from common.runtime import gather_lists, progress_bar, say
 from common.samples import short_names
-from common.vision.pairs import COLORS, enlarged, save_pairs
-from common.vision.pictures import decode
+from common.vision.pairs import COLORS
 
-IOU = 0.5  # a detection that overlaps a box of its class so far has found it, in curves over confidence and on pages
+NMS = 0.7  # of two detections of a class that overlap by more (IoU) one is shown
+MOST_LINES = 20  # of more classes a plot shows all, and names their mean alone
 SUMMARY = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")  # COCOeval.stats[:6]
 
 
@@ -98,7 +99,7 @@ def coco_metrics(scored, classes: list[str]) -> dict:
     f1, f1_threshold: the best mean over classes of F1 at IoU 0.50, and the least score of a detection there.
     """
     if scored is None:
-        return {name: 0.0 for name in SUMMARY[:3]}
+        return {**{name: 0.0 for name in (*SUMMARY[:3], "f1")}, "f1_threshold": None}
     values = {name: none_if_absent(value) for name, value in zip(SUMMARY, scored.stats[:6], strict=True)}
     values["f1"], values["f1_threshold"] = best_f1(confidence_curves(scored))
     precision = scored.eval["precision"]  # (IoU thresholds 10, recalls 101, classes, areas 4, detections 3); -1: absent
@@ -116,6 +117,42 @@ def mean_precision(values: np.ndarray) -> float | None:
     return float(there.mean()) if there.size else None
 
 
+def confident(found: dict, threshold: float, nms: float = NMS) -> dict:
+    """What is shown of a picture: detections of at least this score, the surest first, one for each object.
+
+    nms: of two of a class that overlap by more than this IoU only the surer one stays; 1: both do. RT-DETR and its like find
+    many an object twice. Average precision is of all that the model says, as in papers.
+    """
+    from torchvision.ops import batched_nms
+
+    boxes, scores, labels = (torch.from_numpy(np.asarray(found[key])) for key in ("boxes", "scores", "labels"))
+    kept = batched_nms(boxes.float(), scores.float(), labels, nms).numpy()
+    kept = kept[found["scores"][kept] >= threshold]
+    return {**found, **{key: found[key][kept] for key in ("boxes", "scores", "labels")}}
+
+
+def least_score(threshold: float | str, origin: dict) -> float:
+    """The threshold as a number; "best": that of the best mean F1 in validation, which the checkpoint's origin holds."""
+    if threshold == "best":
+        threshold = origin.get("threshold")
+        if not isinstance(threshold, float) or not 0 <= threshold <= 1:
+            raise UserError("this checkpoint holds no best threshold: give a number (eval.py says which is best: f1_threshold)")
+        say(f"threshold {threshold:.3f}, that of the best F1 in validation")
+    if isinstance(threshold, str) or not 0 <= threshold <= 1:
+        raise UserError(f"threshold {threshold} must lie between 0 and 1, or be best")
+    return threshold
+
+
+def shown_from(scored) -> float:
+    """The least score of what pages show: that of the best F1; 0.5 where there is none."""
+    return best_f1(confidence_curves(scored))[1] if scored else 0.5
+
+
+def box_count(entries: list[dict]) -> int:
+    """How many boxes of a class there are to be found, in these entries of its."""
+    return sum(np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries)
+
+
 def class_entries(scored, k: int) -> list[dict]:
     """What pycocotools matched of class k in boxes of any size, picture by picture; its evalImgs run class, size, picture."""
     many = len(scored.params.imgIds)
@@ -130,14 +167,13 @@ def confidence_curves(scored) -> dict[str, np.ndarray]:
     """
     confidence = np.linspace(0, 1, 1001)
     curves = {name: np.full((len(scored.params.catIds), 1001), np.nan) for name in ("precision", "recall", "f1")}
-    place = np.flatnonzero(np.isclose(scored.params.iouThrs, IOU))[0]
     for k in range(len(scored.params.catIds)):
         entries = class_entries(scored, k)
-        boxes = sum(np.count_nonzero(entry["gtIgnore"] == 0) for entry in entries)
+        boxes = box_count(entries)
         if boxes:
             scores = np.concatenate([entry["dtScores"] for entry in entries])
-            right = np.concatenate([entry["dtMatches"][place] > 0 for entry in entries])
-            counts = np.concatenate([~entry["dtIgnore"][place].astype(bool) for entry in entries])
+            right = np.concatenate([entry["dtMatches"][0] > 0 for entry in entries])
+            counts = np.concatenate([~entry["dtIgnore"][0].astype(bool) for entry in entries])
             hits, found = (left_above(scores[which], confidence) for which in (right & counts, counts))
             curves["precision"][k] = np.where(found, hits / np.maximum(1, found), np.nan)
             curves["recall"][k], curves["f1"][k] = hits / boxes, 2 * hits / (found + boxes)
@@ -162,7 +198,7 @@ def best_f1(curves: dict[str, np.ndarray]) -> tuple[float, float]:
     return float(mean.max()), float(curves["confidence"][best[len(best) // 2]])
 
 
-def sample_rows(scored, samples, classes: list[str]) -> list[dict]:
+def match_rows(scored, samples, classes: list[str]) -> list[dict]:
     """What average_precision takes, a row for each picture: its boxes of each class, and what of the found ones matched."""
     rows = [{"file": name, "truth": {}, "found": []} for name in short_names([sample.path for sample in samples])]
     for row, sample in zip(rows, samples, strict=True):
@@ -178,7 +214,7 @@ def sample_rows(scored, samples, classes: list[str]) -> list[dict]:
 
 def save_samples(scored, samples, classes: list[str], path: Path) -> None:
     """samples.json, for errors of map by drawing pictures anew."""
-    write_samples(path, "map", True, sample_rows(scored, samples, classes), classes=classes)
+    write_samples(path, "map", True, match_rows(scored, samples, classes), classes=classes)
 
 
 def evaluate(model, processor, loader, classes: list[str]) -> dict:
@@ -187,103 +223,71 @@ def evaluate(model, processor, loader, classes: list[str]) -> dict:
     return {"val_loss": loss, **coco_metrics(coco_eval(loader.dataset.samples, found, classes), classes)}
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=None):
-    """A PIL picture of (H, W, 3) uint8 pixels with named boxes (xyxy); small pictures are enlarged to be readable."""
-    from PIL import ImageDraw, ImageFont
-
-    image, zoom = enlarged(pixels)
-    draw = ImageDraw.Draw(image)
-    unit = max(1, min(image.size) // 200)
-    font = ImageFont.load_default(size=max(11, 7 * unit))
-    order = range(len(boxes)) if scores is None else np.argsort(scores)  # the surest on top
-    for i in order:
-        color = COLORS[int(labels[i]) % len(COLORS)]
-        x1, y1, x2, y2 = (float(v) * zoom for v in boxes[i])
-        text = classes[int(labels[i])] + ("" if scores is None else f" {scores[i]:.2f}")
-        draw.rectangle([x1, y1, x2, y2], outline=color, width=2 * unit)
-        left, top, right, bottom = draw.textbbox((x1, y1), text, font=font)
-        corner = (min(max(0, x1), image.width - (right - left) - 3), max(0, y1 - (bottom - top) - 5))
-        back = draw.textbbox(corner, text, font=font)
-        draw.rectangle([back[0] - 2, back[1] - 2, back[2] + 2, back[3] + 2], fill=color)
-        draw.text(corner, text, fill="white", font=font)
-    return image
+def draw_evaluation(scored, classes: list[str], folder: Path) -> None:
+    """precision_recall.png, confidence.png and per_class.png in the folder."""
+    draw_precision_recall(scored, classes, folder / "precision_recall.png")
+    draw_confidence(scored, classes, folder / "confidence.png")
+    draw_per_class(scored, classes, folder / "per_class.png")
 
 
-def draw_page(dataset, found: list[dict], classes: list[str], indices, path: Path, threshold: float = 0.5) -> None:
-    """A page of pictures in pairs: ground truth on the left, predictions above the threshold on the right."""
-    by_index, pairs = {item["index"]: item for item in found}, []
-    for index in indices:
-        sample, item = dataset.samples[index], by_index[index]
-        pixels = decode(sample.path, sample.size)
-        sure = item["scores"] >= threshold
-        truth = draw_boxes(pixels, sample.boxes, sample.labels, classes)
-        answer = draw_boxes(pixels, item["boxes"][sure], item["labels"][sure], classes, item["scores"][sure])
-        pairs.append(((truth, f"{sample.path.name}: truth"), (answer, f"found, score >= {threshold}")))
-    save_pairs(pairs, path)
-
-
-def worst_first(samples, found: list[dict], threshold: float = 0.5) -> list[int]:
-    """Picture indices by the number of mistakes: boxes missed, plus boxes found where there is none (IoU 0.5, same class)."""
-    from pycocotools import mask
-
-    def overlap(a, b):
-        return mask.iou(*(np.array([[x1, y1, x2 - x1, y2 - y1]], dtype=np.float64) for x1, y1, x2, y2 in (a, b)), [0])[0, 0]
-
-    mistakes = {}
-    for item in found:
-        sample, sure = samples[item["index"]], item["scores"] >= threshold
-        boxes, labels, scores = item["boxes"][sure], item["labels"][sure], item["scores"][sure]
-        free, hits = set(np.flatnonzero(~sample.crowd)), 0
-        for i in np.argsort(-scores, kind="stable"):
-            overlaps = [(overlap(boxes[i], sample.boxes[j]), j) for j in free if sample.labels[j] == labels[i]]
-            if overlaps and max(overlaps)[0] >= 0.5:
-                free.remove(max(overlaps)[1])
-                hits += 1
-        mistakes[item["index"]] = len(free) + len(boxes) - hits
-    return sorted(mistakes, key=lambda index: (-mistakes[index], index))
+def class_lines(axis, x, curves: np.ndarray, labels: list[str], mean: str) -> None:
+    """A line for each class (K, N) that has values, and a thick one of their mean; of many classes only that has a name."""
+    few = len(labels) <= MOST_LINES
+    for k in np.flatnonzero(~np.isnan(curves).all(axis=1)):
+        style = {"color": COLORS[k % len(COLORS)], "ls": "-" if k < len(COLORS) else "--"} if few else {"color": "0.8"}
+        axis.plot(x, curves[k], lw=1.2, label=labels[k] if few else None, **style)
+    axis.plot(x, mean_curve(curves), color="black", lw=2.5, label=mean)
 
 
 def draw_precision_recall(scored, classes: list[str], path: Path) -> None:
-    """Precision over recall at IoU 0.50, a line for each class."""
-    page, ((axis,),) = figure(1, 1, 7, 5)
-    recall, precision = scored.params.recThrs, scored.eval["precision"][0, :, :, 0, -1]
-    for k, name in enumerate(classes):
-        if (precision[:, k] > -1).any():
-            label = f"{name}: AP50 {mean_precision(precision[:, k]):.3f}"
-            axis.plot(recall, precision[:, k], label=label, color=COLORS[k % len(COLORS)])
+    """Precision over recall at IoU 0.50, a line for each class and one of their mean."""
+    page, ((axis,),) = figure(1, 1, 7, 5.5)
+    precision = scored.eval["precision"][0, :, :, 0, -1].T  # (classes, recalls)
+    precision = np.where(precision > -1, precision, np.nan)
+    labels = [f"{plot_text(name)}: AP50 {row.mean():.3f}" for name, row in zip(classes, precision, strict=True)]
+    class_lines(axis, scored.params.recThrs, precision, labels, f"all classes: AP50 {np.nanmean(precision):.3f}")
     axis.set(title="Precision and recall at IoU 0.50", xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
-    axis.legend(fontsize=8, ncols=1 + len(classes) // 20)
+    legend_below(page, axis)
     save_figure(page, path)
 
 
-def draw_per_class(metrics: dict, path: Path) -> None:
-    """Bars of AP at 0.50 and at 0.50:0.95 for each class."""
-    names = list(metrics["per_class_map"])
-    page, ((axis,),) = figure(1, 1, max(5, 0.8 * len(names) + 2), 4)
-    for shift, (key, label) in enumerate((("per_class_map_50", "AP at IoU 0.50"), ("per_class_map", "AP at IoU 0.50:0.95"))):
-        bars = axis.bar(np.arange(len(names)) + 0.4 * shift, [metrics[key][n] or 0 for n in names], 0.4, label=label)
-        axis.bar_label(bars, fmt="%.2f", fontsize=7)
-    axis.set_xticks(np.arange(len(names)) + 0.2, names, rotation=30 if len(names) > 6 else 0)
-    axis.set(title="Average precision of each class", ylabel="average precision", ylim=(0, 1.05))
-    axis.set_axisbelow(True)
+def draw_confidence(scored, classes: list[str], path: Path) -> None:
+    """Precision, recall and F1 at IoU 0.50 over the least score that a detection must have; the best mean F1 is marked."""
+    page, axes = figure(1, 3, 5, 4.6)
+    curves = confidence_curves(scored)
+    best, threshold = best_f1(curves)
+    titles = {"precision": "Precision: how much of the found is right", "recall": "Recall: how much is found"}
+    titles["f1"] = f"F1 of both: best mean {best:.2f} at {threshold:.2f}"
+    for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
+        class_lines(axis, curves["confidence"], curves[name], [plot_text(c) for c in classes], "all classes")
+        axis.axvline(threshold, color="0.4", ls=":", lw=1.5, label="best mean F1")
+        axis.set(title=title, xlabel="confidence (least score)", ylabel=name, xlim=(0, 1), ylim=(0, 1.02))
+    axes.flat[2].plot(threshold, best, marker="*", ms=14, color="black")
+    legend_below(page, axes.flat[0])
+    save_figure(page, path)
+
+
+def legend_below(page, axis) -> None:
+    """The axis' legend under the figure, clear of the lines."""
+    handles, labels = axis.get_legend_handles_labels()
+    page.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
+
+
+def draw_per_class(scored, classes: list[str], path: Path) -> None:
+    """Bars of AP at 0.50 and at 0.50:0.95 for each class, with its number of boxes; of many classes the lowest and highest."""
+    metrics = coco_metrics(scored, classes)
+    parts = [[metrics[key][name] for name in classes] for key in ("per_class_map_50", "per_class_map")]
+    chosen, note = extremes(parts[0])
+    labels = with_counts(classes, [box_count(class_entries(scored, k)) for k in range(len(classes))])
+    page, ((axis,),) = figure(1, 1, 7, max(2.8, 0.45 * len(chosen) + 1.4))
+    for shift, values, label in zip((-0.2, 0.2), parts, ("AP at IoU 0.50", "AP at IoU 0.50:0.95"), strict=True):
+        bars = axis.barh(np.arange(len(chosen)) + shift, [values[k] or 0 for k in chosen], 0.38, label=label)
+        axis.bar_label(bars, ["no boxes" if values[k] is None else f"{values[k]:.2f}" for k in chosen], fontsize=7, padding=3)
+    axis.set_yticks(range(len(chosen)), [labels[k] for k in chosen], fontsize=8)
+    title = f"Average precision of each class (number of boxes){note}"
+    axis.set(title=title, xlabel="average precision", xlim=(0, 1.08), ylim=(len(chosen) - 0.4, -0.6))
     page.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)  # no corner of the bars is free
     save_figure(page, path)
-
-
-def draw_results(model, processor, dataset, classes: list[str], folder: Path) -> None:
-    """What a run leaves of its best model on the validation data: samples.json, plots/, predictions/validation.png."""
-    from data import collate
-
-    shapes = [dataset.shape(i) for i in range(len(dataset))]
-    batches = (collate([dataset[key] for key in keys]) for keys in EvalBatches(shapes, 8))  # no loader: that has a share only
-    found = [item for items in detect(model, processor, batches, with_loss=False) for item in items]
-    found = sorted(found, key=lambda item: item["index"])
-    scored = coco_eval(dataset.samples, found, classes)
-    save_samples(scored, dataset.samples, classes, folder / "samples.json")
-    if scored:
-        draw_precision_recall(scored, classes, folder / "plots" / "precision_recall.png")
-        draw_per_class(coco_metrics(scored, classes), folder / "plots" / "per_class.png")
-    draw_page(dataset, found, classes, range(min(6, len(dataset))), folder / "predictions" / "validation.png")

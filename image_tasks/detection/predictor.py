@@ -6,7 +6,7 @@ from predictor import Predictor
 
 predictor = Predictor("outputs/detection/lora/checkpoints/best")   # full or LoRA: the folder says which
 predictor.predict("photo.jpg")                                     # [{"class": "star", "score": 0.93, "box": [x1, y1, x2, y2]}]
-predictor.predict_batch(["a.jpg", "b.jpg"], threshold=0.3)         # such a list for each picture
+predictor.predict_batch(["a.jpg", "b.jpg"], threshold="best")      # such a list for each picture
 """
 
 import sys
@@ -23,7 +23,7 @@ from common.config import UserError  # noqa: E402
 from common.runtime import choose_device  # noqa: E402
 from common.vision.pictures import as_list, as_pixels  # noqa: E402
 from data import Preprocess, collate  # noqa: E402
-from metrics import detect  # noqa: E402
+from metrics import NMS, confident, detect, least_score  # noqa: E402
 from model import load_checkpoint  # noqa: E402
 
 
@@ -40,14 +40,19 @@ class Predictor:
         self.model, self.processor, self.origin = load_checkpoint(checkpoint, base, merge, device)
         self.classes, self.preprocess = self.origin["classes"], Preprocess(self.processor, self.origin["image_size"])
 
-    def predict(self, image, threshold: float = 0.5) -> list[dict]:
-        """[{"class", "score", "box": [x1, y1, x2, y2] in pixels}, ...] of one picture, the surest first."""
-        return self.predict_batch([image], threshold)[0]
+    def predict(self, image, threshold: float | str = 0.5, nms: float = NMS) -> list[dict]:
+        """[{"class", "score", "box": [x1, y1, x2, y2] in pixels}, ...] of one picture, the surest first; [] where there is none.
 
-    def predict_batch(self, images, threshold: float = 0.5, batch_size: int = 8) -> list[list[dict]]:
+        threshold: the least score; "best": where F1 was best in validation. nms: of two boxes of a class that overlap by a
+        larger IoU the surer one stays; 1: both.
+        """
+        return self.predict_batch([image], threshold, nms)[0]
+
+    def predict_batch(self, images, threshold: float | str = 0.5, nms: float = NMS, batch_size: int = 8) -> list[list[dict]]:
         """The same for several pictures, in their order. Those that the model sees in one shape share batches of batch_size."""
-        if not 0 <= threshold <= 1 or batch_size < 1:
-            raise UserError("threshold must lie between 0 and 1, and batch_size must be at least 1")
+        threshold = least_score(threshold, self.origin)
+        if not 0 <= nms <= 1 or batch_size < 1:
+            raise UserError("nms must lie between 0 and 1, and batch_size must be at least 1")
         pictures = [as_pixels(image) for image in as_list(images)]
         answers = [[] for _ in pictures]
         shapes = [self.preprocess.target_size(*pixels.shape[:2]) for pixels in pictures]
@@ -58,10 +63,10 @@ class Predictor:
                 pixels = self.preprocess.normalize(self.preprocess.resize(pictures[index]))
                 items.append({"pixels": pixels, "target": {"orig_size": size, "image_id": number}})
             for found in next(detect(self.model, self.processor, [collate(items)], with_loss=False)):
-                answers[found["index"]] = self.objects(found, threshold)
+                answers[found["index"]] = self.objects(confident(found, threshold, nms))
         return answers
 
-    def objects(self, found: dict, threshold: float) -> list[dict]:
-        """What `detect` found in a picture, above the threshold."""
-        rows = sorted(zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), strict=True), reverse=True)
-        return [{"class": self.classes[k], "score": score, "box": box} for score, k, box in rows if score >= threshold]
+    def objects(self, found: dict) -> list[dict]:
+        """What is shown of what `detect` found in a picture."""
+        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+        return [{"class": self.classes[k], "score": score, "box": box} for k, score, box in rows]

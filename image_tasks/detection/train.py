@@ -42,8 +42,9 @@ def main(argv=None):
     from common.optim import build_optimizer
     from common.run import Run
     from data import build_loaders, read_tables
-    from metrics import draw_results, evaluate
+    from metrics import evaluate
     from model import backbone_groups, denoises, load_base, load_checkpoint, origin, plain_code, with_classes
+    from pages import draw_results
 
     with Run(config, task="detection", method="full") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
@@ -65,7 +66,9 @@ def main(argv=None):
                 outputs = model(**batch)
                 run.backward(outputs.loss, **outputs.loss_dict)
                 run.step_optimizer(optimizer, scheduler)
-            if run.end_epoch(evaluate(model, processor, val_loader, classes), best="map"):
+            metrics = evaluate(model, processor, val_loader, classes)
+            if run.end_epoch(metrics, best="map"):
+                about["threshold"] = metrics["f1_threshold"]  # which infer takes with --threshold best
                 save_model(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.

@@ -32,16 +32,19 @@ class EvalConfig(LoadConfig):
 def main(argv=None, method="full", doc=None):
     config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import choose_checkpoint
     from common.checkpoint import write_json
-    from common.folders import eval_places, newest_best
-    from common.runtime import start_accelerator
+    from common.folders import check_data_dir, eval_places
+    from common.runtime import guard, start_accelerator
     from data import Preprocess, load_for_eval
-    from metrics import draw_page, draw_pck_curve, draw_per_keypoint, pose_metrics, predict, save_samples, worst_first
+    from metrics import draw_evaluation, pose_metrics, predict, save_samples
     from model import load_checkpoint
+    from pages import draw_pages
 
     accelerator = start_accelerator(config)
-    config.checkpoint = config.checkpoint or str(newest_best("pose", method))
-    model, processor, origin = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
+    config.checkpoint, origin = choose_checkpoint(config.checkpoint, "pose", method)
+    check_data_dir(config.data_dir, origin)
+    model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     preprocess = Preprocess(processor, model.facts["input_size"])
     loader, points, name = load_for_eval(config, preprocess, model.facts, origin)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
@@ -52,10 +55,9 @@ def main(argv=None, method="full", doc=None):
     about = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     save_samples(dataset, found, folder / "samples.json")
-    draw_pck_curve(dataset, found, points, folder / "pck_curve.png")
-    draw_per_keypoint(metrics, folder / "per_keypoint.png")
-    draw_page(dataset, found, points, range(min(9, len(dataset))), folder / "predictions.png")
-    draw_page(dataset, found, points, worst_first(dataset, found)[:9], folder / "worst.png")
+    with guard("the pictures"):
+        draw_evaluation(dataset, found, points, folder)
+        draw_pages(dataset, found, points, folder / "predictions.png", folder / "worst.png")
 
     print(f"{name}, {config.split} split, {len(dataset)} figures")
     for key, value in metrics.items():

@@ -1,4 +1,4 @@
-"""Pixel error, PCK and OKS average precision of keypoints, and pictures of what a model finds."""
+"""Pixel error, PCK and OKS average precision of keypoints, and plots of the errors."""
 
 import contextlib
 import io
@@ -9,12 +9,11 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from common.batches import to_device
-from common.plots import draw_bars, draw_history, figure, save_figure
+from common.plots import draw_bars, figure, plot_text, save_figure
 from common.record import write_samples
 from common.runtime import gather_lists, progress_bar
 from common.samples import short_names
-from common.vision.pairs import COLORS, enlarged, save_pairs
-from common.vision.pictures import decode
+from common.vision.pairs import COLORS
 from keypoints import KeypointSet
 from model import keypoint_errors
 
@@ -142,94 +141,56 @@ def evaluate(model, loader, points: KeypointSet) -> dict:
     return {"val_loss": loss, **pose_metrics(loader.dataset, found, points)}
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- plots -----------------------------------------------------------------------------------------------------------
 
 
-def draw_poses(pixels: np.ndarray, poses: list, points: KeypointSet):
-    """A PIL picture of (H, W, 3) uint8 pixels with figures' keypoints and skeletons; small pictures are enlarged.
+def draw_evaluation(dataset, found: list[dict], points: KeypointSet, folder: Path) -> None:
+    """pck_curve.png, errors.png and per_keypoint.png in the folder."""
+    offsets, boxes = point_errors(dataset, found)
+    errors = np.linalg.norm(offsets, axis=2)
+    draw_pck_curve(errors / boxes[:, 2:].max(axis=1)[:, None], points.names, folder / "pck_curve.png")
+    draw_errors(errors[~np.isnan(errors)], folder / "errors.png")
+    counts = (~np.isnan(errors)).sum(axis=0)
+    means = {name: float(np.nanmean(errors[:, k])) if counts[k] else None for k, name in enumerate(points.names)}
+    title, unit = "Mean error of each keypoint (how many are labelled)", "pixels of the original picture"
+    draw_bars(means, title, unit, folder / "per_keypoint.png", counts=counts)
 
-    poses: [(places (K, 2) x, y, which of them to draw (K,))].
+
+def draw_pck_curve(relative: np.ndarray, names: list[str], path: Path) -> None:
+    """PCK over the threshold, 0 to 0.2 of the box's longer side; a line for each keypoint where there are few.
+
+    relative: (N, K) errors as shares of the box's longer side, NaN where there is no label.
     """
-    from PIL import ImageDraw
-
-    image, zoom = enlarged(pixels)
-    draw = ImageDraw.Draw(image)
-    unit = max(1, min(image.size) // 160)
-    radius = (2 if len(points.names) <= 20 else 1) * unit
-    for places, drawn in poses:
-        at = [((x + 0.5) * zoom - 0.5, (y + 0.5) * zoom - 0.5) for x, y in places]
-        for a, b in points.skeleton:
-            if drawn[a] and drawn[b]:
-                draw.line([at[a], at[b]], fill="#ffe119", width=unit)
-        for k, (x, y) in enumerate(at):
-            if drawn[k]:
-                color = COLORS[k % len(COLORS)]
-                draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color, outline="white")
-    return image
-
-
-def draw_page(dataset, found: list[dict], points: KeypointSet, indices, path: Path) -> None:
-    """A page of figures in pairs: ground truth on the left, predictions on the right, each cut out around its box."""
-    by_index, pairs = {item["index"]: item for item in found}, []
-    offsets, _ = point_errors(dataset, found)
-    errors = dict(zip(by_index, np.linalg.norm(offsets, axis=2), strict=True))
-    for index in indices:
-        sample, item = dataset.samples[index], by_index[index]
-        pixels = decode(sample.path, dataset.pictures[sample.path].size)
-        x, y, w, h = dataset.box(index)[0]
-        low = np.floor(np.maximum(0, [x - w / 4, y - h / 4])).astype(int)
-        high = np.ceil([x + w * 1.25, y + h * 1.25]).astype(int)
-        pixels = np.ascontiguousarray(pixels[low[1] : high[1], low[0] : high[0]])
-        truth = draw_poses(pixels, [(sample.points - low, sample.labelled)], points)
-        answer = draw_poses(pixels, [(item["points"] - low, np.ones(len(points.names), dtype=bool))], points)
-        pairs.append(((truth, f"{sample.path.name}: truth"), (answer, f"found, error {np.nanmean(errors[index]):.1f} px")))
-    save_pairs(pairs, path)
-
-
-def worst_first(dataset, found: list[dict]) -> list[int]:
-    """Figures' indices by their mean error as a share of the box."""
-    offsets, boxes = point_errors(dataset, found)
-    mean = np.nanmean(np.linalg.norm(offsets, axis=2), axis=1) / boxes[:, 2:].max(axis=1)
-    return [found[i]["index"] for i in np.argsort(-mean, kind="stable")]
-
-
-def draw_pck_curve(dataset, found: list[dict], points: KeypointSet, path: Path) -> None:
-    """PCK over the threshold, 0 to 0.2 of the box's longer side; a line for each keypoint where there are few."""
-    offsets, boxes = point_errors(dataset, found)
-    relative = np.linalg.norm(offsets, axis=2) / boxes[:, 2:].max(axis=1)[:, None]
-    page, ((axis,),) = figure(1, 1, 7, 5)
+    page, ((axis,),) = figure(1, 1, 7, 5.5)
     thresholds = np.linspace(0, 0.2, 101)
 
     def share(errors):
         errors = errors[~np.isnan(errors)]
         return [(errors <= t).mean() if errors.size else np.nan for t in thresholds]
 
+    for k, name in enumerate(names if len(names) <= 20 else []):
+        style = {"color": COLORS[k % len(COLORS)], "ls": "-" if k < len(COLORS) else "--"}
+        axis.plot(thresholds, share(relative[:, k]), lw=1.2, label=plot_text(name), **style)
     axis.plot(thresholds, share(relative), color="black", lw=2.5, label="all keypoints")
-    for k, name in enumerate(points.names if len(points.names) <= 20 else []):
-        axis.plot(thresholds, share(relative[:, k]), lw=1, color=COLORS[k % len(COLORS)], ls="-" if k < 10 else "--", label=name)
     title = "Keypoints within a share of the box's longer side"
-    axis.set(title=title, xlabel="threshold", ylabel="PCK", xlim=(0, 0.2), ylim=(0, 1.02))
-    axis.legend(fontsize=8, ncols=1 + len(points.names) // 12, loc="lower right")
+    axis.set(title=title, xlabel="threshold (share of the box)", ylabel="PCK", xlim=(0, 0.2), ylim=(0, 1.02))
+    page.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     save_figure(page, path)
 
 
-def draw_per_keypoint(metrics: dict, path: Path) -> None:
-    """Bars of each keypoint's mean error."""
-    draw_bars(metrics["per_keypoint_pixel_error"], "Mean error of each keypoint", "pixels of the original picture", path)
-
-
-PANELS = {"Loss": ("train_loss", "val_loss"), "Metrics": ("pixel_error", "mae"), "PCK": ("pck_05", "pck_10")}
-
-
-def draw_results(model, dataset, points: KeypointSet, history: list[dict], folder: Path) -> None:
-    """What a run leaves of its best model: samples.json, plots/, predictions/validation.png."""
-    from data import collate
-
-    parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
-    batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
-    found = [item for items in detect(model, batches) for item in items]
-    save_samples(dataset, found, folder / "samples.json")
-    draw_history(history, PANELS, folder / "plots")
-    draw_pck_curve(dataset, found, points, folder / "plots" / "pck_curve.png")
-    draw_per_keypoint(pose_metrics(dataset, found, points), folder / "plots" / "per_keypoint.png")
-    draw_page(dataset, found, points, range(min(6, len(dataset))), folder / "predictions" / "validation.png")
+def draw_errors(errors: np.ndarray, path: Path) -> None:
+    """How many keypoints have which error (M,), in pixels; the far ones share the last bar."""
+    page, ((axis,),) = figure(1, 1, 7, 4.5)
+    last = max(float(np.percentile(errors, 99)), 1e-3)
+    axis.hist(np.minimum(errors, last), bins=np.linspace(0, last, 41), color="C0")
+    for value, label, style in (
+        (np.median(errors), "median", "-"),
+        (errors.mean(), "mean", "--"),
+        (np.percentile(errors, 90), "nine of ten are within", ":"),
+    ):
+        axis.axvline(value, color="black", ls=style, lw=1.5, label=f"{label} {value:.1f} px")
+    title = f"Errors of {errors.size} keypoints (the last bar holds all from {last:.1f} px, at most {errors.max():.1f} px)"
+    axis.set(xlabel="error, pixels of the original picture", ylabel="keypoints", xlim=(0, last))
+    page.suptitle(title, fontsize=10)
+    axis.legend(fontsize=9, loc="upper right")
+    save_figure(page, path)

@@ -41,8 +41,9 @@ def main(argv=None):
     from common.optim import build_optimizer
     from common.run import Run
     from data import Preprocess, build_loaders, read_tables
-    from metrics import draw_results, evaluate
+    from metrics import evaluate
     from model import input_size, keypoint_loss, load_base, load_checkpoint, origin, plain_code, with_head
+    from pages import draw_results
 
     with Run(config, task="pose", method="full") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
@@ -72,7 +73,7 @@ def main(argv=None):
         if run.is_main:
             with run.guard("the plots"):
                 best, _, _ = load_checkpoint(run.best, device=run.device)
-                draw_results(best, val_loader.dataset, points, run.history, run.folder)
+                draw_results(best, val_loader.dataset, points, run.folder)
         run.finish()
 
 

@@ -47,8 +47,9 @@ def main(argv=None):
     from common.peft_adapters import add_adapter
     from common.run import Run
     from data import Preprocess, build_loaders, read_tables
-    from metrics import draw_results, evaluate
+    from metrics import evaluate
     from model import HEAD, input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, plain_code, with_head
+    from pages import draw_results
 
     with Run(config, task="pose", method="lora" if config.lora_r else "head") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
@@ -85,7 +86,7 @@ def main(argv=None):
         if run.is_main:
             with run.guard("the plots"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
-                draw_results(best, val_loader.dataset, points, run.history, run.folder)
+                draw_results(best, val_loader.dataset, points, run.folder)
         run.finish()
 
 
