@@ -457,7 +457,7 @@ def test_a_model_that_has_become_nan_ends_in_a_loss_that_says_so():
     """Not in the library's traceback about boxes: the run stops at such a loss, and names the step."""
     model = with_classes(load_base("demo")[0], ["a", "b"])
     with torch.no_grad():
-        next(model.bbox_predictor.parameters()).fill_(math.nan)
+        model.model.decoder.bbox_embed[-1].layers[-1].bias.fill_(math.nan)
     labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}]
     loss = model(pixel_values=torch.rand(1, 3, 64, 64), labels=labels).loss
     loss.backward()
