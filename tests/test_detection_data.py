@@ -387,6 +387,338 @@ def test_a_folder_of_two_layouts_or_of_none_asks_for_the_format(tmp_path):
         read(tmp_path / "nowhere")
 
 
+# ---- as tools, hubs and people lay it out ----------------------------------------------------------------------------
+
+
+def pictures(folder, scene=SCENE, name="{}.png"):
+    for picture, boxes in scene.items():
+        draw(folder / name.format(picture), boxes)
+
+
+def renamed(table, name="{}"):
+    for image in table["images"]:
+        image["file_name"] = name.format(image["file_name"])
+    return table
+
+
+def labels(folder, scene=SCENE, head="", end="\n"):
+    for name, boxes in scene.items():
+        write(folder / f"{name}.txt", head + yolo(boxes).replace("\n", end))
+
+
+def annotated(folder, scene=SCENE, head="", **places):
+    """VOC files; pictures: their folder, xml: that of the annotations."""
+    pictures(folder / places.get("pictures", ""), scene)
+    for name, boxes in scene.items():
+        write(folder / places.get("xml", "") / f"{name}.xml", head + xml(name, boxes))
+
+
+def coco_export(folder, kind):
+    places = {
+        "cvat": ("annotations/instances_default.json", "images/default", "{}"),
+        "cvat subset": ("annotations/instances_Train.json", "images/Train", "{}"),
+        "fiftyone": ("labels.json", "data", "{}"),
+        "fiftyone split": ("train/labels.json", "train/data", "{}"),
+        "label studio on windows": ("result.json", "images", "images\\{}"),
+        "label studio upload": ("result.json", "images", "../../label-studio/data/media/upload/1/0a1b2c3d-{}"),
+        "absolute": ("annotations.json", "pictures", "/home/somebody/set/{}"),
+        "deep": ("annotations/instances_train.json", "train/2020/may", "{}"),
+        "keypoints of people": ("annotations/person_keypoints_train2017.json", "train2017", "{}"),
+    }
+    file, place, name = places[kind]
+    pictures(folder / place)
+    write(folder / file, renamed(coco(), name))
+
+
+def yolo_export(folder, kind):
+    names, lists = "names: [cat, dog]\n", "".join(f"data/obj_train_data/{name}.png\n" for name in SCENE)
+    if kind == "cvat 1.1":
+        pictures(folder / "obj_train_data"), labels(folder / "obj_train_data")
+        write(folder / "obj.names", "cat\ndog\n")
+        write(folder / "obj.data", "classes = 2\ntrain = data/train.txt\nnames = data/obj.names\nbackup = backup/\n")
+        write(folder / "train.txt", lists)
+        return
+    place = {"several folders": "images/one", "bare list": "images/train"}.get(kind, "images")
+    pictures(folder / place)
+    head, end = ("\ufeff", "\r\n") if kind == "windows" else ("", "\n")
+    labels(folder / place.replace("images", "labels"), head=head, end=end)
+    if kind == "label studio":
+        write(folder / "classes.txt", "cat\ndog\n")
+        write(folder / "notes.json", {"categories": [{"id": 0, "name": "cat"}], "info": {"year": 2024}})
+    elif kind == "several folders":
+        draw(folder / "images" / "three" / "v.png")
+        (folder / "images" / "two").mkdir()
+        write(folder / "data.yaml", f"path: /home/me/set\ntrain: [images/one, images/two]\nval:\n- images/three\n{names}")
+    elif kind == "bare list":
+        write(folder / "train.txt", "".join(f"./images/train/{name}.png\n" for name in SCENE) + "images/train/a.png\n")
+        write(folder / "data.yaml", f"train: D:\\old\\train.txt\n{names}")
+    elif kind == "numbers from one":
+        for file in (folder / "labels").glob("*.txt"):
+            rows = [line.split(" ", 1) for line in file.read_text().splitlines()]
+            write(file, "".join(f"{int(number) + 1} {box}\n" for number, box in rows))
+        write(folder / "data.yaml", "names:\n  1: cat\n  2: dog\n")
+    else:
+        write(folder / "data.yaml", head + names)
+
+
+def voc_export(folder, kind):
+    scene = {f"WhatsApp Image {name} (1)": boxes for name, boxes in SCENE.items()} if kind == "spaces" else SCENE
+    if kind == "roboflow":
+        annotated(folder / "train", scene), annotated(folder / "valid", {"v": SCENE["a"]})
+    elif kind == "one folder":
+        annotated(folder, scene)
+    elif kind == "kaggle":
+        annotated(folder, scene, pictures="images", xml="annotations")
+    elif kind == "split folders":
+        annotated(folder, scene, pictures="images/train", xml="annotations/train")
+        annotated(folder, {"v": SCENE["a"]}, pictures="images/val", xml="annotations/val")
+    elif kind == "folders in folders":
+        annotated(folder, scene, pictures="JPEGImages/one/x", xml="Annotations/one/x")
+        draw(folder / "JPEGImages" / "two" / "a.png")
+    elif kind == "devkit":
+        annotated(folder / "VOC2012", scene, pictures="JPEGImages", xml="Annotations")
+        write(folder / "VOC2012" / "ImageSets" / "Main" / "train.txt", "a 1\nb -1\nc\n")
+    elif kind == "spaces":
+        annotated(folder, scene, pictures="JPEGImages", xml="Annotations")
+        write(folder / "ImageSets" / "Main" / "train.txt", "\n".join(scene))
+    else:  # of another day: <filename> without ending, or of another file
+        annotated(folder, scene, pictures="JPEGImages", xml="Annotations")
+        for number, name in enumerate(SCENE):
+            text = xml(name, SCENE[name]).replace(f"{name}.png", ["a", "C:\\old\\other.jpg", ""][number])
+            write(folder / "Annotations" / f"{name}.xml", text)
+
+
+EXPORTS = {
+    coco_export: ["cvat", "cvat subset", "fiftyone", "fiftyone split", "label studio on windows", "label studio upload",
+                  "absolute", "deep", "keypoints of people"],
+    yolo_export: ["cvat 1.1", "label studio", "several folders", "bare list", "windows", "numbers from one"],
+    voc_export: ["roboflow", "one folder", "kaggle", "split folders", "folders in folders", "devkit", "spaces", "filename"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write_export, kind", [(export, kind) for export, kinds in EXPORTS.items() for kind in kinds])
+def test_exports_of_other_programs_give_the_same_samples(tmp_path, write_export, kind):
+    write_export(tmp_path, kind)
+    train, val, classes, facts = loaded(tmp_path)
+    assert classes == CLASSES and facts["left_out"] == {}
+    samples = {s.path.stem.removeprefix("WhatsApp Image ")[:1]: s for s in [*train.samples, *val.samples]}
+    assert {"v"} >= set(samples) - set(SCENE) and set(SCENE) <= set(samples) and len(train) + len(val) == len(samples)
+    assert "v" not in samples or [s.path.stem for s in val.samples] == ["v"]  # what somebody held out stays so
+    for name, boxes in SCENE.items():
+        expected = np.array([(x, y, x + w, y + h) for _, x, y, w, h in boxes], dtype=float).reshape(-1, 4)
+        np.testing.assert_allclose(samples[name].boxes, expected, atol=1e-4)
+        assert [CLASSES[i] for i in samples[name].labels] == [box[0] for box in boxes]
+
+
+def test_files_that_are_links_into_a_hubs_cache_are_read(tmp_path):
+    make(tmp_path / "cache", "coco")
+    for file in sorted((tmp_path / "cache").rglob("*.*")):
+        link = tmp_path / "set" / file.relative_to(tmp_path / "cache")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    train, val, _, facts = loaded(tmp_path / "set")
+    assert (len(train), len(val), facts["left_out"]) == (3, 1, {})
+
+
+def test_what_a_coco_file_says_in_its_own_way_is_understood(tmp_path, capsys):
+    """Ids as text or with a point, no size, polygons and run lengths without a bbox, a byte order mark."""
+    table = coco({"a": SCENE["a"], "b": SCENE["b"], "d": [("dog", 5, 6, 7, 8)], "e": [("cat", 1, 40, 30, 5)]})
+    notes, sizes = table["annotations"], [image.pop("width") for image in table["images"]]
+    notes[0].update(image_id="0", category_id="1")
+    notes[1].update(image_id=0.0, category_id=2.0)
+    x, y, w, h = notes[2].pop("bbox")
+    notes[2]["segmentation"] = [[x, y, x + w, y, x + w, y + 3], [x, y + h, x + w, y + 3, x, y]]
+    before, after = 5 * H + 6, H - 6 - 8
+    runs = [before, *([8, H - 8] * 6), 8, (W - 12) * H + after]
+    notes[3].update(bbox=[0, 0, 0, 0], segmentation={"size": [H, W], "counts": runs})
+    mask = np.zeros((H, W), dtype=np.uint8, order="F")
+    mask[40:45, 1:31] = 1
+    packed = pytest.importorskip("pycocotools.mask").encode(mask)
+    notes[4].pop("bbox")
+    notes[4]["segmentation"] = {"size": packed["size"], "counts": packed["counts"].decode()}
+    pictures(tmp_path, {image["file_name"][:1]: [] for image in table["images"]})
+    write(tmp_path / "annotations.json", "\ufeff" + json.dumps(table))
+    train, val, _, facts = loaded(tmp_path)
+    samples = {s.path.stem: s for s in [*train.samples, *val.samples]}
+    assert facts["left_out"] == {} and len(sizes) == 4 and all(s.size == (W, H) for s in samples.values())
+    boxes = {name: sorted([*map(round, box)] for box in s.boxes.tolist()) for name, s in samples.items()}
+    assert boxes == {
+        "a": [[8, 6, 24, 18], [32, 24, 52, 42]],
+        "b": [[4, 4, 44, 34]],
+        "d": [[5, 6, 12, 14]],
+        "e": [[1, 40, 31, 45]],
+    }
+    assert sorted(samples["a"].labels.tolist()) == [0, 1] and "outline without a bbox" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("counts", ["o" * 10**6, "~~~", "", [5], [0, 10**30], [-1, 49 * 64], ["x"], {"a": 1}, None])
+def test_run_lengths_of_no_picture_are_named_at_once(tmp_path, counts):
+    make(tmp_path, "coco")
+    table = coco()
+    table["annotations"].append({"id": 9, "image_id": 0, "category_id": 1, "segmentation": {"size": [H, W], "counts": counts}})
+    write(tmp_path / "annotations" / "instances_train2017.json", table)
+    splits, _, _, faults = read(tmp_path)
+    assert faults == {"box that cannot be read": 1} and len(splits["train"][0].boxes) == 2
+
+
+def test_a_picture_that_is_listed_twice_is_one_with_all_its_boxes(tmp_path, capsys):
+    make(tmp_path, "coco")
+    table = coco()
+    table["images"] += [{**table["images"][0], "id": 7}, {**table["images"][1], "id": 8, "width": 9}, table["images"][2]]
+    table["annotations"] += [{**table["annotations"][0], "id": 70, "image_id": 7}]
+    table["annotations"] += [{"id": 71, "image_id": 7, "category_id": 2, "bbox": [1, 1, 5, 5]}]
+    write(tmp_path / "annotations" / "instances_train2017.json", table)
+    train, _, _, facts = loaded(tmp_path)
+    assert [s.path.stem for s in train.samples] == ["a", "b", "c"]
+    assert train.samples[0].boxes.tolist() == [[8, 6, 24, 18], [32, 24, 52, 42], [1, 1, 6, 6]]
+    assert facts["left_out"] == {"picture that is listed twice, with two sizes": 1}
+    assert "note, picture that is listed twice, and taken once with all its boxes (2): a.png, c.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_class_is_dropped_only_as_a_group_without_boxes(tmp_path, first, used, capsys):
+    scene = {"a": [("cat", 8, 6, 16, 12)], "b": [("dog", 4, 4, 40, 30)], "c": [("pet", 1, 1, 5, 5)] if used else []}
+    classes = ["pet", "cat", "dog"]
+    table = coco(scene, ids={name: first + i for i, name in enumerate(classes)}, classes=classes)
+    for category in table["categories"]:
+        category["supercategory"] = "pet"
+    pictures(tmp_path, scene)
+    write(tmp_path / "annotations.json", table)
+    _, names, _, faults = read(tmp_path)
+    dropped = first == 0 and not used
+    assert names == (classes[1:] if dropped else classes) and faults == {}
+
+
+def test_of_several_annotation_files_none_is_taken_by_chance(tmp_path):
+    pictures(tmp_path)
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.json", coco())
+    with pytest.raises(UserError, match="one.json and two.json may both be the train annotations"):
+        read(tmp_path)
+    (tmp_path / "two.json").write_text('{"info": {"images": 3}}')  # no list of boxes: it is about something else
+    assert read(tmp_path)[2] == "coco"
+
+
+def test_eval_needs_no_training_pictures(tmp_path):
+    make(tmp_path, "coco")
+    (tmp_path / "annotations" / "instances_train2017.json").unlink()
+    with pytest.raises(UserError, match="has no training pictures"):
+        read(tmp_path)
+    origin = {"classes": CLASSES, "data_dir": str(tmp_path), "data_format": "auto", "seed": 0, "image_size": 0}
+    loader, *_ = load_for_eval(settings("", split="val"), processor(), origin)
+    assert [s.path.stem for s in loader.dataset.samples] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "settings_text, told",
+    [
+        ("names: [cat, cat]\n", "data.yaml: the class name 'cat' stands for two classes"),
+        ("a: &a [x]\nnames: [*a, *a]\n", "data.yaml has a YAML alias"),
+        ("names: " + "[" * 5000, "data.yaml is not valid YAML: it is nested too deeply"),
+        ("names: [cat, dog]\nnc: " + "9" * 6000, "data.yaml is not valid YAML"),
+        ("names: [cat]\n", "count classes from 1 to 1, and data.yaml from 0"),
+    ],
+)
+def test_yolo_settings_that_cannot_be_meant_end_in_one_line(tmp_path, settings_text, told):
+    make(tmp_path, "yolo")
+    for file in (tmp_path / "labels").rglob("*.txt"):
+        write(file, "1 0.5 0.5 0.2 0.2\n")
+    write(tmp_path / "data.yaml", settings_text)
+    with pytest.raises(UserError, match=told) as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_pictures_that_somebody_held_out_are_never_trained_on(tmp_path, capsys):
+    pictures(tmp_path / "images"), pictures(tmp_path / "images" / "val", {"v": SCENE["a"]})
+    labels(tmp_path / "labels"), labels(tmp_path / "labels" / "val", {"v": SCENE["a"]})
+    write(tmp_path / "data.yaml", "train: images\nval: images/val\ntest: ../test/images\nnames: [cat, dog]\n")
+    train, val, _, facts = loaded(tmp_path)
+    assert [s.path.stem for s in train.samples] == ["a", "b", "c"] and [s.path.stem for s in val.samples] == ["v"]
+    assert facts["left_out"] == {} and "picture of two splits: it is not trained on (1): v.png" in capsys.readouterr().out
+    write(tmp_path / "data.yaml", "train: [../train/images, images]\nval: images/val\nnames: [cat, dog]\n")
+    *_, facts = loaded(tmp_path)
+    assert facts["train"] == 3 and facts["left_out"] == {"folder or list of the train split that is not there": 1}
+
+
+def test_a_yolo_row_may_end_in_a_confidence_and_may_not_be_ambiguous(tmp_path):
+    make(tmp_path, "yolo")
+    write(tmp_path / "labels" / "train" / "a.txt", "0 0.5 0.5 0.5 0.5 0.93\n1 0.5 0.5 0.5 0.5 0.1 0.2 0.3\n\n")
+    splits, _, _, faults = read(tmp_path)
+    assert splits["train"][0].boxes.tolist() == [[0.25, 0.25, 0.75, 0.75]] and faults == {"box that cannot be read": 1}
+
+
+BOMB = '<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b "x"><!ENTITY c "&b;&b;">]>'
+
+
+@pytest.mark.parametrize(
+    "content, fault",
+    [
+        ('<?xml version="1.0" encoding="iso-8859-1"?>{}'.encode("latin-1"), None),
+        (b'<?xml version="1.0" encoding="foo-bar"?>{}', None),
+        (b'<?xml version="1.0" encoding="windows-1251"?>{}', None),
+        (b"\xef\xbb\xbf{}", None),
+        (b"{}<!-- gr\xfcn -->", None),
+        (BOMB.encode() + b"{}", "annotation with XML entities"),
+        (BOMB.encode("utf-16"), "annotation with XML entities"),
+        (b"<annotations>{}</annotations>", "XML that is no annotation in VOC's format"),
+        (b"{}<unclosed>", "annotation that cannot be read"),
+    ],
+)
+def test_voc_files_of_any_encoding_are_read_and_bombs_are_not(tmp_path, content, fault):
+    make(tmp_path, "voc bare")
+    text = xml("a", SCENE["a"]).replace("cat", "k\u00fche" if b"8859" in content else "cat")
+    encoded = text.encode("latin-1" if b"8859" in content else "utf-8")
+    (tmp_path / "Annotations" / "a.xml").write_bytes(content.replace(b"{}", encoded))
+    splits, classes, _, faults = read(tmp_path)
+    assert faults == ({fault: 1} if fault else {}) and len(splits["train"] + splits["val"]) == (2 if fault else 3)
+    assert ("k\u00fche" in classes) == (b"8859" in content)
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "-5", "9" * 6000, "wide", ""])
+def test_a_size_that_cannot_be_is_none_and_a_box_that_cannot_be_is_named(tmp_path, size):
+    make(tmp_path, "voc bare")
+    text = xml("a", [("cat", 8, 6, 16, 12), ("dog", 1, 1, 5, 5)]).replace("<xmin>1<", f"<xmin>{size}<")
+    write(tmp_path / "Annotations" / "a.xml", text.replace(f"<width>{W}<", f"<width>{size}<"))
+    train, val, _, facts = loaded(tmp_path)
+    sample = next(s for s in [*train.samples, *val.samples] if s.path.stem == "a")
+    assert sample.size == (W, H) and sample.boxes[0].tolist() == [8, 6, 24, 18]
+    assert len(sample.boxes) == (2 if size == "-5" else 1) and sum(facts["left_out"].values()) == 1
+
+
+# ---- objects that are hardly there -----------------------------------------------------------------------------------
+
+
+def test_tiny_objects_are_trained_on_and_said_aloud(tmp_path, capsys):
+    scene = {f"p{i}": [("cat", 40 * i, 100, 15, 15), ("dog", 300, 20, 100, 100)] for i in range(6)}
+    table = coco(scene)
+    for image in table["images"]:
+        image.update(width=600, height=400)
+    for name, boxes in scene.items():
+        draw(tmp_path / f"{name}.png", boxes, size=(600, 400))
+    write(tmp_path / "annotations.json", table)
+    train, val, _, facts = loaded(tmp_path, augment=True)
+    text = capsys.readouterr().out
+    assert f"{len(train)} of {2 * len(train)} train objects are less than 3 pixels wide or high" in text and "(32 x 32)" in text
+    kept = [train[(epoch, i)]["target"]["class_labels"].tolist() for epoch in range(20) for i in range(len(train))]
+    assert sum(0 in labels for labels in kept) > 0.5 * len(kept) and facts["left_out"] == {}
+    assert all((train[(e, i)]["target"]["boxes"][:, 2:] > 0).all() for e in range(20) for i in range(len(train)))
+
+
+def test_training_data_without_a_box_is_one_line(tmp_path, capsys):
+    make(tmp_path, "coco")
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    write(file, {**coco(), "annotations": []})
+    with pytest.raises(UserError, match="none of the 3 training pictures has a box"):
+        loaded(tmp_path)
+    notes = [{**note, "category_id": 5} for note in coco()["annotations"]]
+    write(file, {**coco(), "annotations": notes})
+    with pytest.raises(UserError, match="none of the 3 training pictures has a box"):
+        loaded(tmp_path)
+    assert "left out, box of a category that is not listed (3)" in capsys.readouterr().out  # the cause comes first
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
