@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -257,32 +257,43 @@ class FileFinder:
         """The files that share most of the name's last parts; of these, those in the first of the folders that has one."""
         *parents, tail = name_parts(name) or [""]
         uploaded = re.sub("^[0-9a-f]{8}-", "", tail)  # Label Studio puts this before the names of files that it is given
-        best = defaultdict(list)
-        for path, folder in (self.below.get(tail) or self.below.get(uploaded, {})).items():
-            own, between = name_parts(path)[:-1], path.relative_to(folder).parts[:-1]
+        keys = [*(f"{parent}/{tail}" for parent in parents[-1:]), tail, uploaded]  # first the few that lie in such a folder
+        return next(filter(None, (self.find_most_alike(key, parents) for key in keys)), [])
+
+    def find_most_alike(self, key: str, parents: list[str]) -> list[Path]:
+        """Of the files that `below` has for the key, those whose folders share most with the parents."""
+        ranks = defaultdict(list)
+        for path, (own, between, rank) in self.below.get(key, {}).items():
             pairs = zip(reversed(own), reversed(parents), strict=False)
             shared = next((n for n, (mine, theirs) in enumerate(pairs) if mine != theirs), min(len(own), len(parents)))
             unnamed = between[: max(0, len(between) - shared)]  # the folders above it that the name says nothing of
-            if (self.any_split or not any(map(split_of, unnamed))) and path.is_file():  # a link may lead nowhere
-                best[-shared, len(self.folders) if unnamed else self.folders.index(folder)].append(path)
-        return best[min(best)] if best else []
+            if self.any_split or not any(map(split_of, unnamed)):
+                ranks[-shared, len(self.folders) if unnamed else rank].append(path)
+        there = ([Path(path) for path in ranks[rank] if os.path.isfile(path)] for rank in sorted(ranks))
+        return next(filter(None, there), [])  # a link may lead nowhere
 
     @cached_property
-    def below(self) -> dict[str, dict[Path, Path]]:
-        """Last part of a name as it is compared, with and without its ending -> {file: the folder it was found below}."""
+    def below(self) -> dict[str, dict[str, tuple[list[str], list[str], int]]]:
+        """Last part of a name as it is compared, with and without its ending, alone and behind its folder's -> {file: facts}.
+
+        The facts: the parts of its path above it; those of them below the folder that it was found in; this folder's number.
+        """
         found = defaultdict(dict)
-        for folder in self.folders:
+        for rank, folder in enumerate(self.folders):
             for path in files_below(folder):
                 if path.lower().endswith(self.endings or ""):
-                    tail = (name_parts(path) or [""])[-1]
+                    *own, tail = name_parts(path) or [""]
+                    between = os.path.relpath(path, folder).split(os.sep)[:-1]
                     for key in {tail, os.path.splitext(tail)[0]} if self.endings else {tail}:
-                        found[key].setdefault(Path(path), folder)
+                        for long in (key, *(f"{parent}/{key}" for parent in own[-1:])):
+                            found[long].setdefault(path, (own, between, rank))
         return found
 
 
 # ---- splits ------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def split_of(name: str, alone: bool = True) -> str | None:
     """The split that a name stands for: Training, VAL, test_set, train2017, seg_train; None where it names none, or several.
 

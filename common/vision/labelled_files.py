@@ -166,11 +166,12 @@ def class_folders(folder: Path, faults: Faults) -> list[tuple[Path, str]]:
         pictures = pictures_below(place, faults)
         if not pictures:
             faults.add("class folder without pictures", f"{folder.name}/{entry.name}")
-        inner = {path.parts[len(place.parts)] for path in pictures if len(path.parts) > len(place.parts) + 1}
-        splits = sorted(name for name in inner if split_of(name))
+        below = (os.fspath(path)[len(os.fspath(place)) + 1 :].partition(os.sep) for path in pictures)
+        splits = sorted({name for name, deeper, _ in below if deeper and split_of(name)})
         if len({split_of(name) for name in splits}) > 1:
             raise UserError(f"{place} holds {' and '.join(splits)}; expected {LAYOUTS}, not <class>/{splits[0]}/")
-        found += [(path, readable(entry.name)) for path in pictures]
+        label = readable(entry.name)
+        found += [(path, label) for path in pictures]
     return found
 
 
@@ -200,7 +201,7 @@ def read_csv(file: Path, folder: Path, faults: Faults, split: str | None = None)
         elif (path := pictures.find(name, label)) is None:
             faults.add("picture that is not there", name[:80])
             missing.append(name)
-        elif any(map(is_hidden, path.relative_to(folder).parts if path.is_relative_to(folder) else (path.name,))):
+        elif pictures.is_hidden(path):
             faults.add("hidden copy of a picture", name[:80])
         elif seen.setdefault((row_split, path), label) != label:
             faults.add("picture that is listed with two classes", f"{where}: {name[:80]}")
@@ -250,15 +251,21 @@ class ListedPictures:
 
     def find(self, name: str, label: str) -> Path | None:
         """The picture of a row; None where there is none, or several would do."""
-        direct = next((path for path in (place / name for place in self.usual) if os.path.isfile(path)), None)
-        if direct:
-            return direct
+        places = (os.path.join(place, name) for place in self.usual)
+        if direct := next(filter(os.path.isfile, places), ""):
+            return Path(direct)
         found = self.finder.find_by_last_parts(name)
         own = {*name_parts(name)[-2:-1], *name_parts(label)}
         if len(found) != 1 or not (found[0].parent in self.usual or own & set(name_parts(found[0].parent)[-1:])):
             return None
         self.faults.note("picture not found as named, but by the last parts of its path", f"{name[:80]} ({found[0]})")
         return found[0]
+
+    def is_hidden(self, path: Path) -> bool:
+        """Whether a part of the path below the CSV file's folder, or elsewhere its name, is hidden."""
+        start, text = os.path.join(self.folder, ""), os.fspath(path)
+        parts = text[len(start) :].split(os.sep) if text.startswith(start) else [path.name]
+        return any(map(is_hidden, parts))
 
     def hint(self, name: str) -> str:
         found = self.finder.find_by_last_parts(name)
