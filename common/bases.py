@@ -12,7 +12,7 @@ from common.checkpoint import atomic_folder, check_holds, fingerprint, open_mode
 from common.config import UserError
 from common.folders import best_of, newest_best
 from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files
-from common.runtime import say
+from common.runtime import quiet, say
 
 CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
@@ -206,7 +206,8 @@ def load_under(folder: Path, origin: dict, load_base, name: str = ""):
     its recorded name. UserError where that is not the base that the adapter was trained on.
     """
     if origin["method"] == "full":
-        model, processor, _ = load_base(str(folder.resolve()))
+        with quiet():  # it is its own base
+            model, processor, _ = load_base(str(folder.resolve()))
         return model, processor
     model, processor, base = load_base(name or origin["base"]["name"])
     if base["sha256"] != origin["base"]["sha256"]:

@@ -97,7 +97,7 @@ class Panel(NamedTuple):
     title: str
     unit: str
     lines: list[Line]
-    logarithmic: bool = False  # where all values are positive
+    logarithmic: bool = False  # where the values are positive, and differ by more than ten times
 
 
 def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: list[int], path: Path) -> None:
@@ -107,7 +107,7 @@ def draw_curves(records: list[dict], best_name: str, best: dict, resumed_at: lis
     any other has its own.
 
     records: the lines of metrics.jsonl, step lines (loss, lr) and epoch lines (train_loss, val_loss, metrics) mixed. Where
-    several losses or rates have names (loss_gen, lr_gen), each has a curve of its own, and the losses a logarithmic axis.
+    several losses or rates have names (loss_gen, lr_gen), each has a curve of its own.
     """
     steps, epochs = [r for r in records if "epoch" not in r], [r for r in records if "epoch" in r]
     panels = [*loss_panels(steps, epochs), *metric_panels(epochs, best_name)]
@@ -136,7 +136,8 @@ def draw_panel(axis, panel: Panel) -> None:
         if points:
             dots = {"marker": "."} if len(points) <= 40 else {}
             axis.plot(*zip(*points, strict=True), **dots | line.style, label=plot_text(line.label))
-    if panel.logarithmic and all(min(curve.get_ydata()) > 0 for curve in axis.lines):
+    values = [value for curve in axis.lines for value in curve.get_ydata()]
+    if panel.logarithmic and 0 < 10 * min(values) < max(values):
         axis.set_yscale("log")
     axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
 

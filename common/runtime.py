@@ -1,11 +1,12 @@
 """Device, precision and processes; what is printed; what the machine gives; signals that stop a run."""
 
+import io
 import os
 import platform
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 from common.config import UserError
 
@@ -82,6 +83,13 @@ def guard(what: str, notes: list[str] | None = None):
         say(note)
         if notes is not None:
             notes.append(note)
+
+
+@contextmanager
+def quiet():
+    """Inside, nothing is printed: where a checkpoint is loaded, what is news at the start of a training is none."""
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 def from_main(make):

@@ -21,7 +21,7 @@ from common.bases import (
 from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
-from common.runtime import say
+from common.runtime import quiet, say
 from common.trial import freeze_unused
 from common.vision.preprocess import example_picture, trained_shape
 
@@ -194,7 +194,8 @@ def zero_shot_model(name: str, sha256: str, classes: list[str], prompts: str) ->
 
     UserError where it is not at hand (nothing is fetched), or not the one with this sha256.
     """
-    tower, _, found = load_base(name, download=False)
+    with quiet():
+        tower, _, found = load_base(name, download=False)
     if found["sha256"] != sha256:
         raise UserError(f"{name} is not the base of the training: its sha256 is {found['sha256'][:12]}, not {sha256[:12]}")
     return zero_shot_classifier(tower, classes, *zero_shot_rows(name, classes, prompts)).eval()

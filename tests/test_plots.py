@@ -189,7 +189,7 @@ def test_legends_lie_below_their_panels(tmp_path, monkeypatch):
 
 def test_losses_with_names_have_a_curve_each(drawn):
     lines = [{"step": 1, "loss_gen": 3.0, "loss_disc": 1.0, "loss_gen_mel": 2.0, "lr_gen": 0.1, "lr_disc": 0.2}]
-    epochs = [{"epoch": 1, "step": 1, "train_loss_gen": 3.0, "train_loss_disc": 1.0, "val_loss": 2.0, "score": 7.5}]
+    epochs = [{"epoch": 1, "step": 1, "train_loss_gen": 30.0, "train_loss_disc": 1.0, "val_loss": 2.0, "score": 7.5}]
     draw_curves([*lines, *epochs], "score", epochs[0], [], "nowhere")
     found = panels(drawn[0])
     assert labels(found["Loss"])[:4] == ["gen, one step", "gen, epoch mean", "disc, one step", "disc, epoch mean"]

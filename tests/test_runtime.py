@@ -14,7 +14,7 @@ from common import runtime
 from common.batches import EpochBatches, EvalBatches, build_loader, number_from, seed_everything, seeded, to_device
 from common.config import UserError
 from common.folders import make_once
-from common.runtime import Interrupted, StopSignals
+from common.runtime import Interrupted, StopSignals, quiet, say
 
 
 def flat(batches):
@@ -232,3 +232,10 @@ def test_progress_without_a_terminal_is_in_plain_lines(monkeypatch, capsys):
 def test_times_are_said_for_people():
     told = [runtime.in_time(seconds) for seconds in (0.4, 89, 90, 719, 3600, 11_100)]
     assert told == ["0 s", "89 s", "2 min", "12 min", "1 h 00 min", "3 h 05 min"]
+
+
+def test_what_is_said_quietly_is_not_printed(capsys):
+    with quiet():
+        say("news")
+    say("after")
+    assert capsys.readouterr().out == "after\n"

@@ -17,7 +17,7 @@ from common.bases import (
     with_saved_adapter,
 )
 from common.peft_adapters import choose_targets, without_word_embeddings
-from common.runtime import say
+from common.runtime import quiet, say
 from common.trial import freeze_unused
 from common.vision.preprocess import example_picture, trained_shape
 
@@ -113,7 +113,8 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     folder, about = open_checkpoint(folder, "classification")
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] == "lora":
-        model = with_class_head(model, about["classes"])
+        with quiet():
+            model = with_class_head(model, about["classes"])
         model = with_saved_adapter(model, folder, class_layers(model), merge, answer)
     return model.eval().to(device), processor, about
 

@@ -20,7 +20,7 @@ from common.bases import (
 )
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
-from common.runtime import process_index, say
+from common.runtime import process_index, quiet, say
 from common.trial import freeze_unused
 from common.vision.preprocess import example_picture, trained_shape
 
@@ -214,7 +214,9 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     folder, about = open_checkpoint(folder, "detection")
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] == "lora":
-        model = with_saved_adapter(with_class_head(model, about["classes"]), folder, HEADS, merge, answer)
+        with quiet():
+            model = with_class_head(model, about["classes"])
+        model = with_saved_adapter(model, folder, HEADS, merge, answer)
     return model.eval().to(device), processor, about
 
 
