@@ -184,23 +184,6 @@ def named_lines(steps: list[dict], what: str, alone: str) -> list[Line]:
     ]
 
 
-def draw_history(history: list[dict], panels: dict[str, tuple[str, ...]], folder: Path) -> None:
-    """A picture for each panel, named like it: the values of these names over epochs (0: before training).
-
-    history: one dict an epoch, with "epoch" and numbers; values that are missing or None leave a gap.
-    """
-    for title, names in panels.items():
-        drawing, ((axis,),) = figure(1, 1, 7, 4.5)
-        for i, name in enumerate(names):
-            points = [(r["epoch"], r[name]) for r in history if r.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", color=f"C{i}", label=name.replace("_", " "))
-        axis.set(title=title, xlabel="epoch", ylabel="value" if len(names) > 1 else names[0].replace("_", " "))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8)
-        save_figure(drawing, folder / f"{title.lower()}.png")
-
-
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from common.config import UserError
 from common.runtime import gather_lists
 
-
 MOST_FILES = 32  # that an error lists
 
 
