@@ -733,6 +733,7 @@ NOT_SHUFFLED = {  # headers of tables that hold SCENE, and the form of their row
                    "xyp"),
     "occlusion": ("image,nose x,nose y,nose occluded,left_hand x,left_hand y,left_hand occluded,"
                   "right_hand x,right_hand y,right_hand occluded", "xyp"),
+    "depth": ("image,nose x,nose y,nose z,left_hand x,left_hand y,left_hand z,right_hand x,right_hand y,right_hand z", "xyp"),
     "all x, then all y": ("image,nose_x,left_hand_x,right_hand_x,nose_y,left_hand_y,right_hand_y", "halves"),
     "y before x": ("image,nose_y,nose_x,left_hand_y,left_hand_x,right_hand_y,right_hand_x", "yx"),
     "axis first": ("image,x_nose,y_nose,x_left_hand,y_left_hand,x_right_hand,y_right_hand", "xy"),
@@ -856,6 +857,10 @@ def test_what_a_table_leaves_empty_counts_as_unlabelled_and_says_so(tmp_path, ca
     text = capsys.readouterr().out
     for told in ("keypoint that is empty, which counts as unlabelled (2)", "that is -1, -1", "that is 0, 0"):
         assert told in text
+    numbered = "image,x1,y1,v1,x2,y2,v2\na.png,20,10,0,12,24,1\nb.png,20,10,1,12,24,0"
+    samples = read(make(tmp_path / "numbered", "csv, single", content=numbered))[0]
+    labels = {s.path.stem: s.labelled.tolist() for part in samples.values() for s in part}
+    assert labels == {"a": [False, True], "b": [True, False]}
     header = "image,nose_x,nose_y,nose_visible,tail_x,tail_y,tail_visible"
     rows = ["a.png,20,10,0,12,24,1", "b.png,40,30,true,33.5,40,False", "c.png,30,8,1,22,20,"]
     train, *_ = loaded(make(tmp_path, "csv", content="\n".join([header, *rows]), val=f"{header}\na.png,20,10,1,12,24,1"))
@@ -885,6 +890,30 @@ def test_several_rows_of_a_picture_are_several_figures_cut_out_around_their_poin
     one_point_a_row = "image,part,x,y\na.png,nose,20,10\na.png,tail,12,24\nb.png,nose,40,30\n"
     alone = make(tmp_path / "alone", "csv, single", content=one_point_a_row)
     one_line(lambda: read(alone), "several rows of a picture have one x and y each")
+
+
+def test_a_column_may_name_the_split(tmp_path):
+    rows = [f"{row},{split}" for row, split in zip(table(header="").splitlines(), ("train", "Validation", "test"), strict=True)]
+    header = "image,nose_x,nose_y,left_hand_x,left_hand_y,right_hand_x,right_hand_y,split"
+    splits, points, _, faults = read(make(tmp_path, "csv, single", content="\n".join([header, *rows])))
+    assert {split: [s.path.stem for s in part] for split, part in splits.items()} == {"train": ["a"], "val": ["b"], "test": ["c"]}
+    assert points.names == NAMES and faults == {}
+    content = "\n".join([header.replace("split", "set"), *(row.replace("train", "red") for row in rows)])  # it says another thing
+    splits, *_ = read(make(tmp_path, "csv, single", content=content))
+    assert sorted(splits) == ["train", "val"]
+
+
+def test_what_looks_wrong_in_all_figures_together_is_said(tmp_path, capsys):
+    scene = {f"p{i}": [(20 + i, 10), (12, 20), (31, 22)] for i in range(9)}
+    for name in scene:
+        for split in ("train", "val"):
+            draw(tmp_path / split / f"{name}.png", size=(W, H))
+    loaded(make(tmp_path, "csv", content=table(scene)))
+    assert "all keypoints lie in the upper left quarter" in capsys.readouterr().out
+    rows = [row.replace(",31,22", ",,") for row in table(scene).splitlines()]
+    loaded(make(tmp_path, "csv", content="\n".join([*rows, "a.png,60,40,12,20,,"])))
+    text = capsys.readouterr().out
+    assert "no training figure has keypoint right_hand: it cannot be learnt" in text and "upper left" not in text
 
 
 def test_names_without_endings_are_found(tmp_path):

@@ -13,13 +13,14 @@ import numpy as np
 
 from common.config import UserError
 from common.runtime import say
-from common.samples import Faults
+from common.samples import Faults, split_of
 from common.vision.pictures import is_picture
 
 # Last words of a column's label. The first say whether a keypoint is labelled; the others belong to one, but are not used.
 VISIBILITY = ("v", "vis", "visible", "visibility")
 NO_COORDINATE = ("likelihood", "confidence", "conf", "score", "prob", "p", "z", "occluded", "occlusion", "occ")
 SIDES = {"w": "w", "width": "w", "h": "h", "height": "h"}
+SPLIT_LABELS = ("split", "subset", "set", "partition", "usage", "fold")
 UNITS = ("px", "pixel", "pixels", "coord", "coords", "coordinate", "coordinates")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")  # left_eyeX: left, eye, X
 # A label without its separators and capitals: of a box, or of the picture's size.
@@ -42,6 +43,7 @@ class Columns:
     figures: list[list[tuple[int, int, int | None]]]  # of every figure in a row: x, y and visibility of its K keypoints
     box: dict[str, int] = field(default_factory=dict)  # x and y with w and h, or with right and bottom
     size: dict[str, int] = field(default_factory=dict)  # w and h of the picture
+    split: int | None = None  # which split a row belongs to
 
     @property
     def named(self) -> bool:
@@ -69,8 +71,12 @@ def columns_of(path: Path, header: list[list[str]], rows: list[list[str]], width
     else:
         roles = {c: (*role(labels[c], labels), "") for c in others}
     if not any(kind in ("x", "y") for kind, *_ in roles.values()):
-        return columns_by_place(path, picture, labels, rows, faults)
-    return columns_by_label(path, picture, labels, roles, faults)
+        return columns_by_place(path, picture, labels, rows)
+    split = next((c for c in others if labels[c].lower() in SPLIT_LABELS and all(split_of(cells[c]) for cells in rows)), None)
+    roles = {c: role_ for c, role_ in roles.items() if c != split}
+    columns = columns_by_label(path, picture, labels, roles, faults)
+    columns.split = split
+    return columns
 
 
 def header_labels(header: list[list[str]], width: int) -> list[str]:
@@ -97,8 +103,9 @@ def role(label: str, labels: list[str]) -> tuple[str, str]:
     for word, rest in ((words[-1], words[:-1]), (words[0], words[1:])) if words else ():
         kind = word[0].lower()
         if kind not in ("x", "y"):
+            numbered = kind in VISIBILITY and "".join(w[0] for w in rest).isdecimal()  # v1, beside x1 and y1
             last = {**SIDES, **dict.fromkeys(VISIBILITY, "v"), **dict.fromkeys(NO_COORDINATE, "other")}
-            kind = last.get(kind) if word is words[-1] else None
+            kind = last.get(kind) if word is words[-1] or numbered else None
         if kind:
             return kind, label[rest[0].start() : rest[-1].end()] if rest else ""
     glued = {"x": "y", "y": "x"}.get(label[-1:].lower())  # nosex, where there is a nosey
@@ -178,7 +185,7 @@ def columns_by_order(path: Path, picture: list[int], bare: list[tuple[int, str]]
     return Columns(picture, [str(i) for i in range(count)], [points])
 
 
-def columns_by_place(path: Path, picture: list[int], labels: list[str], rows: list[list[str]], faults: Faults) -> Columns:
+def columns_by_place(path: Path, picture: list[int], labels: list[str], rows: list[list[str]]) -> Columns:
     """Of a header without x and y, or of none: the columns behind the picture's name, x and y by turns."""
     places = list(range(picture[-1] + 1, len(labels))) or list(range(picture[0]))
     told = [labels[c] for c in places]

@@ -70,7 +70,8 @@ def read_csv(data_dir: Path, files: dict[str, list[Path]], faults: Faults):
     first, splits = tables[0][1], {}
     for split, table in tables:
         order = same_order(first, table)
-        splits.setdefault(split, []).extend(read_csv_split(data_dir, split, table, order, faults))
+        for chosen, sample in read_csv_split(data_dir, split, table, order, faults):
+            splits.setdefault(chosen, []).append(sample)
     figures = Counter(sample.path for samples in splits.values() for sample in samples)
     crowded = sum(many > 1 for many in figures.values())
     if crowded and first.columns.stems == [""]:
@@ -130,10 +131,10 @@ def is_data(cells: list[str]) -> bool:
 # ---- rows --------------------------------------------------------------------------------------------------------------
 
 
-def read_csv_split(data_dir: Path, split: str, table: Table, order: list[int], faults: Faults) -> list[Sample]:
-    """order: where this table has the first one's keypoints."""
+def read_csv_split(data_dir: Path, split: str, table: Table, order: list[int], faults: Faults) -> list[tuple[str, Sample]]:
+    """[(split, sample)]: the table's split, or that which a column names. order: where it has the first table's keypoints."""
     columns, path, finder = table.columns, table.path, picture_finder(data_dir, table.path, split)
-    samples, seen = [], set()
+    samples, splits, seen = [], [], set()
     for line, row in table.rows:
         where = f"{path.name} line {line}"
         if len(row) != table.width:
@@ -151,8 +152,10 @@ def read_csv_split(data_dir: Path, split: str, table: Table, order: list[int], f
                 continue
             seen.add(key)
             size = claimed_size(*(to_number(row[columns.size[side]], table.comma) for side in "wh")) if columns.size else None
+            splits.append(split if columns.split is None else split_of(row[columns.split]))
             samples.append(Sample(place, size, points, labelled, read_box(row, columns.box, table.comma), math.nan, where))
-    return in_fractions(path, samples)
+    mark_fractions(path, samples)
+    return list(zip(splits, samples, strict=True))
 
 
 def read_points(row: list[str], figure: list, comma: bool, where: str, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
@@ -173,8 +176,8 @@ def read_points(row: list[str], figure: list, comma: bool, where: str, faults: F
     return points, labelled
 
 
-def in_fractions(path: Path, samples: list[Sample]) -> list[Sample]:
-    """The samples, marked where all their coordinates are fractions: no picture has all its points in its first pixel."""
+def mark_fractions(path: Path, samples: list[Sample]) -> None:
+    """Marks samples whose coordinates all are fractions: no pictures have all their points in the first pixel."""
     points = np.concatenate([sample.points[sample.labelled] for sample in samples] or [np.zeros((0, 2))])
     points = points[np.isfinite(points).all(axis=1)]
     if len(points) and (np.abs(points - 0.5) <= 1).all() and (points % 1).any():
@@ -183,7 +186,6 @@ def in_fractions(path: Path, samples: list[Sample]) -> list[Sample]:
             raise UserError(f"{path}: points in fractions of the picture, and boxes in pixels")
         for sample in samples:
             sample.relative = True
-    return samples
 
 
 def decimal_comma(path: Path, cells: set[str]) -> bool:

@@ -341,6 +341,8 @@ def build_loaders(config, preprocess: Preprocess, tables):
     if rank == 0:
         faults.report()
         kept, many = train.cache.kept + val.cache.kept, len(train.cache) + len(val.cache)
+        for doubt in doubts(train, points.names):
+            say(doubt)
         names = ", ".join(points.names[:6]) + (" ..." if len(points.names) > 6 else "")
         say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation figures")
         say(f"{len(points.names)} keypoints: {names}; {kept} of {many} decoded pictures stay in memory")
@@ -348,6 +350,18 @@ def build_loaders(config, preprocess: Preprocess, tables):
         train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
     )
     return train_loader, eval_loader(val, config.batch_size, config.num_workers), points, facts
+
+
+def doubts(data: PoseData, names: list[str]) -> list[str]:
+    """What looks as if the data meant something else, of which no single figure tells."""
+    found, labelled = [], np.array([sample.labelled for sample in data.samples])
+    never = [name for name, there in zip(names, labelled.any(axis=0), strict=True) if not there]
+    if never:
+        found.append(f"no training figure has keypoint {', '.join(never[:5])}: it cannot be learnt")
+    places = [s.points[s.labelled].max(axis=0) / data.pictures[s.path].size for s in data.samples]
+    if len(places) >= 8 and np.max(places) < 0.5:
+        found.append("all keypoints lie in the upper left quarter of their pictures: are they of pictures of another size?")
+    return found
 
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, posed=True, whole=True):
