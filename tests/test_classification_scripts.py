@@ -1,6 +1,8 @@
 """What the classification scripts do beside the contract of test_tasks.py: tables, the linear probe, real photographs."""
 
 import csv
+import os
+import shutil
 
 import pytest
 from conftest import ROOT, Script
@@ -66,6 +68,20 @@ def test_infer_says_the_same_in_csv_and_json_and_draws_the_pictures(full, tmp_pa
         for rank, (answer, line) in enumerate(zip(answers, table[3 * number : 3 * number + 3], strict=True), 1):
             assert (line["file_name"], line["rank"], line["class"]) == (row["file_name"], str(rank), answer["class"])
             assert float(line["probability"]) == pytest.approx(answer["probability"], abs=1e-6)
+
+
+def test_names_that_are_not_utf8_and_equal_names_are_told_apart(full, tmp_path):
+    source = next((small_data(ROW) / "val").rglob("*.png"))
+    for place in (b"a/1.png", b"b/1.png", b"b/caf\xe9 $x$.png"):
+        path = tmp_path / "in" / os.fsdecode(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, path)
+    args = ["--input", tmp_path / "in", "--checkpoint", full.folder, "--output_dir", tmp_path / "out", "--pictures"]
+    said = call(ROW, "infer.py", *args).stdout
+    assert all(f"\n{name} " in said for name in ("a/1.png", "b/1.png", "b/caf\\udce9 $x$.png"))
+    assert [row["file_name"] for row in read(tmp_path / "out" / "predictions.json")][2].endswith("caf\udce9 $x$.png")
+    assert "caf\\udce9" in (tmp_path / "out" / "predictions.csv").read_text()
+    assert len(list((tmp_path / "out").glob("*.png"))) == 3
 
 
 def test_more_classes_than_there_are_is_all_of_them(full, tmp_path):

@@ -13,6 +13,7 @@ from tasks import SETTINGS, TASKS, call, digests, one_line, read, same_numbers, 
 TASK = CLIP
 use_task(TASK)
 
+import metrics  # noqa: E402
 from common.config import UserError  # noqa: E402
 from predictor import Predictor  # noqa: E402
 from synthetic import BREEDS  # noqa: E402
@@ -114,6 +115,19 @@ def test_a_base_that_is_gone(tmp_path):
     assert found["zero_shot"] is None
     same_numbers(found["metrics"], {name: recorded[name] for name in found["metrics"]})
     assert f"there is no folder {base}" in told
+
+
+def test_classes_are_drawn_whole_and_of_many_the_extremes(monkeypatch):
+    """A zero-shot F1 of 0 lies on the axis and is not cut off; 620 classes are 40 bars."""
+    kept = []
+    monkeypatch.setattr(metrics, "save_figure", lambda drawing, path: kept.append(drawing))
+    labels, names = np.repeat(np.arange(620), 2), [f"c{i} $" for i in range(620)]
+    metrics.draw_performance(labels, np.eye(620)[labels], names, "nowhere", np.eye(620)[(labels + 1) % 620])
+    (axis,) = kept[0].axes
+    (marks,) = (line for line in axis.lines if line.get_marker() == "D")
+    assert len(marks.get_xdata()) == 40 and max(marks.get_xdata()) == 0 and not marks.get_clip_on()
+    assert len(axis.patches) == 3 * 40 and max(kept[0].get_size_inches()) < 25
+    assert "the 20 lowest and 20 highest of 620" in kept[0].get_suptitle()
 
 
 # ---- infer and Predictor ---------------------------------------------------------------------------------------------
