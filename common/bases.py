@@ -8,9 +8,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.checkpoint import atomic_folder, check_holds, fingerprint, open_model_folder, read_json, write_json, write_text
+from common.checkpoint import (
+    atomic_folder,
+    check_holds,
+    fingerprint,
+    moving_state,
+    open_model_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from common.config import UserError
 from common.folders import best_of, newest_best
+from common.lora import is_within
 from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files
 from common.runtime import quiet, say
 
@@ -226,6 +236,31 @@ def with_saved_adapter(model, folder: Path, whole, merge: bool, answer):
     """
     model = load_adapter_files(model, folder, whole)
     return merged(model, answer) if merge else model.get_base_model()
+
+
+def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
+    """Copies all that trains in `model` from the model of a checkpoint, for a run that starts where another ended; says so.
+
+    model: as it is about to train, with its adapter on it. saved, origin: what load_checkpoint(folder, merge=False) gave.
+    class_parts: the parts that belong to the classes, where those are others now: they stay as new as they are. UserError for
+    a checkpoint of the other method, and for another adapter than this run's.
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (origin["method"] == "full") != (plain is model):
+        script, kind = ("train.py", "a whole model") if origin["method"] == "full" else ("train_lora.py", "an adapter")
+        raise UserError(f"--start_from {folder} is {kind}: {script} goes on with it (and --model takes a whole model as a base)")
+    mine = {name: t for name, t in moving_state(plain).items() if not is_within(name, class_parts)}
+    theirs = {name: t for name, t in saved.state_dict().items() if name in mine}
+    odd = sorted(name for name, t in mine.items() if name not in theirs or theirs[name].shape != t.shape)
+    # Layer -> alpha / r, of all layers with an adapter.
+    adapted = [{name: m.scaling for name, m in each.named_modules() if hasattr(m, "base_layer")} for each in (plain, saved)]
+    if odd or adapted[0] != adapted[1]:
+        what = f"it has no {odd[0]} {tuple(mine[odd[0]].shape)}" if odd else "its adapter is on other layers, or scaled otherwise"
+        raise UserError(f"--start_from {folder} does not fit this run: {what}; give --lora_r, --lora_alpha and the like as then")
+    plain.load_state_dict(theirs, strict=False)
+    if not class_parts:
+        plain.new_layers = []
+    say(f"starts from {folder}" + (f"; its classes are others, so new here: {', '.join(class_parts)}" if class_parts else ""))
 
 
 def train_mode(model) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import json
 import os
 import platform
 import re
@@ -70,6 +71,7 @@ class TrainConfig:
 
     data_dir: str = ""  # folder with your data; empty: synthetic demo data, made once
     model: str = ""  # base model: a hub name, a local folder, or "demo" for the small base that comes along
+    start_from: str = ""  # checkpoint whose weights the run starts with, on this or other data; --model is then its base
     output_dir: str = ""  # where run folders go; empty: outputs/ beside common/
     run_name: str = ""  # name of the run folder; empty: full or lora
     overwrite: bool = False  # replace an existing run folder instead of taking the next free name
@@ -300,7 +302,8 @@ def parse(cls, argv=None, doc: str | None = None):
 
     Each dataclass field becomes `--name_with_underscores` (dashes work too; booleans also as `--no_name`). A default
     made by `setting(real, demo)` takes its demo value when the base is the demo: with `--model demo`, or with neither
-    --data_dir nor --model. doc: the help's text, if not the docstring of the module that has the dataclass.
+    --data_dir nor --model. With --start_from and no --model the base is that of the checkpoint.
+    doc: the help's text, if not the docstring of the module that has the dataclass.
     """
     module = sys.modules[cls.__module__]
     kinds, fields, twin = field_kinds(cls), dataclasses.fields(cls), twin_of(Path(getattr(module, "__file__", None) or "none"))
@@ -311,11 +314,22 @@ def parse(cls, argv=None, doc: str | None = None):
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
     if missing:
         parser.error(f"--{missing[0]} is needed")
+    if given.get("start_from") and not given.get("model"):
+        given["model"] = base_of(Path(given["start_from"]).expanduser())
     demo = given["model"] == "demo" if given.get("model") else not given.get("data_dir")
     defaults = {f.name: f.metadata["demo"] for f in fields if demo and "demo" in f.metadata}
     if given.get("model") == "":
         del given["model"]
     return cls(**{**defaults, **given})
+
+
+def base_of(checkpoint: Path) -> str:
+    """The base that a checkpoint is loaded with: a whole model with itself, an adapter with the one that it was trained on."""
+    try:
+        origin = json.loads((checkpoint / "origin.json").read_text(encoding="utf-8"))
+        return str(checkpoint) if origin["method"] == "full" else str(origin["base"]["name"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"--start_from {checkpoint} is no checkpoint: name the folder checkpoints/best of a run") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,6 +16,7 @@ from common.bases import (
     load_under,
     make_origin,
     open_checkpoint,
+    take_over,
     with_saved_adapter,
 )
 from common.config import UserError
@@ -334,6 +335,16 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     elif small:
         say("note: this adapter was trained on a 4-bit base; here it goes on the base itself, so answers differ a little")
     return with_saved_adapter(model, folder, (HEAD,), merge, answer).eval().to(device), processor, about
+
+
+def start_from(folder: str, model) -> None:
+    """The weights of a checkpoint for `model`, as it is about to train; "": none. The head, if it has these classes."""
+    if folder:
+        saved, _, about = load_checkpoint(folder, merge=False)
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        same = saved.classes == plain.classes
+        take_over(model, saved, about, folder, () if same else (HEAD,))
+        plain.scale = saved.scale if same else plain.scale  # it goes with the head
 
 
 def check_classifier_origin(folder: Path, about: dict) -> None:

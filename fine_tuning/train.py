@@ -54,7 +54,15 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
-    from model import layer_groups, load_base, load_checkpoint, origin, plain_code, with_head
+    from model import (
+        layer_groups,
+        load_base,
+        load_checkpoint,
+        origin,
+        plain_code,
+        start_from,
+        with_head,
+    )
 
     with Run(config, task="clip", method="full") as run:
         tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
@@ -65,8 +73,9 @@ def main(argv=None):
 
         # 1. The image tower with a classifier. Every weight trains, early layers perhaps slower than late ones.
         model = with_head(tower, classes, config.model, config.head, config.prompts)
-        about = origin("full", model, base_facts, config)
         groups = layer_groups(model, config.lr, config.layer_decay)
+        start_from(config.start_from, model)
+        about = origin("full", model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

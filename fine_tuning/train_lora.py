@@ -70,6 +70,7 @@ def main(argv=None):
         origin,
         plain_code,
         quantized,
+        start_from,
         with_head,
     )
 
@@ -84,9 +85,10 @@ def main(argv=None):
         model = with_head(tower, classes, config.model, config.head, config.prompts)
         model = quantized(model, config.quantize, run.device, config.peft_method)
         adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets, config.lora_last_k))
-        about = origin("lora", model, base_facts, config)
         model = add_adapter(model, adapter, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
         describe_trainable(model, config.peft_method)
+        start_from(config.start_from, model)
+        about = origin("lora", model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

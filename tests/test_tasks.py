@@ -186,6 +186,23 @@ def test_two_processes_do_what_one_does(task, method):
         same_numbers(summary["metrics"]["final"], whole.summary["metrics"]["final"], 1e-4)
 
 
+@both
+def test_a_run_starts_from_the_weights_of_another(task, method):
+    """Its metrics before training are those of the checkpoint, and its base is found without --model."""
+    run, name = trained(task, method), f"on_{method}"
+    args = ["--start_from", run.best, "--data_dir", small_data(task), "--output_dir", run.folder.parents[1], "--run_name", name]
+    flags = [*SETTINGS, *task.flags, *(task.lora_flags if method == "lora" else ())]
+    said = call(task, SCRIPT[method], *args, *flags, "--epochs", 1, "--max_steps_per_epoch", 1).stdout
+    summary = read(run.folder.with_name(name) / "summary.json")
+    before, best = (without(metrics, task.by_batch) for metrics in (summary["metrics"]["before"], recorded(run.summary)))
+    same_numbers(before, best, 1e-4)
+    assert summary["config"]["start_from"] == str(run.best) and f"starts from {run.best}\n" in said
+    assert (summary["base"]["name"] == "demo") == (method == "lora")
+    other = "train.py" if method == "lora" else "train_lora.py"
+    told = one_line(call(task, other, *args, "--run_name", "other", "--model", "demo", expect=2))
+    assert f"is {'an adapter' if method == 'lora' else 'a whole model'}: {SCRIPT[method]} goes on with it" in told
+
+
 def train_losses(folder):
     """The mean loss of each epoch; from the second on they tell of what was learned before."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

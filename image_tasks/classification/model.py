@@ -14,6 +14,7 @@ from common.bases import (
     load_under,
     make_origin,
     open_checkpoint,
+    take_over,
     with_saved_adapter,
 )
 from common.peft_adapters import choose_targets, without_word_embeddings
@@ -117,6 +118,15 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
             model = with_class_head(model, about["classes"])
         model = with_saved_adapter(model, folder, class_layers(model), merge, answer)
     return model.eval().to(device), processor, about
+
+
+def start_from(folder: str, model) -> None:
+    """The weights of a checkpoint for `model`, as it is about to train; "": none. The head, if it has these classes."""
+    if folder:
+        saved, _, about = load_checkpoint(folder, merge=False)
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        same = plain.config.id2label == saved.config.id2label
+        take_over(model, saved, about, folder, () if same else class_layers(plain))
 
 
 def plain_code(about: dict) -> str:

@@ -47,7 +47,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
-    from model import load_base, load_checkpoint, origin, plain_code, with_classes
+    from model import load_base, load_checkpoint, origin, plain_code, start_from, with_classes
 
     with Run(config, task="classification", method="full") as run:
         tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
@@ -59,6 +59,7 @@ def main(argv=None):
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes)
         about = origin("full", model, base_facts, config)
+        start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

@@ -52,7 +52,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
-    from model import class_layers, load_base, load_checkpoint, lora_targets, origin, plain_code, with_classes
+    from model import class_layers, load_base, load_checkpoint, lora_targets, origin, plain_code, start_from, with_classes
 
     with Run(config, task="classification", method="lora" if config.lora_r else "head") as run:
         tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
@@ -72,6 +72,7 @@ def main(argv=None):
             target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
         model = add_adapter(model, lora, head, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
+        start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

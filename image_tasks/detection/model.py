@@ -15,6 +15,7 @@ from common.bases import (
     load_under,
     make_origin,
     open_checkpoint,
+    take_over,
     train_mode,
     with_saved_adapter,
 )
@@ -218,6 +219,15 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
             model = with_class_head(model, about["classes"])
         model = with_saved_adapter(model, folder, HEADS, merge, answer)
     return model.eval().to(device), processor, about
+
+
+def start_from(folder: str, model) -> None:
+    """The weights of a checkpoint for `model`, as it is about to train; "": none. Class layers, too, where they are for these."""
+    if folder:
+        saved, _, about = load_checkpoint(folder, merge=False)
+        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        same = plain.config.id2label == saved.config.id2label
+        take_over(model, saved, about, folder, () if same else sorted(n.rsplit(".", 1)[0] for n in class_tensors(build, plain)))
 
 
 def plain_code(about: dict) -> str:

@@ -43,7 +43,7 @@ def main(argv=None):
     from common.run import Run
     from data import build_loaders, read_tables
     from metrics import evaluate
-    from model import backbone_groups, denoises, load_base, load_checkpoint, origin, plain_code, with_classes
+    from model import backbone_groups, denoises, load_base, load_checkpoint, origin, plain_code, start_from, with_classes
     from pages import draw_results
 
     with Run(config, task="detection", method="full") as run:
@@ -56,6 +56,7 @@ def main(argv=None):
         model = with_classes(base, classes, data_facts["most_boxes"])
         about = origin("full", model, base_facts, config)
         groups = backbone_groups(model, config.lr, config.lr_backbone)
+        start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 # needs: torchvision, scipy  (image processors; scipy: VitPose's)
-from common.bases import base_source, load_pretrained, load_under, make_origin, open_checkpoint, with_saved_adapter
+from common.bases import base_source, load_pretrained, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.checkpoint import check_holds, fingerprint, read_json, write_json
 from common.config import UserError
 from common.lora import is_within
@@ -338,6 +338,14 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
         head = new_head(keypoints["head"], model.backbone.config.hidden_size, len(keypoints["names"]))
         model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge, answer)
     return model.eval().to(device), processor, about
+
+
+def start_from(folder: str, model) -> None:
+    """The weights of a checkpoint for `model`, as it is about to train; "": none. The head, if it has these keypoints."""
+    if folder:
+        saved, _, about = load_checkpoint(folder, merge=False)
+        same = saved.facts["names"] == model.facts["names"]
+        take_over(model, saved, about, folder, () if same else (HEAD,))
 
 
 def plain_code(about: dict) -> str:

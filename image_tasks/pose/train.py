@@ -42,7 +42,16 @@ def main(argv=None):
     from common.run import Run
     from data import Preprocess, build_loaders, read_tables
     from metrics import evaluate
-    from model import input_size, keypoint_loss, load_base, load_checkpoint, origin, plain_code, with_head
+    from model import (
+        input_size,
+        keypoint_loss,
+        load_base,
+        load_checkpoint,
+        origin,
+        plain_code,
+        start_from,
+        with_head,
+    )
     from pages import draw_results
 
     with Run(config, task="pose", method="full") as run:
@@ -55,6 +64,7 @@ def main(argv=None):
         # 1. The base with a head for these keypoints. Every weight trains.
         model = with_head(base, points, config.head, size)
         about = origin("full", model, base_facts, config)
+        start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

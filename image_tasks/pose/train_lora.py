@@ -48,7 +48,18 @@ def main(argv=None):
     from common.run import Run
     from data import Preprocess, build_loaders, read_tables
     from metrics import evaluate
-    from model import HEAD, input_size, keypoint_loss, load_base, load_checkpoint, lora_targets, origin, plain_code, with_head
+    from model import (
+        HEAD,
+        input_size,
+        keypoint_loss,
+        load_base,
+        load_checkpoint,
+        lora_targets,
+        origin,
+        plain_code,
+        start_from,
+        with_head,
+    )
     from pages import draw_results
 
     with Run(config, task="pose", method="lora" if config.lora_r else "head") as run:
@@ -68,6 +79,7 @@ def main(argv=None):
             target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
         )
         model = add_adapter(model, lora, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
+        start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
