@@ -23,7 +23,7 @@ from common.config import BatchSize, LoadConfig, Share, UserError, cli, parse  #
 @dataclass
 class InferConfig(LoadConfig):
     input: str = ""  # a picture, a folder of pictures, or a glob in quotes
-    boxes: str = ""  # JSON file of boxes around figures: COCO detection results or annotations; empty: the whole picture
+    boxes: str = ""  # boxes around figures: COCO detection results or annotations (JSON), or CSV; empty: the whole picture
     box_threshold: Share = 0.5  # boxes with a lower score are left alone
     threshold: Share = 0.2  # keypoints with a lower score are not drawn; all are saved
     pictures: bool = True  # save each picture with its figures drawn
