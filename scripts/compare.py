@@ -100,7 +100,7 @@ def find_pair(runs_dir: Path, task: str) -> list[Path]:
 
 def readable(runs_dir: Path):
     """Yields (path, summary) of every run below runs_dir; those that cannot be read are named."""
-    for path in sorted(runs_dir.glob("*/*/summary.json")):
+    for path in sorted(runs_dir.glob("*/[!.]*/summary.json")):
         try:
             yield path, read_summary(path)
         except UserError as error:

@@ -464,6 +464,23 @@ def test_newest_best_finds_a_model_whose_replacement_was_cut_short(tmp_path, mon
     assert (best / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("text", ["[]", '{"status": "finished"}', "[" * 99_999])
+def test_newest_best_names_the_run_whose_record_is_damaged_and_takes_another(tmp_path, monkeypatch, capsys, text):
+    """And passes over a run that was set aside for another to take its place."""
+    from common import folders
+
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
+    for name, record in (("mine", '{"method": "full"}'), (".mine.previous", '{"method": "full"}'), ("damaged", text)):
+        best = tmp_path / "outputs" / "toy" / name / "checkpoints" / "best"
+        best.mkdir(parents=True)
+        best.parents[1].joinpath("summary.json").write_text(record)
+    assert folders.newest_best("toy", "full").parents[1].name == "mine"
+    assert "damaged: its summary.json is missing, or nothing that a run has written" in capsys.readouterr().out
+    (tmp_path / "outputs" / "toy" / "mine" / "summary.json").write_text(text)
+    with pytest.raises(UserError, match="no full run in .*: train first"):
+        folders.newest_best("toy", "full")
+
+
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", ".", "/tmp/x"])
 def test_a_run_name_is_no_path(tmp_path, name):
     assert "--run_name" in run_toy(tmp_path, "--run_name", name, expect=2)
