@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -27,6 +28,10 @@ from common.runtime import quiet, say
 CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
 WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE}  # what a checkpoint of a method must hold
+# What a base's settings may ask for before it is built, more than any model that is fine-tuned here has.
+MOST_NUMBERS = 1_000_000  # beside what its weights hold, as of a tiny model that names tokens by number
+MOST_PARTS = 100_000  # layers, parameters and buffers
+LONGEST_SIDE = 10_000  # of a picture, in pixels
 # Not by a private base class of torch. Frozen ones, as in DETR's backbone, are of none of these and need no care.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -47,7 +52,7 @@ def fetch(name: str, download: bool = True) -> Path | str:
         folder = None
     if folder is None or not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         if not download:
-            raise UserError(f"the base {name} is not in the local cache")
+            raise UserError(f"the base {name} is not in the local cache, and it is fetched only where --model names it")
         if os.environ.get("HF_HUB_OFFLINE") == "1":
             raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
         try:
@@ -74,32 +79,84 @@ def base_source(name: str, demo_base: Path, example: str, download: bool = True)
     return source
 
 
+def stored_files(source: Path | str, pattern: str) -> list[Path]:
+    """The files of a base that fit a pattern, wherever it lies: in a folder, or in the hub's local cache."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), local_files_only=True))
+    return sorted(folder.glob(pattern))
+
+
+def weight_bytes(source: Path | str) -> int:
+    return sum(path.stat().st_size for end in ("*.safetensors", "*.bin") for path in stored_files(source, end))
+
+
+def check_sizes(source: Path | str) -> None:
+    """UserError for a number in a base's settings that no model with its weights, and no picture, can have.
+
+    Before anything is built: a layer count of 10^9 would keep a library busy for hours, a picture of that side needs 10^18 bytes.
+    """
+    most = {"config.json": max(weight_bytes(source), MOST_NUMBERS), "preprocessor_config.json": LONGEST_SIDE}
+    for file, limit in most.items():
+        for path in stored_files(source, file):
+            todo = [(file, read_json(path))]
+            while todo:
+                key, value = todo.pop()
+                if isinstance(value, (dict, list)):
+                    todo += value.items() if isinstance(value, dict) else [(key, item) for item in value]
+                elif isinstance(value, int) and abs(value) > limit:
+                    raise UserError(f"{file} says that {key} is {str(value)[:20]}, and more than {limit} cannot be")
+
+
+@contextmanager
+def no_larger_than(source: Path | str):
+    """A model that is built inside may hold about as many numbers as its weights have bytes: else UserError, at once."""
+    from torch.nn.modules import module as registry
+
+    limit, numbers, parts = 4 * weight_bytes(source) + MOST_NUMBERS, 0, 0
+
+    def count(owner, name, thing):
+        nonlocal numbers, parts
+        parts += 1
+        numbers += thing.numel() if isinstance(thing, torch.Tensor) else 0
+        if numbers > limit or parts > MOST_PARTS:
+            raise UserError("its config.json asks for a far larger model than its weights are of")
+
+    kinds = ("parameter", "buffer", "module")
+    handles = [getattr(registry, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def load_pretrained(name: str, source: Path | str, kind, processor_kind):
     """(model, image processor) by the library's own classes: float32, nothing that runs code, offline, every weight in its place.
 
     kind, processor_kind: classes with from_pretrained. UserError where a weight is missing, left over or of another shape.
     """
-    from pickle import UnpicklingError
-
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        check_sizes(source)
         # Not asked on the terminal, either: transformers would run a base's own code after a y.
         processor = processor_kind.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        model, info = kind.from_pretrained(
-            source,
-            dtype=torch.float32,
-            weights_only=True,  # of a PyTorch file, which is taken where there is no safetensors file: tensors, no code
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
-        )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+        with no_larger_than(source):
+            model, info = kind.from_pretrained(
+                source,
+                dtype=torch.float32,
+                weights_only=True,  # of a PyTorch file, which is taken where there is no safetensors file: tensors, no code
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # listed below, with the others that do not fit
+            )
+    except Exception as error:  # whatever a library makes of files that it did not write
         reason = " ".join(str(error).split())[:300]
+        reason = reason if isinstance(error, (OSError, ValueError, UserError)) else f"{type(error).__name__}: {reason}"
         raise UserError(f"--model {name} is no model for this task that can be loaded safely: {reason}") from None
     strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
@@ -213,13 +270,14 @@ def load_under(folder: Path, origin: dict, load_base, name: str = ""):
     """(model, processor) that a checkpoint is loaded from: its own folder, or the base that its adapter goes on.
 
     load_base: the task's, a name -> (model, processor, {"name", "sha256"}). name: where an adapter's base is, if not under
-    its recorded name. UserError where that is not the base that the adapter was trained on.
+    its recorded name, which is a stranger's word: nothing is fetched for it. UserError where that is not the base that the
+    adapter was trained on.
     """
     if origin["method"] == "full":
         with quiet():  # it is its own base
             model, processor, _ = load_base(str(folder.resolve()))
         return model, processor
-    model, processor, base = load_base(name or origin["base"]["name"])
+    model, processor, base = load_base(name or origin["base"]["name"], download=bool(name))
     if base["sha256"] != origin["base"]["sha256"]:
         raise UserError(
             f"{folder} was trained on the base {origin['base']['name']} (sha256 {origin['base']['sha256'][:12]}), but "

@@ -19,6 +19,7 @@ from common.checkpoint import read_json
 from common.config import UserError
 from common.fast_lora import conv_pays, lora_conv, lora_linear
 from common.lora import ADAPTER_FILE, is_within
+from common.lora_files import plain_names
 from common.runtime import say
 from common.trial import in_short, passed_by, try_out
 
@@ -110,7 +111,8 @@ def where_adapters_work(model, names: set[str], exclude, answer) -> set[str]:
     if idle and len(idle) == len(names):
         others = set(adaptable_names(model, (nn.Linear,), exclude)) - names
         others -= set(passed_by(model, others, answer))
-        raise UserError(f"--lora_targets: {why}; take others, such as {in_short(sorted(others)) or 'none of this model'}")
+        instead = f"take others, such as {in_short(sorted(others))}" if others else "--lora_r 0 trains the head alone"
+        raise UserError(f"--lora_targets: {why}; {instead}")
     if idle:
         say(f"left out: {why}")
     return names - set(idle)
@@ -346,6 +348,29 @@ def former_names(name: str) -> set[str]:
     return names
 
 
+def check_adapter_config(folder: Path, tensors: dict) -> None:
+    """UserError for settings that PEFT would take at their word: patterns that may run for hours, ranks that eat the memory.
+
+    A file of ours names each layer in full, and has tensors of the rank that it names.
+    """
+    file, config = folder / "adapter_config.json", read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no settings")
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
+        names = config.get(key) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
+            raise UserError(f"{file}: {key} must be a list of names; patterns of a file are not run")
+    for key in ("layers_pattern", "layers_to_transform", "layer_replication", "target_parameters", "trainable_token_indices"):
+        if config.get(key):
+            raise UserError(f"{file} asks for {key}, which is more than an adapter on named layers")
+    plain_names(config.get("alpha_pattern"))
+    ranks = {"r": config.get("r"), **plain_names(config.get("rank_pattern"))}
+    sizes = {size for tensor in tensors.values() for size in tensor.shape}
+    for key, rank in ranks.items():
+        if config.get("peft_type") in ("LORA", "LOHA") and (type(rank) is not int or rank not in sizes):
+            raise UserError(f"{file}: the rank {key} is {str(rank)[:20]}, and no tensor beside it is of that rank")
+
+
 def load_adapter_files(model, folder: Path, whole=()):
     """The base `model` with the adapter of `folder` on it, in eval mode; whole: the parts that trained whole.
 
@@ -364,9 +389,10 @@ def load_adapter_files(model, folder: Path, whole=()):
             raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
         if broken := sorted(name for name, tensor in saved.items() if not tensor.isfinite().all()):
             raise UserError(f"{folder / ADAPTER_FILE}: numbers that are not finite in {broken[0]} ({len(broken)} such tensors)")
+        check_adapter_config(place, saved)
         try:
             model = PeftModel.from_pretrained(without_word_embeddings(model), place)
-        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever PEFT makes of settings that it did not write
             raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {name: tuple(t.shape) for name, t in saved.items()}

@@ -97,6 +97,8 @@ class AnyTower:
             tower_config.projection_dim = config.projection_dim
         kind = getattr(transformers, TOWERS[config.model_type])
         model, info = kind.from_pretrained(source, config=tower_config, **options)
+        if info["missing_keys"] and all(is_within(key, ["visual_projection"]) for key in info["missing_keys"]):
+            model, info = transformers.CLIPVisionModel.from_pretrained(source, config=tower_config, **options)
         strays = [key for key in info["unexpected_keys"] if not is_within(key, TEXT_SIDE)]
         return model, {**info, "unexpected_keys": strays}
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -203,6 +204,76 @@ def test_the_same_classes_leave_the_base_as_it_is(loaded):
     base, _, facts = loaded
     assert with_classes(base, CLASSES) is base and base.new_layers == []
     assert fingerprint(base.state_dict()) == facts["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "timm"])
+def test_a_base_without_a_head_gets_one_and_is_the_same_base_each_time(kind, tmp_path):
+    """As ViT on ImageNet-21k and DINOv2 lie on the hub: backbones, some with a pooler that a classifier has no use for."""
+    import timm
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    if kind == "timm":
+        args = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
+        timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", num_classes=0, **args), tmp_path)
+        (tmp_path / "config.json").write_text(
+            json.dumps({**json.loads((tmp_path / "config.json").read_text()), "model_args": {**args, "num_classes": 0}})
+        )
+    else:
+        config = {"vit": transformers.ViTConfig, "dinov2": transformers.Dinov2Config}[kind](**small)
+        transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+        transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    base, _, facts = load_base(str(tmp_path))
+    assert load_base(str(tmp_path))[2] == facts
+    model = with_classes(base, ["a", "b", "c"])
+    head = class_layers(model)
+    found = outputs(model, torch.randn(2, 3, 32, 32))
+    assert found.shape == (2, 3) and model.new_layers == head and len(head) == 1
+    assert model.get_submodule(head[0]).weight.std() > 0
+
+
+@pytest.mark.parametrize("args", [{"checkpoint_path": "weights.pth"}, {"pretrained_cfg": {"file": "a.bin"}}], ids=str)
+def test_settings_that_would_have_timm_load_another_file_are_refused(args, tmp_path):
+    import timm
+
+    timm.models.save_for_hf(timm.create_model("resnet10t", num_classes=2), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_args": args}))
+    with pytest.raises(UserError, match=f"would have timm load {next(iter(args))}"):
+        load_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("config.json", {"num_hidden_layers": 10**6}, "far larger model"),
+        ("config.json", {"hidden_size": 20_000}, "far larger model"),
+        ("config.json", {"image_size": [10**12, 8]}, "image_size is 1000000000000"),
+        ("config.json", {"id2label": {"0": {"a": [10**30]}}}, "a is 10000000000"),
+        ("config.json", {"hidden_act": "no_such"}, "KeyError: 'no_such'"),
+        ("config.json", {"num_attention_heads": "two"}, "cannot|TypeError|num_attention_heads"),
+        ("preprocessor_config.json", {"size": {"height": 10**9, "width": 10**9}}, "(height|width) is 1000000000"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_model_of_these_weights_has_end_soon_in_one_line(small_base, tmp_path, file, change, told):
+    folder = shutil.copytree(small_base, tmp_path / "base")
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **change}))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=told):
+        load_base(str(folder))
+    assert time.monotonic() - began < 20
+
+
+def test_a_network_of_convolutions_takes_adapters_there_by_default(tmp_path, capsys):
+    import timm
+
+    timm.models.save_for_hf(timm.create_model("mobilenetv3_small_050", num_classes=3), tmp_path)
+    model = load_base(str(tmp_path))[0]
+    names = lora_targets(model, "all-linear")
+    assert names == lora_targets(model, "all") and all("conv" in name or "downsample" in name for name in names)
+    assert "so adapters go on convolutions, as with --lora_targets all" in capsys.readouterr().out
 
 
 # ---- where adapters go -----------------------------------------------------------------------------------------------
@@ -417,6 +488,42 @@ def test_an_adapter_of_numbers_that_are_not_finite_is_refused(adapter):
         load_checkpoint(adapter)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"target_modules": "(a+)+b"}, "target_modules must be a list of names"),
+        ({"target_modules": ["(a+)+b"]}, "target_modules must be a list of names"),
+        ({"exclude_modules": ".*"}, "exclude_modules must be a list"),
+        ({"rank_pattern": {"(a+)+b": 4}}, "as a pattern: only names"),
+        ({"alpha_pattern": {".*": 4}}, "as a pattern: only names"),
+        ({"r": 3_000_000}, "the rank r is 3000000"),
+        ({"r": 3}, "the rank r is 3, and no tensor"),
+        ({"rank_pattern": {"vit.q_proj": 10**9}}, "the rank vit.q_proj is 1000000000"),
+        ({"layer_replication": [[0, 10**9]]}, "asks for layer_replication"),
+    ],
+    ids=str,
+)
+def test_adapter_settings_that_could_hang_or_eat_the_memory_are_refused(adapter, change, told):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    (adapter / "manifest.json").unlink(missing_ok=True)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=told):
+        load_checkpoint(adapter)
+    assert time.monotonic() - began < 10
+
+
+def test_nothing_is_fetched_for_a_base_that_only_a_checkpoint_names(adapter, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    file = adapter / "origin.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps({**about, "base": {**about["base"], "name": "someone/who-is-not-there"}}))
+    (adapter / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="not in the local cache, and it is fetched only where --model names it"):
+        load_checkpoint(adapter)
+
+
 def test_saving_twice_writes_the_same_bytes(adapter):
     names = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
     assert names == sorted(names) and len(names) == 4, "a set's order differs from process to process"
@@ -520,7 +627,7 @@ def test_an_old_adapter_is_translated_as_a_whole_or_refused(adapter, fault, targ
     if fault == "alpha of its own":
         settings["alpha_pattern"] = {"query": 64}
     make_old(adapter, "vit", edit, **settings)
-    with pytest.raises(UserError, match="does not fit this base") as caught:
+    with pytest.raises(UserError, match="does not fit this base|must be a list of names") as caught:
         load_checkpoint(adapter)
     assert "\n" not in str(caught.value)
 

@@ -1,6 +1,7 @@
 """Image classifiers: where they come from, their head for new classes, where adapters go, loading."""
 
 import copy
+import re
 from pathlib import Path
 
 import torch
@@ -17,12 +18,15 @@ from common.bases import (
     take_over,
     with_saved_adapter,
 )
+from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import quiet, say
 from common.trial import freeze_unused
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
+# Weights of bases without a classifier that belong to other heads (masked patches, an image's vector): no fault.
+OTHER_HEADS = ("pooler", "decoder", "lm_head", "predictor")
 
 
 def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
@@ -35,15 +39,43 @@ def answer(model) -> torch.Tensor:
     return model.eval()(pixel_values=example_picture(*trained_shape(model.config)).to(model.device)).logits
 
 
-def load_base(name: str):
+class AnyClassifier:
+    """Stands in for a library class in `load_pretrained`: a base without a classifier, as DINOv2 and ViT on ImageNet-21k are, has
+    one of zeros, and what else it holds instead (a pooler, a decoder) is left aside.
+    """
+
+    @staticmethod
+    def from_pretrained(source, **options):
+        from transformers import AutoConfig, AutoModelForImageClassification
+
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        if config.model_type == "timm_wrapper":  # whose model_args go into timm.create_model as they are
+            args = config.model_args or {}
+            odd = [key for key in args if re.search("pretrained|checkpoint|cache|file|script", key)]
+            if odd or ":" in config.architecture:
+                raise ValueError(f"its config.json would have timm load {odd[0] if odd else config.architecture}")
+            config.model_args = {key: value for key, value in args.items() if key != "num_classes"}  # stands in the config, too
+            config.num_labels = config.num_labels or 2  # of a base without a head; the library builds none for 0
+        model, info = AutoModelForImageClassification.from_pretrained(source, config=config, **options)
+        layers = class_layers(model)
+        head = {key for key in model.state_dict() if is_within(key, layers)}
+        if head and head <= set(info["missing_keys"]):
+            for key in head:
+                model.get_parameter(key).data.zero_()  # not at random: the base's sha256 is that of its tensors
+            strays = [key for key in info["unexpected_keys"] if not is_within(key, OTHER_HEADS)]
+            info = {**info, "missing_keys": set(info["missing_keys"]) - head, "unexpected_keys": strays}
+        return model, info
+
+
+def load_base(name: str, download: bool = True):
     """(model, image processor, {"name", "sha256"}) of a base: "demo", a local folder, or a hub name (timm/<name>, too).
 
     float32 and safetensors only; UserError where a weight is missing or left over.
     """
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoImageProcessor
 
-    source = base_source(name, DEMO_BASE, "google/vit-base-patch16-224")
-    model, processor = load_pretrained(name, source, AutoModelForImageClassification, AutoImageProcessor)
+    source = base_source(name, DEMO_BASE, "google/vit-base-patch16-224", download)
+    model, processor = load_pretrained(name, source, AnyClassifier, AutoImageProcessor)
     return model, processor, describe_base(name, model)
 
 
@@ -84,19 +116,19 @@ def with_class_head(base, classes: list[str]):
     known = known_classes(base)
     model, base.new_layers = base, []
     if known != classes:
-        heads = class_layers(base)
         config = copy.deepcopy(base.config)
         config.id2label = dict(enumerate(classes))
         config.label2id = {label: i for i, label in enumerate(classes)}
         if hasattr(config, "label_names"):  # what timm's wrapper writes in place of the two
             config.label_names = classes
         model = build(config)
+        heads = class_layers(model)
         kept = set(classes) <= set(known)
         model.new_layers = [] if kept else heads
-        tensors, new = base.state_dict(), model.state_dict()
-        for key in tensors:
+        tensors = base.state_dict()
+        for key, new in model.state_dict().items():  # a base of timm may have no head at all
             if key.rsplit(".", 1)[0] in heads:
-                tensors[key] = tensors[key][[known.index(name) for name in classes]] if kept else new[key]
+                tensors[key] = tensors[key][[known.index(name) for name in classes]] if kept else new
         model.load_state_dict(tensors)
     return without_word_embeddings(model)  # so that plain PEFT loads adapters onto it, too
 

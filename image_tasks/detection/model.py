@@ -57,14 +57,14 @@ def answer(model) -> torch.Tensor:
     return model.eval()(pixel_values=example_picture(*trained_shape(model.config))).logits.flatten().sort().values
 
 
-def load_base(name: str):
+def load_base(name: str, download: bool = True):
     """(model, image processor, {"name", "sha256"}) of a base: "demo", a local folder, or a hub name.
 
     float32 and safetensors only; UserError where a weight is missing or left over.
     """
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-    source = base_source(name, DEMO_BASE, "facebook/detr-resnet-50")
+    source = base_source(name, DEMO_BASE, "facebook/detr-resnet-50", download)
     model, processor = load_pretrained(name, source, AutoModelForObjectDetection, AutoImageProcessor)
     return model, processor, describe_base(name, model)
 

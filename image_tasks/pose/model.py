@@ -191,14 +191,14 @@ class AnyBackbone:
         return model, {**info, "unexpected_keys": strays}
 
 
-def load_base(name: str):
+def load_base(name: str, download: bool = True):
     """(KeypointModel with the base's head or none, image processor, {"name", "sha256"}) of "demo", a local folder, or a hub name.
 
     float32 and safetensors only; UserError where a weight is missing or left over.
     """
     from transformers import AutoImageProcessor
 
-    source = base_source(name, DEMO_BASE, EXAMPLE)
+    source = base_source(name, DEMO_BASE, EXAMPLE, download)
     model, processor = load_pretrained(name, source, AnyBackbone, AutoImageProcessor)
     folder = Path(source)
     if (folder / HEAD_FILE).is_file():
