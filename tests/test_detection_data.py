@@ -636,10 +636,22 @@ def test_pictures_that_somebody_held_out_are_never_trained_on(tmp_path, capsys):
     write(tmp_path / "data.yaml", "train: images\nval: images/val\ntest: ../test/images\nnames: [cat, dog]\n")
     train, val, _, facts = loaded(tmp_path)
     assert [s.path.stem for s in train.samples] == ["a", "b", "c"] and [s.path.stem for s in val.samples] == ["v"]
-    assert facts["left_out"] == {} and "picture of two splits: it is not trained on (1): v.png" in capsys.readouterr().out
+    assert facts["left_out"] == {} and "picture of two splits, which is not trained on (1): v.png" in capsys.readouterr().out
     write(tmp_path / "data.yaml", "train: [../train/images, images]\nval: images/val\nnames: [cat, dog]\n")
     *_, facts = loaded(tmp_path)
     assert facts["train"] == 3 and facts["left_out"] == {"folder or list of the train split that is not there": 1}
+
+
+def test_pictures_in_both_splits_are_said_aloud(tmp_path, capsys):
+    make(tmp_path, "coco")
+    table = coco({"a": SCENE["a"]})
+    table["images"][0]["file_name"] = "train2017/a.png"
+    write(tmp_path / "annotations" / "instances_val2017.json", table)
+    _, _, _, facts = loaded(tmp_path)
+    assert (
+        facts["left_out"] == {}
+        and "trained on and validated on, so that the metrics flatter (1): a.png" in capsys.readouterr().out
+    )
 
 
 def test_a_yolo_row_may_end_in_a_confidence_and_may_not_be_ambiguous(tmp_path):

@@ -37,6 +37,10 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults, to
         raise UserError(f"{data_dir} ({data_format}) has no training pictures")
     if not classes:
         raise UserError(f"{data_dir} ({data_format}) names no classes")
+    held_out = {s.path for s in splits.get("val", [])}
+    for sample in splits.get("train", []):
+        if sample.path in held_out:
+            faults.note("picture that is trained on and validated on, so that the metrics flatter", sample.path.name)
     if splits.get("train") and not splits.get("val"):
         names = [s.path.name for s in splits["train"]]
         splits["train"], splits["val"] = hold_out(splits["train"], names, seed, data_dir, "pictures")

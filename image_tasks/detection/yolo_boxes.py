@@ -31,7 +31,7 @@ def peek(path: Path) -> bytes:
         return b""
 
 
-def yolo_settings(file: Path, data_dir: Path, faults: Faults) -> tuple[list[str], dict[int, int], dict]:
+def yolo_settings(file: Path, faults: Faults) -> tuple[list[str], dict[int, int], dict]:
     """(class names, number in the label files -> class index, the rest: folders or lists of splits)."""
     if file.suffix.lower() in (".yaml", ".yml"):
         settings = load_yaml(file)
@@ -54,7 +54,7 @@ def yolo_settings(file: Path, data_dir: Path, faults: Faults) -> tuple[list[str]
 
 def read_yolo(data_dir: Path, faults: Faults):
     file = yolo_file(data_dir)
-    classes, index, settings = yolo_settings(file, data_dir, faults)
+    classes, index, settings = yolo_settings(file, faults)
     reader = LabelReader(data_dir, index, "kpt_shape" in settings, faults)
     splits = yolo_splits(data_dir, settings, faults)
     splits = {split: [reader.read(path) for path in pictures] for split, pictures in splits.items()}
