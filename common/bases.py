@@ -27,7 +27,8 @@ from common.runtime import quiet, say
 
 CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
-WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE}  # what a checkpoint of a method must hold
+TRAINED_PART = "head.safetensors"  # of a run without adapters (--lora_r 0): the tensors that trained, by their names
+WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE, "head": TRAINED_PART}  # what a checkpoint of a method must hold
 # What a base's settings may ask for before it is built, more than any model that is fine-tuned here has.
 MOST_NUMBERS = 1_000_000  # beside what its weights hold, as of a tiny model that names tokens by number
 MOST_PARTS = 100_000  # layers, parameters and buffers
@@ -206,21 +207,58 @@ def save_model(folder: Path, model, processor, origin: dict, card: str = "") -> 
 def save_lora(folder: Path, model, processor, origin: dict, card: str = "") -> None:
     """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json, the model card as README.md.
 
+    A model without adapters has head.safetensors with the parts alone in place of PEFT's two files.
     A model that needs more than its adapter to be built again has a method save_extra(folder), which writes it.
     """
     with atomic_folder(folder) as aside:
-        model.peft_config["default"].base_model_name_or_path = origin["base"]["name"]
-        save_adapter_files(model, aside)
+        plain = model.get_base_model() if is_adapted(model) else model
+        if plain is model:
+            save_trained(model, aside / TRAINED_PART)
+        else:
+            model.peft_config["default"].base_model_name_or_path = origin["base"]["name"]
+            save_adapter_files(model, aside)
         processor.save_pretrained(aside)
-        plain = model.get_base_model()
         if hasattr(plain, "save_extra"):
             plain.save_extra(aside)
         write_json(aside / ORIGIN, origin)
         write_text(aside / CARD, card)  # in place of PEFT's template
 
 
+def is_adapted(model) -> bool:
+    """Whether it is a model of PEFT's, with adapters on it."""
+    return hasattr(model, "peft_config")
+
+
+def save_trained(model, file: Path) -> None:
+    """The parameters that train, by their names."""
+    from safetensors.torch import save_file
+
+    save_file({name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters() if p.requires_grad}, file)
+
+
+def load_trained(model, file: Path, whole):
+    """The model, in eval mode, with the parts `whole` from a file of save_trained. UserError where not all fits."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
+    shapes = {name: tuple(t.shape) if t.isfinite().all() else "not finite" for name, t in tensors.items()}
+    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+    if wrong:
+        raise UserError(
+            f"{file} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
+            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+        )
+    model.load_state_dict(tensors, strict=False)
+    return model.eval()
+
+
 def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Path, dict]:
-    """(folder, origin) of a checkpoint, checked: whole, and of this task and method ("full" or "lora"; "": either).
+    """(folder, origin) of a checkpoint, checked: whole, and of this task and method (of WEIGHTS; "": any).
 
     Of a run folder it is checkpoints/best. Else UserError.
     """
@@ -290,8 +328,10 @@ def with_saved_adapter(model, folder: Path, whole, merge: bool, answer):
     """The model with the adapter of `folder`, and the parts that trained `whole`, in its own class.
 
     merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B. answer: by
-    which that is checked, see common/trial.py.
+    which that is checked, see common/trial.py. A folder without an adapter has the parts alone.
     """
+    if (folder / TRAINED_PART).is_file():
+        return load_trained(model, folder / TRAINED_PART, whole)
     model = load_adapter_files(model, folder, whole)
     return merged(model, answer) if merge else model.get_base_model()
 
@@ -303,8 +343,10 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
     class_parts: the parts that belong to the classes, where those are others now: they stay as new as they are. UserError for
     a checkpoint of the other method, and for another adapter than this run's.
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if (origin["method"] == "full") != (plain is model):
+    plain = model.get_base_model() if is_adapted(model) else model
+    # Without adapters a part of the model trains, or nearly all of it.
+    trains_whole = sum(p.numel() * (2 * p.requires_grad - 1) for p in model.parameters()) > 0
+    if (origin["method"] == "full") != trains_whole:
         script, kind = ("train.py", "a whole model") if origin["method"] == "full" else ("train_lora.py", "an adapter")
         raise UserError(f"--start_from {folder} is {kind}: {script} goes on with it (and --model takes a whole model as a base)")
     mine = {name: t for name, t in moving_state(plain).items() if not is_within(name, class_parts)}

@@ -147,19 +147,17 @@ def in_last_blocks(names: list[str], last_k: int) -> set[str]:
 # ---- adding ----------------------------------------------------------------------------------------------------------
 
 
-def add_adapter(model, adapter, whole=(), trains: bool = True, frozen_dtype: str = "fp32"):
+def add_adapter(model, adapter, whole=(), frozen_dtype: str = "fp32"):
     """The PEFT model of a base: frozen, but for the adapter and the parts in `whole` (heads).
 
-    adapter: PEFT's settings (LoraConfig ...). trains: False leaves the adapter at its start, where it adds zero, so that `whole`
-    trains alone. frozen_dtype: see `store_frozen_in_bf16`. Plain LoRA layers compute by common/fast_lora.py from here on; what
-    is saved is the same.
+    adapter: PEFT's settings (LoraConfig ...). Where they name no layer there is no adapter to add, and the model itself comes
+    back, of which `whole` trains alone. frozen_dtype: see `store_frozen_in_bf16`. Plain LoRA layers compute by
+    common/fast_lora.py from here on; what is saved is the same.
     """
     from peft import get_peft_model
 
-    model = get_peft_model(without_word_embeddings(model), adapter)
+    model = get_peft_model(without_word_embeddings(model), adapter) if adapter.target_modules else model.requires_grad_(False)
     train_whole(model, whole)
-    if not trains:
-        freeze_adapters(model)
     if frozen_dtype == "bf16":
         store_frozen_in_bf16(model)
     return with_fast_layers(model)
@@ -264,13 +262,6 @@ def train_whole(model, parts) -> None:
     for name, parameter in model.named_parameters():
         if is_within(name, parts):
             parameter.requires_grad_(True)
-
-
-def freeze_adapters(model) -> None:
-    """Leaves the adapter of a PEFT model at its start, where it adds zero."""
-    for name, parameter in model.named_parameters():
-        if in_adapter(model, name):
-            parameter.requires_grad_(False)
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------

@@ -222,9 +222,9 @@ def layer_groups(model: ClipClassifier, lr: float, decay: float) -> list[dict]:
     return [{"params": params, "lr": lr * decay ** (depth + 1 - level)} for level, params in sorted(groups.items())]
 
 
-def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
-    """Names of the layers that get adapters, never in the head; see choose_targets."""
-    return choose_targets(model, which, (HEAD,), last_k, answer)
+def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
+    """Names of the layers that get adapters of rank r, none with 0, and never in the head; see choose_targets."""
+    return choose_targets(model, which, (HEAD,), last_k, answer) if r else []
 
 
 def answer(model) -> torch.Tensor:
@@ -400,20 +400,25 @@ class Classifier(nn.Module):  # its names are those in the file: tower. and clas
 
 
 """
-    whole = f"""from safetensors.torch import load_file
+    base = f"""
+base = "{about["base"]["name"]}"
+model = Classifier({kind}.from_pretrained(base))
+"""
+    ways = {
+        "full": f"""from safetensors.torch import load_file
 
 model = Classifier({kind}.from_pretrained(folder))
 model.classifier.load_state_dict(load_file(f"{{folder}}/{HEAD_FILE}"))
-"""
-    adapter = f'''from peft import PeftModel
-
-base = "{about["base"]["name"]}"
-model = PeftModel.from_pretrained(Classifier({kind}.from_pretrained(base)), folder)
-'''
+""",
+        "lora": "from peft import PeftModel\n" + base + "model = PeftModel.from_pretrained(model, folder)\n",
+        "head": "from safetensors.torch import load_file\n"
+        + base
+        + 'model.load_state_dict(load_file(f"{folder}/head.safetensors"), strict=False)\n',
+    }
     answer = """
 picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     probabilities = model.eval()(picture["pixel_values"])[0].softmax(0)
 print(about["classes"][probabilities.argmax()], probabilities.max())
 """
-    return start + (whole if about["method"] == "full" else adapter) + answer
+    return start + ways[about["method"]] + answer

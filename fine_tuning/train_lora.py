@@ -84,11 +84,12 @@ def main(argv=None):
         # 1. The image tower, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
         model = with_head(tower, classes, config.model, config.head, config.prompts)
         model = quantized(model, config.quantize, run.device, config.peft_method)
-        adapter = adapter_config(config.peft_method, config, lora_targets(model, config.lora_targets, config.lora_last_k))
-        model = add_adapter(model, adapter, (HEAD,), trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
+        targets = lora_targets(model, config.lora_targets, config.lora_last_k, config.lora_r)
+        adapter = adapter_config(config.peft_method, config, targets)
+        model = add_adapter(model, adapter, (HEAD,), frozen_dtype=config.frozen_dtype)
         describe_trainable(model, config.peft_method)
         start_from(config.start_from, model)
-        about = origin("lora", model, base_facts, config)
+        about = origin("lora" if config.lora_r else "head", model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

@@ -20,7 +20,7 @@ from common.bases import save_lora, save_model, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within  # noqa: E402
-from common.peft_adapters import add_adapter, freeze_adapters  # noqa: E402
+from common.peft_adapters import add_adapter  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
 from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
 from predictor import Predictor  # noqa: E402
@@ -333,14 +333,28 @@ def test_adapters_and_head_all_learn_and_nothing_else_moves(trained):
         assert torch.equal(after, tensor) != is_within(name, trained.head), name
 
 
-def test_a_linear_probe_trains_the_head_alone(small_base):
-    """What train_lora.py makes of --lora_r 0."""
-    model = add_lora(with_classes(load_base(str(small_base))[0], NEW))
-    freeze_adapters(model)
-    start = clones(model.named_parameters())
+def test_rank_zero_trains_the_head_alone_and_saves_it_alone(small_base, tmp_path, capsys):
+    from peft import LoraConfig
+    from safetensors.torch import load_file
+
+    base, processor, facts = load_base(str(small_base))
+    model = with_classes(base, NEW)
+    capsys.readouterr()
+    settings = LoraConfig(r=0, target_modules=lora_targets(model, "all-linear", r=0))
+    model = add_adapter(model, settings, class_layers(model))
+    start, pixels = clones(model.named_parameters()), make_batch()[0]
     train(model, steps=3)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
-    assert moved == {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    save_lora(tmp_path / "head", model, processor, origin("head", model, facts, FACTS))
+    assert load_file(tmp_path / "head" / "head.safetensors").keys() == moved and "LoRA" not in capsys.readouterr().out
+    assert not list((tmp_path / "head").glob("adapter*"))
+    again, _, about = load_checkpoint(tmp_path / "head")
+    assert torch.equal(outputs(again, pixels), outputs(model, pixels)) and about["method"] == "head"
+    (tmp_path / "head" / "manifest.json").unlink()
+    (tmp_path / "head" / "head.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"head\.safetensors cannot be read"):
+        load_checkpoint(tmp_path / "head")
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------

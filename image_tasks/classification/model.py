@@ -29,9 +29,9 @@ DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 OTHER_HEADS = ("pooler", "decoder", "lm_head", "predictor")
 
 
-def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
-    """Names of the layers that get adapters, never in the head; see choose_targets."""
-    return choose_targets(model, which, class_layers(model), last_k, answer)
+def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
+    """Names of the layers that get adapters of rank r, none with 0, and never in the head; see choose_targets."""
+    return choose_targets(model, which, class_layers(model), last_k, answer) if r else []
 
 
 def answer(model) -> torch.Tensor:
@@ -145,7 +145,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     """
     folder, about = open_checkpoint(folder, "classification")
     model, processor = load_under(folder, about, load_base, base)
-    if about["method"] == "lora":
+    if about["method"] != "full":
         with quiet():
             model = with_class_head(model, about["classes"])
         model = with_saved_adapter(model, folder, class_layers(model), merge, answer)
@@ -181,10 +181,16 @@ base = "{about["base"]["name"]}"  # a new head for the classes goes on it, which
 model = AutoModelForImageClassification.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(model, folder)
 '''
+    head = f'''from safetensors.torch import load_file
+
+base = "{about["base"]["name"]}"  # a new head for the classes goes on it, which the file fills
+model = AutoModelForImageClassification.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
+model.load_state_dict(load_file(f"{{folder}}/head.safetensors"), strict=False)
+'''
     answer = """
 picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     probabilities = model.eval()(**picture).logits[0].softmax(0)
 print(classes[probabilities.argmax()], probabilities.max())
 """
-    return start + (whole if about["method"] == "full" else adapter) + answer
+    return start + {"full": whole, "lora": adapter, "head": head}[about["method"]] + answer

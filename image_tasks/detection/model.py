@@ -37,9 +37,9 @@ HEADS = (
 )  # fmt: skip
 
 
-def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
-    """Names of the layers that get adapters, never in the heads; see choose_targets."""
-    return choose_targets(model, which, HEADS, last_k, lesson)
+def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
+    """Names of the layers that get adapters of rank r, none with 0, and never in the heads; see choose_targets."""
+    return choose_targets(model, which, HEADS, last_k, lesson) if r else []
 
 
 def lesson(model) -> torch.Tensor:
@@ -214,7 +214,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     """
     folder, about = open_checkpoint(folder, "detection")
     model, processor = load_under(folder, about, load_base, base)
-    if about["method"] == "lora":
+    if about["method"] != "full":
         with quiet():
             model = with_class_head(model, about["classes"])
         model = with_saved_adapter(model, folder, HEADS, merge, answer)
@@ -250,6 +250,12 @@ base = "{about["base"]["name"]}"  # a new class head goes on it, which the adapt
 model = AutoModelForObjectDetection.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(model, folder)
 '''
+    head = f'''from safetensors.torch import load_file
+
+base = "{about["base"]["name"]}"  # a new head for the classes goes on it, which the file fills
+model = AutoModelForObjectDetection.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
+model.load_state_dict(load_file(f"{{folder}}/head.safetensors"), strict=False)
+'''
     side = about["image_size"]
     size = f', size={{"height": {side}, "width": {side}}}' if side else ""
     answer = f'''
@@ -261,4 +267,4 @@ found = processor.post_process_object_detection(outputs, threshold=0.5, target_s
 for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
     print(classes[label], float(score), box.tolist())  # x1, y1, x2, y2 in pixels
 '''
-    return start + (whole if about["method"] == "full" else adapter) + answer
+    return start + {"full": whole, "lora": adapter, "head": head}[about["method"]] + answer

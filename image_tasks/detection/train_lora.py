@@ -59,14 +59,14 @@ def main(argv=None):
 
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The heads train whole.
         model = with_classes(base, classes, data_facts["most_boxes"])
-        about = origin("lora", model, base_facts, config)
+        about = origin(run.method, model, base_facts, config)
         lora = LoraConfig(
-            r=max(1, config.lora_r),
+            r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=lora_targets(model, config.lora_targets, config.lora_last_k),
+            target_modules=lora_targets(model, config.lora_targets, config.lora_last_k, config.lora_r),
         )
-        model = add_adapter(model, lora, HEADS, trains=config.lora_r > 0, frozen_dtype=config.frozen_dtype)
+        model = add_adapter(model, lora, HEADS, frozen_dtype=config.frozen_dtype)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))

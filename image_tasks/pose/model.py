@@ -268,9 +268,9 @@ def new_head(kind: str, width: int, keypoints: int) -> nn.Module:
     return RegressionHead(width, keypoints) if kind == "regression" else HeatmapHead(width, keypoints)
 
 
-def lora_targets(model, which: str, last_k: int = 0) -> list[str]:
-    """Names of the layers that get adapters, never in the head; see choose_targets."""
-    return choose_targets(model, which, (HEAD,), last_k, answer)
+def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
+    """Names of the layers that get adapters of rank r, none with 0, and never in the head; see choose_targets."""
+    return choose_targets(model, which, (HEAD,), last_k, answer) if r else []
 
 
 def answer(model) -> torch.Tensor:
@@ -333,7 +333,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     if about["method"] == "full":
         check_holds(folder, HEAD_FILE)  # without it the folder would be a base whose head is still to come
     model, processor = load_under(folder, about, load_base, base)
-    if about["method"] == "lora":
+    if about["method"] != "full":
         keypoints = read_facts(folder)
         head = new_head(keypoints["head"], model.backbone.config.hidden_size, len(keypoints["names"]))
         model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge, answer)
