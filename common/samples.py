@@ -238,7 +238,10 @@ class FileFinder:
         head, tail = os.path.split(name)
         if head not in self.listings:
             self.listings[head] = [listing for folder in self.folders if (listing := self.list_files(folder, head))]
-        return next((folder / files[tail] for folder, files in self.listings[head] if tail in files), None)
+        for folder, files in self.listings[head]:
+            if tail in files:
+                return folder / files[tail]
+        return None
 
     def list_files(self, folder: Path, head: str) -> tuple[Path, dict[str, str]] | None:
         """(folder/head, {name: name of the file in it}), where one file has a name without its ending that, too."""

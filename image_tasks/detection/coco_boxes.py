@@ -29,10 +29,10 @@ def coco_files(data_dir: Path) -> dict[str, list[Path]]:
     inner = json_files(data_dir, [folder for folder in folders if folder.name.lower() in ("annotations", "annotation")])
     outer, found = json_files(data_dir, [data_dir]), {}
     for split in SPLIT_NAMES:
-        own = json_files(data_dir, [folder for folder in folders if split_of(folder.name) == split])
-        places = [[p for p in inner if split_of(p.stem, alone=False) == split], own]
-        places += [[p for p in outer if split_of(p.stem, alone=False) == split]]
-        if files := next(filter(None, places), None):
+        files = [p for p in inner if split_of(p.stem, alone=False) == split]
+        files = files or json_files(data_dir, [folder for folder in folders if split_of(folder.name) == split])
+        files = files or [p for p in outer if split_of(p.stem, alone=False) == split]
+        if files:
             found[split] = likeliest(files)
     rest = [p for p in inner + outer if p not in sum(found.values(), []) and split_of(p.stem, alone=False) is None]
     return found if "train" in found or not rest else {"train": likeliest(rest), **found}
@@ -130,7 +130,7 @@ def same_id(value) -> str:
 def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes: list[str], faults: Faults) -> list[Sample]:
     rows = coco_boxes(path, table, classes, faults)
     finder = FileFinder(picture_folders(data_dir, split, path), picture_endings())
-    names, sizes, ids = {}, {}, defaultdict(list)  # id -> name; picture -> size; picture -> ids
+    names, listed = {}, {}  # id -> name; picture -> (size, ids)
     for image in table["images"]:
         try:
             name, image_id = str(image["file_name"]), image["id"]
@@ -142,17 +142,18 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, classes
             raise UserError(f"{path}: image id {image_id} is given twice, to {known} and to {name}")
         if place := finder.find(name, faults):
             size = claimed_size(image)
-            if sizes.setdefault(place, size) == size:
-                ids[place].append(image_id)
+            known, ids = listed.setdefault(place, (size, []))
+            if known == size:
+                ids.append(image_id)
             else:
                 faults.add("picture that is listed twice, with two sizes", name)
     join_ids(path, rows, names, faults)
     samples = []
-    for place, mine in ids.items():
+    for place, (size, mine) in listed.items():
         if len(mine) > 1:
             faults.note("picture that is listed twice, and taken once with all its boxes", place.name)
         boxes = rows.get(mine[0], []) if len(mine) == 1 else dict.fromkeys(row for i in mine for row in rows.get(i, []))
-        samples.append(make_sample(place, sizes[place], list(boxes)))
+        samples.append(make_sample(place, size, list(boxes)))
     return samples
 
 
@@ -189,7 +190,7 @@ def coco_boxes(path: Path, table: dict, classes: list[str], faults: Faults) -> d
             if not (w > 0 and h > 0) and a.get("segmentation"):
                 x, y, w, h = outline_box(a["segmentation"])
             label = index[category if category in index else same_id(category)]
-            area, crowd = float(a.get("area") or math.nan), a.get("iscrowd") not in (None, 0, "0")
+            crowd, area = a.get("iscrowd") not in (0, None, "0"), float(a.get("area") or math.nan)
             rows[a["image_id"]].append((x, y, x + w, y + h, label, crowd, area))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
             known = not isinstance(a, dict) or "category_id" not in a or same_id(a["category_id"]) in index
