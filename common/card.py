@@ -1,14 +1,14 @@
 """The model card of a checkpoint: the README.md in its folder, in the form that the hub reads, too."""
 
 import dataclasses
-import json
 import re
+import shlex
 from pathlib import PurePath
 
+from common.folders import OF_THE_PLACE
 from common.runtime import environment
 
-# Settings that say where and with what, not what is trained.
-PLACES = ("output_dir", "run_name", "resume", "overwrite", "device", "threads", "num_workers", "cache")
+PATHS = ("data_dir", "model", "start_from")  # settings that may name a folder of one machine
 PREDICTOR = """import sys
 
 sys.path.insert(0, "path/to/the/task")  # its folder in LoRA Workshop, the one that holds predictor.py
@@ -73,11 +73,14 @@ def is_hub_name(base: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", base, re.ASCII) is not None
 
 
+def of_one_machine(name: str) -> bool:
+    """Whether a name is the path of a folder on somebody's machine."""
+    return PurePath(name).is_absolute() or name.startswith((".", "~"))
+
+
 def spoken(name) -> str:
     """A name as Markdown can hold it: a path's last part alone, for the folders of a machine are nobody else's business."""
-    text = str(name)
-    if PurePath(text).is_absolute() or text.startswith((".", "~")):
-        text = PurePath(text).name
+    text = PurePath(name).name if of_one_machine(str(name)) else str(name)
     return "".join(f"\\{c}" if c in "\\`*{}[]<>|#" else c if c.isprintable() else " " for c in text)
 
 
@@ -98,20 +101,14 @@ def metric_table(best: dict) -> list[str]:
 def command(method: str, config) -> str:
     """The command that repeats the training: what differs from the defaults, but for the places of one machine."""
     words = ["python", "train.py" if method == "full" else "train_lora.py"]
+    on_demo = config.model == "demo"  # then some defaults are others; --model itself is given, for it decides that
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.name in PLACES or value == f.default:
+        value, default = getattr(config, f.name), f.metadata.get("demo", f.default) if on_demo else f.default
+        if f.name in OF_THE_PLACE or (value == default and f.name != "model"):
             continue
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no_'}{f.name}")
         else:
-            words += [f"--{f.name}", quoted(value)]
+            is_path = f.name in PATHS and of_one_machine(str(value))
+            words += [f"--{f.name}", shlex.quote(f"path/to/{PurePath(value).name}" if is_path else str(value))]
     return " ".join(words)
-
-
-def quoted(value) -> str:
-    """A setting for a command line; of a path, its last part."""
-    text = str(value)
-    if PurePath(text).is_absolute() or text.startswith((".", "~")):
-        text = f"path/to/{PurePath(text).name}"
-    return text if re.fullmatch(r"[\w./:-]+", text, re.ASCII) else json.dumps(text)
