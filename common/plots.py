@@ -267,8 +267,7 @@ def draw_calibration(error: float, rows: list, path: Path) -> None:
     """
     from common.class_metrics import wilson
 
-    drawing, (upper, lower) = figure(2, 1, 6, 3.2)
-    ((axis,), (below,)), bars = (upper, lower), None
+    drawing, ((axis,), (below,)) = figure(2, 1, 6, 3.2)
     axis.plot([0, 1], [0, 1], ls="--", color="0.5", label="perfectly calibrated")
     for count, sure, right in rows:
         low, high = wilson(round(right * count), count)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.average_precision import average_precisions
+from average_precision import average_precisions
 from common.checkpoint import read_json
 from common.config import UserError
 

@@ -3,19 +3,21 @@
 import contextlib
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import DETECTION, use_task
+from conftest import DETECTION, ROOT, use_task
 from PIL import Image, ImageDraw
 from test_detection_model import CLASSES, save_base
 
 TASK = DETECTION
 use_task(TASK)
+sys.path.append(str(ROOT / "scripts"))
 
+from average_precision import average_precisions  # noqa: E402
 from boxes import make_sample  # noqa: E402
-from common.average_precision import average_precision, average_precisions  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from common.vision.pairs import covered, write_labels  # noqa: E402
@@ -117,11 +119,15 @@ def scene(tmp_path_factory):
     return samples, found, coco_eval(samples, found, CLASSES)
 
 
+def average_precision(rows):
+    return float(average_precisions(rows, CLASSES, np.ones((1, len(rows)), dtype=int))[0])
+
+
 def test_average_precision_from_the_rows_is_pycocotools_own(scene):
     samples, found, scored = scene
     rows = json.loads(json.dumps(match_rows(scored, samples, CLASSES)))
     assert any(sample.crowd.any() for sample in samples) and any("-" in hits for row in rows for _, _, hits in row["found"])
-    assert average_precision(rows, CLASSES) == pytest.approx(scored.stats[0], abs=1e-9)
+    assert average_precision(rows) == pytest.approx(scored.stats[0], abs=1e-9)
 
 
 def test_average_precision_of_drawn_pictures_is_that_of_a_data_set_of_just_these(scene):
@@ -136,10 +142,10 @@ def test_average_precision_of_drawn_pictures_is_that_of_a_data_set_of_just_these
         again = [{**found[number], "index": i} for i, number in enumerate(numbers)]
         theirs = coco_eval([samples[number] for number in numbers], again, CLASSES).stats[0]
         assert value == pytest.approx(theirs, abs=1e-6)
-        assert average_precision([rows[number] for number in numbers], CLASSES) == pytest.approx(theirs, abs=1e-6)
+        assert average_precision([rows[number] for number in numbers]) == pytest.approx(theirs, abs=1e-6)
     assert len(set(values.round(6))) == 5
-    assert np.isnan(average_precision([{"file": "a", "truth": {}, "found": [[0, 0.5, "0" * 10]]}], CLASSES))
-    assert average_precision([{"file": "a", "truth": {"circle": 1}, "found": []}], CLASSES) == 0
+    assert np.isnan(average_precision([{"file": "a", "truth": {}, "found": [[0, 0.5, "0" * 10]]}]))
+    assert average_precision([{"file": "a", "truth": {"circle": 1}, "found": []}]) == 0
 
 
 def load_base_processor():

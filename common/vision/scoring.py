@@ -48,4 +48,4 @@ def evaluate(model, loader, classes: list[str]) -> dict:
 def save_samples(dataset, labels: np.ndarray, logits: np.ndarray, folder: Path) -> None:
     """samples.json in the folder: what was said of each picture."""
     rows = sample_rows([sample.name for sample in dataset.samples], labels, logits)
-    write_samples(folder / "samples.json", "balanced_accuracy", True, rows, unit="samples", classes=dataset.classes)
+    write_samples(folder / "samples.json", "balanced_accuracy", True, rows, classes=dataset.classes)

@@ -7,7 +7,6 @@ Leaves predictions.csv and predictions.json, and the pictures on request, in a n
 outputs/classification/predictions/<method>/<number>/.
 """
 
-import csv
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +27,13 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: a new outputs/classification/predictions/<method>/<number>
 
 
-def write_table(path: Path, results: list[dict]) -> None:
-    """CSV: a line for each picture and class, the most probable first."""
-    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        table = csv.writer(file)
-        table.writerow(["file_name", "rank", "class", "probability", "milliseconds"])
-        for row in results:
-            for rank, answer in enumerate(row["predictions"], 1):
-                answer = [answer["class"], f"{answer['probability']:.6f}"]
-                table.writerow([row["file_name"], rank, *answer, row["milliseconds"]])
+def answer_rows(results: list[dict]) -> list[list]:
+    """A row for each picture and class, the most probable first: file name, rank, class, probability, milliseconds."""
+    return [
+        [row["file_name"], rank, answer["class"], f"{answer['probability']:.6f}", row["milliseconds"]]
+        for row in results
+        for rank, answer in enumerate(row["predictions"], start=1)
+    ]
 
 
 def main(argv=None, method="full", doc=None):
@@ -49,6 +46,7 @@ def main(argv=None, method="full", doc=None):
     from common.folders import predictions_folder
     from common.runtime import start_accelerator
     from common.samples import Faults, short_names
+    from common.tables import write_table
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
     from predictor import Predictor
@@ -73,7 +71,8 @@ def main(argv=None, method="full", doc=None):
     if not results:
         raise UserError(f"--input {config.input}: no picture there that can be decoded")
     write_json(root / "predictions.json", results)
-    write_table(root / "predictions.csv", results)
+    columns = ["file_name", "rank", "class", "probability", "milliseconds"]
+    write_table(root / "predictions.csv", columns, answer_rows(results))
     print(f"{len(results)} pictures, {total / len(results):.1f} ms a picture (model only)")
     print(f"saved predictions.csv and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
 

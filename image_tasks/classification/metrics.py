@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.class_metrics import classification_metrics, confusion
+from common.class_metrics import class_scores, confusion
 from common.plots import draw_bars, draw_confusion
 from common.vision.pages import draw_some
 from common.vision.scoring import logits_of, save_samples
@@ -21,5 +21,6 @@ def draw_results(model, dataset, folder: Path) -> None:
 def draw_evaluation(labels: np.ndarray, logits: np.ndarray, classes: list[str], folder: Path) -> None:
     """confusion_matrix.png and f1_per_class.png in the folder."""
     draw_confusion(confusion(labels, logits, classes), classes, folder / "confusion_matrix.png")
-    scores, counts = classification_metrics(labels, logits, classes)["per_class_f1"], np.bincount(labels, minlength=len(classes))
+    *_, f1, counts = class_scores(labels, logits, classes)
+    scores = {name: score if count else None for name, score, count in zip(classes, f1, counts, strict=True)}
     draw_bars(scores, "F1 of each class (samples)", "F1", folder / "f1_per_class.png", top=1.05, counts=counts)

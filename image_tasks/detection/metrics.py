@@ -199,7 +199,7 @@ def best_f1(curves: dict[str, np.ndarray]) -> tuple[float, float]:
 
 
 def match_rows(scored, samples, classes: list[str]) -> list[dict]:
-    """What average_precision takes, a row for each picture: its boxes of each class, and what of the found ones matched."""
+    """A row for each picture: how many boxes of each class it has, and which of the found ones matched at which IoU."""
     rows = [{"file": name, "truth": {}, "found": []} for name in short_names([sample.path for sample in samples])]
     for row, sample in zip(rows, samples, strict=True):
         counts = np.bincount(sample.labels[~sample.crowd], minlength=len(classes))

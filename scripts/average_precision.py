@@ -8,13 +8,10 @@ import numpy as np
 MOST = 100  # detections of a class in a picture that count, the surest first
 
 
-def average_precision(rows: list[dict], classes: list[str]) -> float:
-    """map of the pictures in `rows`, as COCOeval.stats[0] has it (all areas); see average_precisions."""
-    return float(average_precisions(rows, classes, np.ones((1, len(rows)), dtype=int))[0])
-
-
 def average_precisions(rows: list[dict], classes: list[str], draws: np.ndarray) -> np.ndarray:
-    """map (D,) of D sets of pictures. draws: (D, N) whole numbers, how often each of the N pictures is in each set.
+    """map (D,) of D sets of pictures, as COCOeval.stats[0] has it (all areas).
+
+    draws: (D, N) whole numbers, how often each of the N pictures is in each set.
 
     rows: one a picture, {"truth": {class: number of boxes that are not ignored}, "found": [[class index, score, hits]]}. hits
     has a character for each IoU threshold: 1 where the detection matched a box, 0 where it did not, - where it is ignored.
