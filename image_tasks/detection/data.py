@@ -109,9 +109,8 @@ class DetectionData(torch.utils.data.Dataset):
                 item = self.augment({"image": tv_tensors.Image(pixels), "boxes": framed})
             pixels, moved = (item[key].as_subclass(torch.Tensor) for key in ("image", "boxes"))
             before, after = (b[:, 2:] - b[:, :2] for b in (boxes, moved))
-            seen = ((after > 0) & (after >= before.clamp(max=SLIVER))).all(
-                dim=1
-            )  # what was small before stays as long as it is whole
+            least = before.clamp(max=SLIVER)  # what was smaller before stays as long as it is whole
+            seen = ((after > 0) & (after >= least)).all(dim=1)
             boxes, labels = moved[seen], labels[seen]
         x1, y1, x2, y2 = (boxes / torch.tensor([w, h, w, h])).clamp(0, 1).unbind(1)
         target = {

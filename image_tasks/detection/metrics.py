@@ -102,10 +102,15 @@ def coco_metrics(scored, classes: list[str]) -> dict:
         return {**{name: 0.0 for name in (*SUMMARY[:3], "f1")}, "f1_threshold": None}
     values = {name: none_if_absent(value) for name, value in zip(SUMMARY, scored.stats[:6], strict=True)}
     values["f1"], values["f1_threshold"] = best_f1(confidence_curves(scored))
-    precision = scored.eval["precision"]  # (IoU thresholds 10, recalls 101, classes, areas 4, detections 3); -1: absent
-    for key, part in (("per_class_map", precision[:, :, :, 0, -1]), ("per_class_map_50", precision[:1, :, :, 0, -1])):
-        values[key] = {name: mean_precision(part[:, :, k]) for k, name in enumerate(classes)}
-    return values
+    parts = dict(zip(("per_class_map", "per_class_map_50"), class_precisions(scored), strict=True))
+    return values | {key: dict(zip(classes, part, strict=True)) for key, part in parts.items()}
+
+
+def class_precisions(scored) -> tuple[list[float | None], list[float | None]]:
+    """Average precision of each class at IoU 0.50:0.95, and at 0.50; None where the data has no box of it."""
+    precision = scored.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds 10, recalls 101, classes); -1: absent
+    every = range(precision.shape[2])
+    return [mean_precision(precision[:, :, k]) for k in every], [mean_precision(precision[:1, :, k]) for k in every]
 
 
 def none_if_absent(value) -> float | None:
@@ -278,12 +283,11 @@ def legend_below(page, axis) -> None:
 
 def draw_per_class(scored, classes: list[str], path: Path) -> None:
     """Bars of AP at 0.50 and at 0.50:0.95 for each class, with its number of boxes; of many classes the lowest and highest."""
-    metrics = coco_metrics(scored, classes)
-    parts = [[metrics[key][name] for name in classes] for key in ("per_class_map_50", "per_class_map")]
-    chosen, note = extremes(parts[0])
+    whole, at_half = class_precisions(scored)
+    chosen, note = extremes(at_half)
     labels = with_counts(classes, [box_count(class_entries(scored, k)) for k in range(len(classes))])
     page, ((axis,),) = figure(1, 1, 7, max(2.8, 0.45 * len(chosen) + 1.4))
-    for shift, values, label in zip((-0.2, 0.2), parts, ("AP at IoU 0.50", "AP at IoU 0.50:0.95"), strict=True):
+    for shift, values, label in zip((-0.2, 0.2), (at_half, whole), ("AP at IoU 0.50", "AP at IoU 0.50:0.95"), strict=True):
         bars = axis.barh(np.arange(len(chosen)) + shift, [values[k] or 0 for k in chosen], 0.38, label=label)
         axis.bar_label(bars, ["no boxes" if values[k] is None else f"{values[k]:.2f}" for k in chosen], fontsize=7, padding=3)
     axis.set_yticks(range(len(chosen)), [labels[k] for k in chosen], fontsize=8)

@@ -53,18 +53,19 @@ class Predictor:
         threshold = least_score(threshold, self.origin)
         if not 0 <= nms <= 1 or batch_size < 1:
             raise UserError("nms must lie between 0 and 1, and batch_size must be at least 1")
-        pictures = [as_pixels(image) for image in as_list(images)]
+        pictures = [self.prepare(number, image) for number, image in enumerate(as_list(images))]
         answers = [[] for _ in pictures]
-        shapes = [self.preprocess.target_size(*pixels.shape[:2]) for pixels in pictures]
-        for keys in EvalBatches(shapes, batch_size):
-            items = []
-            for _, index in keys:
-                size, number = torch.tensor(pictures[index].shape[:2]), torch.tensor([index])
-                pixels = self.preprocess.normalize(self.preprocess.resize(pictures[index]))
-                items.append({"pixels": pixels, "target": {"orig_size": size, "image_id": number}})
+        for keys in EvalBatches([picture["pixels"].shape for picture in pictures], batch_size):
+            items = [{**pictures[index], "pixels": self.preprocess.normalize(pictures[index]["pixels"])} for _, index in keys]
             for found in next(detect(self.model, self.processor, [collate(items)], with_loss=False)):
                 answers[found["index"]] = self.objects(confident(found, threshold, nms))
         return answers
+
+    def prepare(self, number: int, image) -> dict:
+        """A picture as collate takes it, but for its scaling: uint8 (3, h, w) in the model's size, a tenth of a photograph's."""
+        pixels = as_pixels(image)
+        target = {"orig_size": torch.tensor(pixels.shape[:2]), "image_id": torch.tensor([number])}
+        return {"pixels": self.preprocess.resize(pixels), "target": target}
 
     def objects(self, found: dict) -> list[dict]:
         """What is shown of what `detect` found in a picture."""

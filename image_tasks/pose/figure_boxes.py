@@ -47,7 +47,8 @@ def match_names(pictures: list[Path], names, file: Path) -> dict[Path, list[str]
         by_base[parts[-1]].append(path)
     for name, parts in theirs.items():
         shared = {path: common_end(own[path], parts) for path in by_base.get(parts[-1] if parts else "", [])}
-        best = [path for path, many in shared.items() if many == max(shared.values())]
+        most = max(shared.values(), default=0)
+        best = [path for path, many in shared.items() if many == most]
         if len(best) > 1:
             raise UserError(f"--boxes {file}: {name} may be {best[0]} or {best[1]}; its rows need more of the path")
         for path in best:

@@ -99,6 +99,7 @@ def main(argv=None, method="full", doc=None):
     root = predictions_folder(config, origin)
 
     poses, results, seconds = {path: [] for path in pictures}, [], 0.0
+    number_of = {path: number for number, path in enumerate(pictures, start=1)}
     for batch in progress_bar(eval_loader(dataset, config.batch_size), "looking"):
         began = time.perf_counter()
         (found,) = detect(model, [batch])
@@ -111,7 +112,7 @@ def main(argv=None, method="full", doc=None):
             scores = item["scores"]
             poses[sample.path].append((item["points"], scores >= config.threshold))
             keypoints = [float(v) for (x, y), s in zip(item["points"], scores, strict=True) for v in (x, y, s)]
-            picture = {"image_id": pictures.index(sample.path) + 1, "file_name": str(sample.path), "category_id": 1}
+            picture = {"image_id": number_of[sample.path], "file_name": str(sample.path), "category_id": 1}
             score = float(scores.mean()) * sample.score
             results.append({**picture, "bbox": box.tolist(), "keypoints": keypoints, "score": score})
     save_tables(results, points, root)

@@ -16,25 +16,8 @@ from common.vision.pictures import picture_endings
 
 UNIFORM_SIGMA = 0.05  # how far people's clicks scatter, as a share of the figure's size, where the data does not say: strict
 # Standard deviations of COCO's annotators for its 17 keypoints, from nose to ankles (cocodataset.org, keypoint evaluation).
-COCO_SIGMAS = (
-    0.026,
-    0.025,
-    0.025,
-    0.035,
-    0.035,
-    0.079,
-    0.079,
-    0.072,
-    0.072,
-    0.062,
-    0.062,
-    0.107,
-    0.107,
-    0.087,
-    0.087,
-    0.089,
-    0.089,
-)
+COCO_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089,
+               0.089)  # fmt: skip
 COCO_NAMES = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
               "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
               "right_ankle")  # fmt: skip
@@ -185,9 +168,9 @@ def add_keypoint_file(file: Path, names: list[str], named: bool, own: dict) -> t
 
 
 def picture_finder(data_dir: Path, file: Path, split: str) -> FileFinder:
-    """Finds the pictures that an annotation file names: in folders named after its split or by a part of its own name, ...
+    """Finds the pictures that an annotation file names: in folders named after its split or a part of its name, beside it, below.
 
-    ... as training/ for training_frames_keypoints.csv and images/Upper/ for person_keypoints_Upper.json; beside it; anywhere.
+    So training_frames_keypoints.csv has its pictures in training/, and person_keypoints_Upper.json in images/Upper/.
     """
     words = file.stem.lower().split("_")
     parts = {"_".join(words[a:b]) for a in range(len(words)) for b in range(a + 1, len(words) + 1)}
