@@ -1,7 +1,7 @@
 """Full fine-tuning of a ViT-family backbone with a keypoint head on your own keypoints.
 
     python train.py                                  # demo: small base, synthetic figures, a minute on a CPU
-    python train.py --data_dir ~/points              # google/vit-base-patch16-224 on your COCO keypoints or CSV
+    python train.py --data_dir ~/points              # google/vit-base-patch16-224 on your COCO keypoints, CSV or YOLO
     torchrun --nproc_per_node 4 train.py --data_dir ~/points --model usyd-community/vitpose-base-simple
 
 Trains every weight, backbone and head.

@@ -1,7 +1,7 @@
 """LoRA fine-tuning of a ViT-family backbone with a keypoint head on your own keypoints.
 
     python train_lora.py                                  # demo: small base, synthetic figures, a minute on a CPU
-    python train_lora.py --data_dir ~/points              # google/vit-base-patch16-224 on your COCO keypoints or CSV
+    python train_lora.py --data_dir ~/points              # google/vit-base-patch16-224 on your COCO keypoints, CSV or YOLO
     torchrun --nproc_per_node 4 train_lora.py --data_dir ~/points --model usyd-community/vitpose-base-simple
 
 Trains low-rank adapters in the layers that model.py names, and the keypoint head; all else stays frozen.
