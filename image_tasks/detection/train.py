@@ -31,7 +31,7 @@ class Config(TrainConfig):
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
     lr_backbone: Rate = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
-    warmup_steps: float = setting(0.1, demo=50)  # from zero to lr: below 1 a share of all steps, else a number of them
+    warmup_steps: float = setting(0.2, demo=50)  # a detector needs a long rise to lr; below 1 it is a share of all steps
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
 
 

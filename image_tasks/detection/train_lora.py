@@ -30,7 +30,7 @@ class Config(LoraTrainConfig):
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
     lr: float = setting(2e-4, demo=8e-3)  # few weights move, so several times the step of train.py
-    warmup_steps: float = setting(0.1, demo=50)  # from zero to lr: below 1 a share of all steps, else a number of them
+    warmup_steps: float = setting(0.2, demo=50)  # a detector needs a long rise to lr; below 1 it is a share of all steps
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
     lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
