@@ -65,7 +65,7 @@ def intervals(records: list[dict], base: int) -> list[dict]:
         values.append(drawn_values(record, draws[:, places]) if paired else None)
     found = []
     for i, own in enumerate(values):
-        if own is None or many < FEWEST:
+        if own is None or many < FEWEST or np.isnan(own).all():
             found.append({"samples": len(records[i]["rows"])})
             continue
         found.append({"samples": many, "interval": middle_of(own)})

@@ -11,8 +11,6 @@ each sample gave (samples.json) says how much of a difference is chance of these
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 from types import NoneType
@@ -21,7 +19,7 @@ from types import NoneType
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.checkpoint import read_json  # noqa: E402
+from common.checkpoint import read_json, write_json, write_text  # noqa: E402
 from common.config import UserError, cli, project_root  # noqa: E402
 
 SCHEMA_VERSION = 1
@@ -398,18 +396,11 @@ def compare(folders: list[Path], force: bool, output_dir: Path | None, runs_dir:
         "compared_with": base["label"],
         "runs": runs,
     }
-    write(output_dir / "compare.json", json.dumps(record, indent=2) + "\n")
+    write_json(output_dir / "compare.json", record)
     picture = "\n![metric, checkpoint size, trained parameters and training time of the runs](compare.png)\n"
-    write(output_dir / "compare.md", f"# {title}\n\n{page}{picture}{rest_of_page(summaries, runs)}")
+    write_text(output_dir / "compare.md", f"# {title}\n\n{page}{picture}{rest_of_page(summaries, runs)}")
     draw(runs, metric, up, title + (" (not a fair comparison)" if reasons else ""), output_dir / "compare.png")
     return f"{page}\nwrote compare.md, compare.json and compare.png to {output_dir}"
-
-
-def write(path: Path, text: str) -> None:
-    """All of the file or nothing, whenever it is killed."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def main(argv=None):

@@ -316,6 +316,11 @@ def test_no_file_is_large():
     assert not {short(path): size for path in tracked() if (size := path.stat().st_size) > 2_500_000}
 
 
+@each([path for path in [*COMMON, *TASK_FILES] if path.name != "__init__.py"])
+def test_the_map_of_the_project_has_each_module(path):
+    assert f"`{path.name}`" in (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+
+
 @each(DOCUMENTS)
 def test_documents_link_to_files_that_are_there(path):
     text = path.read_text(encoding="utf-8")
