@@ -37,7 +37,7 @@ KNOWN_KEYS = {
 HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # others change the base's weights as well
 
 
-def adapter_config(model, base: str = "") -> dict:
+def config_for_file(model, base: str = "") -> dict:
     """The content of adapter_config.json: layers by full names; the commonest r and alpha, the others by layer."""
     layers = adapted_layers(model)
     if not layers:
@@ -74,7 +74,7 @@ def write_adapter(model, folder: Path, base: str = "", half: bool = False) -> No
     """
     from safetensors.torch import save_file
 
-    config = adapter_config(model, base)
+    config = config_for_file(model, base)
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in lora_state_dict(model).items()}
     if half:
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
