@@ -120,6 +120,12 @@ def build_loader(dataset, batch_sampler, collate, num_workers: int = 0):
     )
 
 
+def whole_batches(dataset, collate, batch_size: int, shapes: list | None = None):
+    """Yields all of a data set on this process alone, in batches: a loader has its share only. shapes: keys for EvalBatches."""
+    for keys in EvalBatches(shapes or [0] * len(dataset), batch_size):
+        yield collate([dataset[key] for key in keys])
+
+
 def quiet_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A SIGTERM to the whole group (torchrun, batch systems) is answered by the run, which saves; a second one ends the worker.

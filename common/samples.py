@@ -348,6 +348,14 @@ def hold_out(samples: list, names: list[str], seed: int, where: Path, what: str 
     return train, val
 
 
+def note_shared(splits: dict[str, list], faults: Faults) -> None:
+    """Notes each file (sample.path) that is trained on and validated on."""
+    train, val = (dict.fromkeys(str(sample.path) for sample in splits.get(split, [])) for split in ("train", "val"))
+    for path in train:
+        if path in val:
+            faults.note("file that is trained on and validated on, so that the metrics flatter", os.path.basename(path))
+
+
 # ---- names -------------------------------------------------------------------------------------------------------------
 
 

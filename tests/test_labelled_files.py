@@ -276,3 +276,13 @@ def test_a_picture_whose_name_is_not_utf8_is_a_sample(tmp_path):
     names = [sample.name for sample in loader.dataset.samples]
     write_json(tmp_path / "names.json", names)
     assert read_json(tmp_path / "names.json") == names
+
+
+def test_a_picture_of_both_splits_is_said_aloud_where_one_trains_on_it(tmp_path):
+    fill(tmp_path, 3)
+    rows = [f"{label}/{label}{i}.png,{label},{split}" for label in CLASSES for i, split in enumerate(("train", "train", "val"))]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows, "cat/cat2.png,cat,train", ""]))
+    *_, faults = read(tmp_path / "all.csv")
+    assert [places for note, places in faults.notes.items() if "trained on and validated on" in note] == [["cat2.png"]]
+    *_, faults = read(tmp_path / "all.csv", scored=True)
+    assert not faults.notes

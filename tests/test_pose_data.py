@@ -214,6 +214,13 @@ def test_the_figures_of_one_picture_stay_on_one_side(tmp_path):
     assert sides[0].isdisjoint(sides[1]) and len(splits["train"]) + len(splits["val"]) == 24
 
 
+def test_a_picture_of_both_splits_is_said_aloud(tmp_path, capsys):
+    loaded(make(tmp_path / "shared", "coco, flat"))  # one folder of pictures, and both files list a.png
+    assert "trained on and validated on, so that the metrics flatter (1): a.png" in capsys.readouterr().out
+    loaded(make(tmp_path / "apart", "coco"))
+    assert "trained on and validated on" not in capsys.readouterr().out
+
+
 def test_trainval_is_no_validation_split(tmp_path, capsys):
     scene = {f"p{i}": SCENE["b"] for i in range(8)}
     for name in scene:

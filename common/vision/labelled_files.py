@@ -15,6 +15,7 @@ from common.samples import (
     FileFinder,
     is_hidden,
     name_parts,
+    note_shared,
     readable,
     split_folders,
     split_of,
@@ -66,6 +67,8 @@ def read_dataset(source: Path, seed: int, faults: Faults, scored: bool = False):
             raise UserError(f"{source}: the {split} split has the class {label!r}, which the training data has not")
         splits.setdefault(split, []).append(Sample(path, path.as_posix().removeprefix(start), number))
     classes = list(names.values())
+    if not scored:
+        note_shared(splits, faults)
     if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = split_classes(splits["train"], classes, seed, scored)
         many = len(splits["val"]), len(splits["val"]) + len(splits["train"])

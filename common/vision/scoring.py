@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from common.batches import whole_batches
 from common.class_metrics import classification_metrics, sample_rows
 from common.record import write_samples
 from common.runtime import gather_lists, progress_bar
@@ -33,9 +34,7 @@ def classify(model, batches) -> list[tuple[int, np.ndarray]]:
 
 def logits_of(model, dataset) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N,), logits (N, K)) of a whole data set, by this process alone."""
-    parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
-    batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
-    logits = np.stack([row for _, row in classify(model, batches)])
+    logits = np.stack([row for _, row in classify(model, whole_batches(dataset, collate, 32))])
     labels = np.array([sample.label for sample in dataset.samples])
     return labels, logits
 

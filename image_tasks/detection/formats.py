@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coco_boxes import coco_files, read_coco
 from common.config import UserError
-from common.samples import Faults, choose_layout, hold_out
+from common.samples import Faults, choose_layout, hold_out, note_shared
 from voc_boxes import is_voc, read_voc
 from yolo_boxes import read_yolo, yolo_file
 
@@ -37,10 +37,8 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults, to
         raise UserError(f"{data_dir} ({data_format}) has no training pictures")
     if not classes:
         raise UserError(f"{data_dir} ({data_format}) names no classes")
-    held_out = {s.path for s in splits.get("val", [])}
-    for sample in splits.get("train", []):
-        if sample.path in held_out:
-            faults.note("picture that is trained on and validated on, so that the metrics flatter", sample.path.name)
+    if to_train:
+        note_shared(splits, faults)
     if splits.get("train") and not splits.get("val"):
         names = [s.path.name for s in splits["train"]]
         splits["train"], splits["val"] = hold_out(splits["train"], names, seed, data_dir, "pictures")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.batches import EvalBatches
+from common.batches import whole_batches
 from common.samples import short_names
 from common.vision.pairs import COLORS, MISSED, RIGHT, WRONG, draw_dashed, enlarged, fitted, save_pairs, write_labels
 from common.vision.pictures import decode
@@ -133,7 +133,7 @@ def draw_pages(dataset, found: list[dict], classes: list[str], threshold: float,
 def draw_results(model, processor, dataset, classes: list[str], folder: Path) -> None:
     """What a run leaves of its best model on the validation data: samples.json, plots/, predictions/validation.png."""
     shapes = [dataset.shape(i) for i in range(len(dataset))]
-    batches = (collate([dataset[key] for key in keys]) for keys in EvalBatches(shapes, 8))  # no loader: that has a share only
+    batches = whole_batches(dataset, collate, 8, shapes)
     found = [item for items in detect(model, processor, batches, with_loss=False) for item in items]
     found = sorted(found, key=lambda item: item["index"])
     scored = coco_eval(dataset.samples, found, classes)

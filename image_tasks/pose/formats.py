@@ -8,7 +8,7 @@ from pathlib import Path
 
 from coco_points import coco_files, read_coco
 from common.config import UserError
-from common.samples import Faults, choose_layout, hold_out
+from common.samples import Faults, choose_layout, hold_out, note_shared
 from csv_points import csv_files, read_csv
 from keypoints import KEYPOINT_FILE, add_keypoint_file, describe_keypoints
 from yolo_points import read_yolo, yolo_file
@@ -37,6 +37,8 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults, to
     points = describe_keypoints(names, named, own, str(data_dir))
     if to_train and not splits.get("train"):
         raise UserError(f"{data_dir} ({data_format}) has no training pictures with keypoints")
+    if to_train:
+        note_shared(splits, faults)
     if splits.get("train") and not splits.get("val"):
         pictures = [s.path.name for s in splits["train"]]  # the figures of one picture stay together
         splits["train"], splits["val"] = hold_out(splits["train"], pictures, seed, data_dir, "pictures")

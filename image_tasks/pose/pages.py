@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.batches import whole_batches
 from common.samples import short_names
 from common.vision.pairs import COLORS, WRONG, enlarged, fitted, save_pairs
 from common.vision.pictures import decode
@@ -134,9 +135,7 @@ def draw_pages(dataset, found: list[dict], points: KeypointSet, path: Path, wors
 
 def draw_results(model, dataset, points: KeypointSet, folder: Path) -> None:
     """What a run leaves of its best model on the validation data: samples.json, plots/, predictions/validation.png."""
-    parts = [range(first, min(first + 32, len(dataset))) for first in range(0, len(dataset), 32)]
-    batches = (collate([dataset[(0, i)] for i in part]) for part in parts)  # no loader: that has this process's share only
-    found = [item for items in detect(model, batches) for item in items]
+    found = [item for items in detect(model, whole_batches(dataset, collate, 32)) for item in items]
     save_samples(dataset, found, folder / "samples.json")
     draw_evaluation(dataset, found, points, folder / "plots")
     draw_pages(dataset, found, points, folder / "predictions" / "validation.png")
