@@ -31,8 +31,10 @@ from metrics import (  # noqa: E402
     confident,
     draw_evaluation,
     evaluate,
+    held,
     least_score,
     match_rows,
+    mean_curve,
     predict,
 )
 from model import load_base  # noqa: E402
@@ -197,10 +199,21 @@ def test_curves_over_confidence_and_the_best_threshold_by_hand():
     assert curves["precision"][0, at[:4]] == pytest.approx([2 / 3, 1 / 2, 1 / 2, 1]) and np.isnan(curves["precision"][0, 950])
     assert curves["f1"][:2, 200] == pytest.approx([4 / 5, 1]) and curves["f1"][:2, 550] == pytest.approx([1 / 2, 0])
     assert np.isnan(curves["f1"][2]).all()
+    mean = mean_curve(held(curves["precision"]))  # from 0.5 on without a detection of the second class, which was right before
+    assert mean[[450, 550, 700, 950]] == pytest.approx([(1 / 2 + 1) / 2, (1 / 2 + 1) / 2, 1, 1])
     best, threshold = best_f1(curves)
     assert best == pytest.approx(0.9) and 0 <= threshold <= 0.3 and threshold == pytest.approx(0.15, abs=0.001)
     metrics = coco_metrics(scored, CLASSES)
     assert (metrics["f1"], metrics["f1_threshold"]) == (best, threshold)
+
+
+def test_an_object_found_twice_counts_once_in_the_curves_and_twice_in_average_precision():
+    box, far = (10, 10, 60, 60), (200, 100, 260, 160)
+    twice = detection(0, (0.9, 0, box), (0.8, 0, (10, 10, 60, 61)), (0.7, 0, far))
+    scored = coco_eval([sample((0, box), (0, far))], [twice], CLASSES)
+    metrics = coco_metrics(scored, CLASSES)
+    assert metrics["f1"] == 1 and metrics["f1_threshold"] == pytest.approx(0.35, abs=0.001) and 0 < metrics["map_50"] < 0.9
+    assert confidence_curves(scored)["precision"][0, [0, 750]].tolist() == [1, 1]
 
 
 def test_what_is_ignored_is_neither_right_nor_wrong_in_the_curves():

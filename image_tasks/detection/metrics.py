@@ -61,7 +61,11 @@ def xywh(box) -> list[float]:
 
 
 def coco_eval(samples, found: list[dict], classes: list[str]):
-    """pycocotools' COCOeval after accumulate(); None where there is nothing to score. Category id = class index + 1."""
+    """pycocotools' COCOeval after accumulate(); None where there is nothing to score. Category id = class index + 1.
+
+    Its attribute `shown` is another one, of what is left after NMS, evaluated at IoU 0.50 alone: for curves over confidence,
+    which are to say what a threshold shows, where average precision is of all that the model says.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -70,12 +74,7 @@ def coco_eval(samples, found: list[dict], classes: list[str]):
         for i, s in enumerate(samples)
         for box, label, crowd, area in zip(s.boxes, s.labels, s.crowd, s.area, strict=True)
     ]
-    results = [
-        {"image_id": item["index"], "category_id": int(label) + 1, "bbox": xywh(box), "score": float(score)}
-        for item in found
-        for score, label, box in zip(item["scores"], item["labels"], item["boxes"], strict=True)
-    ]
-    if not annotations or not results:
+    if not annotations or not any(len(item["scores"]) for item in found):
         return None
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks a lot
         truth = COCO()
@@ -86,17 +85,29 @@ def coco_eval(samples, found: list[dict], classes: list[str]):
             "categories": [{"id": i + 1, "name": name} for i, name in enumerate(classes)],
         }
         truth.createIndex()
-        scored = COCOeval(truth, truth.loadRes(results), "bbox")
+        scored = COCOeval(truth, truth.loadRes(result_rows(found)), "bbox")
         scored.evaluate()
         scored.accumulate()
         scored.summarize()
+        scored.shown = COCOeval(truth, truth.loadRes(result_rows([confident(item, 0) for item in found])), "bbox")
+        scored.shown.params.iouThrs, scored.shown.params.areaRng = np.array([0.5]), [[0, 1e10]]
+        scored.shown.evaluate()
     return scored
+
+
+def result_rows(found: list[dict]) -> list[dict]:
+    """What pycocotools reads, of what `detect` found."""
+    return [
+        {"image_id": item["index"], "category_id": int(label) + 1, "bbox": xywh(box), "score": float(score)}
+        for item in found
+        for score, label, box in zip(item["scores"], item["labels"], item["boxes"], strict=True)
+    ]
 
 
 def coco_metrics(scored, classes: list[str]) -> dict:
     """map, map_50, ... as numbers from 0 to 1, None where the data has no such box; per class: AP at 0.50:0.95 and at 0.50.
 
-    f1, f1_threshold: the best mean over classes of F1 at IoU 0.50, and the least score of a detection there.
+    f1, f1_threshold: the best mean over classes of F1 at IoU 0.50 after NMS, and the least score of a detection there.
     """
     if scored is None:
         return {**{name: 0.0 for name in (*SUMMARY[:3], "f1")}, "f1_threshold": None}
@@ -168,9 +179,9 @@ def class_entries(scored, k: int) -> list[dict]:
 def confidence_curves(scored) -> dict[str, np.ndarray]:
     """{"confidence": 0, 0.001, ... 1; "precision", "recall", "f1": (K, 1001) of the detections with such a score or more}.
 
-    At IoU 0.50. NaN where a class has no box; precision also where no detection is left.
+    Of what is shown, at IoU 0.50. NaN where a class has no box; precision also where no detection is left.
     """
-    confidence = np.linspace(0, 1, 1001)
+    confidence, scored = np.linspace(0, 1, 1001), scored.shown
     curves = {name: np.full((len(scored.params.catIds), 1001), np.nan) for name in ("precision", "recall", "f1")}
     for k in range(len(scored.params.catIds)):
         entries = class_entries(scored, k)
@@ -194,6 +205,12 @@ def mean_curve(curve: np.ndarray) -> np.ndarray:
     """The mean over classes (K, N), of those for which there is a value."""
     there = ~np.isnan(curve)
     return np.where(there.any(axis=0), np.where(there, curve, 0).sum(axis=0) / np.maximum(1, there.sum(axis=0)), np.nan)
+
+
+def held(curves: np.ndarray) -> np.ndarray:
+    """Curves (K, N) whose last value goes on where none follows: without it their mean would jump where a class drops out."""
+    last = np.maximum.accumulate(np.where(np.isnan(curves), 0, np.arange(curves.shape[1])), axis=1)
+    return np.take_along_axis(curves, last, axis=1)
 
 
 def best_f1(curves: dict[str, np.ndarray]) -> tuple[float, float]:
@@ -244,7 +261,7 @@ def class_lines(axis, x, curves: np.ndarray, labels: list[str], mean: str) -> No
     for k in np.flatnonzero(~np.isnan(curves).all(axis=1)):
         style = {"color": COLORS[k % len(COLORS)], "ls": "-" if k < len(COLORS) else "--"} if few else {"color": "0.8"}
         axis.plot(x, curves[k], lw=1.2, label=labels[k] if few else None, **style)
-    axis.plot(x, mean_curve(curves), color="black", lw=2.5, label=mean)
+    axis.plot(x, mean_curve(held(curves)), color="black", lw=2.5, label=mean)
 
 
 def draw_precision_recall(scored, classes: list[str], path: Path) -> None:
@@ -260,17 +277,19 @@ def draw_precision_recall(scored, classes: list[str], path: Path) -> None:
 
 
 def draw_confidence(scored, classes: list[str], path: Path) -> None:
-    """Precision, recall and F1 at IoU 0.50 over the least score that a detection must have; the best mean F1 is marked."""
+    """Precision, recall and F1 at IoU 0.50, after NMS, over the least score of what is shown; the best mean F1 is marked."""
     page, axes = figure(1, 3, 5, 4.6)
     curves = confidence_curves(scored)
     best, threshold = best_f1(curves)
     titles = {"precision": "Precision: how much of the found is right", "recall": "Recall: how much is found"}
-    titles["f1"] = f"F1 of both: best mean {best:.2f} at {threshold:.2f}"
+    titles["f1"] = f"F1 of both: best mean {best:.3f} at {threshold:.3f}"
     for axis, (name, title) in zip(axes.flat, titles.items(), strict=True):
         class_lines(axis, curves["confidence"], curves[name], [plot_text(c) for c in classes], "all classes")
         axis.axvline(threshold, color="0.4", ls=":", lw=1.5, label="best mean F1")
-        axis.set(title=title, xlabel="confidence (least score)", ylabel=name, xlim=(0, 1), ylim=(0, 1.02))
-    axes.flat[2].plot(threshold, best, marker="*", ms=14, color="black")
+        axis.set(
+            title=title, xlabel="confidence (least score)", ylabel="F1" if name == "f1" else name, xlim=(0, 1), ylim=(0, 1.02)
+        )
+    axes.flat[2].plot(threshold, best, marker="*", ms=11, color="black")
     legend_below(page, axes.flat[0])
     save_figure(page, path)
 
