@@ -282,7 +282,7 @@ def choose_checkpoint(named: str, task: str, method: str) -> tuple[str, dict]:
     """
     folder, origin = open_checkpoint(named or newest_best(task, method), task)
     made = datetime.fromtimestamp((folder / ORIGIN).stat().st_mtime)
-    say(f"checkpoint: {folder} ({origin['method']}, made {made:%Y-%m-%d %H:%M})")
+    say(f"checkpoint: {folder} ({origin['method']}, made {made:%Y-%m-%d %H:%M}, base {origin['base']['name']})")
     return str(folder), origin
 
 
@@ -311,11 +311,10 @@ def load_under(folder: Path, origin: dict, load_base, name: str = ""):
     its recorded name, which is a stranger's word: nothing is fetched for it. UserError where that is not the base that the
     adapter was trained on.
     """
-    if origin["method"] == "full":
-        with quiet():  # it is its own base
-            model, processor, _ = load_base(str(folder.resolve()))
-        return model, processor
-    model, processor, base = load_base(name or origin["base"]["name"], download=bool(name))
+    with quiet():  # whoever uses a checkpoint has said which base it is of
+        if origin["method"] == "full":  # it is its own base
+            return load_base(str(folder.resolve()))[:2]
+        model, processor, base = load_base(name or origin["base"]["name"], download=bool(name))
     if base["sha256"] != origin["base"]["sha256"]:
         raise UserError(
             f"{folder} was trained on the base {origin['base']['name']} (sha256 {origin['base']['sha256'][:12]}), but "

@@ -16,6 +16,7 @@ OF_THE_PLACE = {"resume", "overwrite", "device", "num_workers", "threads", "save
 FREE_ON_RESUME = OF_THE_PLACE | {"patience"}  # may differ when a run is taken up again; patience says when to stop, no more
 # What a start writes before anything else.
 OF_A_START = {".lock", "config.yaml", "summary.json", ".config.yaml.tmp", ".summary.json.tmp"}
+OF_PREDICTIONS = ("predictions.*", "[0-9][0-9][0-9][0-9]_*")  # what infer writes: tables, and pictures with numbers
 
 
 def open_run_folder(config, task: str, method: str):
@@ -261,11 +262,17 @@ def eval_places(config) -> tuple[Path, Path]:
 def predictions_folder(config, origin: dict) -> Path:
     """Where predictions go: --output_dir, or a new outputs/<task>/predictions/<method>/<number> for each call.
 
-    origin: of the checkpoint, whose task and method they are.
+    origin: of the checkpoint, whose task and method they are. UserError where --output_dir holds those of another call, which
+    would be overwritten, or stand among these.
     """
     if config.output_dir:
         folder = Path(config.output_dir).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir: cannot make the folder {folder}: {error.strerror}") from None
+        if any(path for pattern in OF_PREDICTIONS for path in folder.glob(pattern)):
+            raise UserError(f"--output_dir {folder} holds predictions already: name another, or leave it out for a new one")
         return folder
     root = project_root() / "outputs" / origin["task"] / "predictions" / origin["method"]
     root.mkdir(parents=True, exist_ok=True)

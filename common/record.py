@@ -195,6 +195,11 @@ def without_place(line: dict) -> dict:
     return {key: value for key, value in line.items() if key not in ("epoch", "step")}
 
 
+def of_split(metrics: dict, split: str) -> dict:
+    """The metrics as an evaluation writes them down: what is val_loss in training is plain loss on other data."""
+    return {"loss" if key == "val_loss" and split != "val" else key: value for key, value in metrics.items()}
+
+
 def write_samples(path: Path, metric: str, higher_is_better: bool, rows: list[dict], **more) -> None:
     """samples.json: what an evaluation gave for each sample, from which an error of the metric can be had.
 

@@ -41,6 +41,7 @@ def main(argv=None, method="full", doc=None):
     from common.config import UserError
     from common.folders import check_data_dir, eval_places
     from common.plots import draw_calibration
+    from common.record import of_split
     from common.runtime import guard, say, start_accelerator
     from common.vision.pages import draw_mistakes
     from common.vision.scoring import predict, save_samples
@@ -67,10 +68,11 @@ def main(argv=None, method="full", doc=None):
 
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
-    write_json(file, {**about, "config": asdict(config), "metrics": metrics, "zero_shot": zero_shot})
+    numbers = {"metrics": of_split(metrics, config.split), "zero_shot": zero_shot and of_split(zero_shot, config.split)}
+    write_json(file, {**about, "config": asdict(config), **numbers})
     save_samples(loader.dataset, labels, logits, folder)
     text, report = class_report(labels, logits, classes)
-    results = {**about, "metrics": metrics, "zero_shot": zero_shot, "classes": report}
+    results = {**about, **numbers, "classes": report}
     scores = score_table(metrics, len(labels), zero_shot)
     summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", scores]
     if zero_shot:

@@ -49,7 +49,12 @@ def test_results_go_beside_the_checkpoint_or_where_they_are_wanted(tmp_path, mon
     config.output_dir = str(tmp_path / "out")
     file, folder = eval_places(config)
     assert file.parent == tmp_path / "out" and folder.is_dir()
-    assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "out"
+    for left in ("predictions.json", "0001_dog.jpg"):
+        assert predictions_folder(config, {"task": "toy", "method": "lora"}) == tmp_path / "out"
+        (tmp_path / "out" / left).touch()
+        with pytest.raises(UserError, match="out holds predictions already"):
+            predictions_folder(config, {"task": "toy", "method": "lora"})
+        (tmp_path / "out" / left).unlink()
     monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
     config.output_dir = ""
     root = tmp_path / "outputs" / "toy" / "predictions" / "lora"

@@ -38,6 +38,7 @@ def main(argv=None, method="full", doc=None):
     from common.class_metrics import calibration, class_report, class_table, classification_metrics, score_table, softmax
     from common.folders import check_data_dir, eval_places
     from common.plots import draw_calibration
+    from common.record import of_split
     from common.runtime import guard, start_accelerator
     from common.vision.pages import draw_mistakes
     from common.vision.scoring import predict, save_samples
@@ -55,7 +56,7 @@ def main(argv=None, method="full", doc=None):
 
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
-    write_json(file, {**about, "config": asdict(config), "metrics": metrics})
+    write_json(file, {**about, "config": asdict(config), "metrics": of_split(metrics, config.split)})
     save_samples(loader.dataset, labels, logits, folder)
     text, report = class_report(labels, logits, classes)
     write_text(folder / "report.txt", text)

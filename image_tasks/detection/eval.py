@@ -35,6 +35,7 @@ def main(argv=None, method="full", doc=None):
     from common.bases import choose_checkpoint
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
+    from common.record import of_split
     from common.runtime import guard, start_accelerator
     from data import load_for_eval
     from metrics import coco_eval, coco_metrics, draw_evaluation, predict, save_samples, shown_from
@@ -49,7 +50,7 @@ def main(argv=None, method="full", doc=None):
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), processor, loader)
     samples = loader.dataset.samples
     scored = coco_eval(samples, found, classes)
-    metrics = {"val_loss": loss, **coco_metrics(scored, classes)}
+    metrics = of_split({"val_loss": loss, **coco_metrics(scored, classes)}, config.split)
 
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}

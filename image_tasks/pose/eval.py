@@ -35,6 +35,7 @@ def main(argv=None, method="full", doc=None):
     from common.bases import choose_checkpoint
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
+    from common.record import of_split
     from common.runtime import guard, start_accelerator
     from data import Preprocess, load_for_eval
     from metrics import draw_evaluation, pose_metrics, predict, save_samples
@@ -49,7 +50,7 @@ def main(argv=None, method="full", doc=None):
     loader, points, name = load_for_eval(config, preprocess, model.facts, origin)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     dataset = loader.dataset
-    metrics = {"val_loss": loss, **pose_metrics(dataset, found, points)}
+    metrics = of_split({"val_loss": loss, **pose_metrics(dataset, found, points)}, config.split)
 
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}

@@ -34,7 +34,7 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults, to
     splits, names, named, own = readers[data_format](data_dir, there[data_format], faults)
     if (data_dir / KEYPOINT_FILE).is_file():
         names, named, own = add_keypoint_file(data_dir / KEYPOINT_FILE, names, named, own)
-    points = describe_keypoints(names, named, own, str(data_dir))
+    points = describe_keypoints(names, named, own, str(data_dir), to_train)
     if to_train and not splits.get("train"):
         raise UserError(f"{data_dir} ({data_format}) has no training pictures with keypoints")
     if to_train:

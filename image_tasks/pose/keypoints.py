@@ -122,8 +122,11 @@ def flip_pairs_from_names(names: list[str]) -> list[tuple[int, int]]:
     return [(i, partner) for i, partner in enumerate(partners) if i < partner]
 
 
-def describe_keypoints(names: list[str], named: bool, own: dict, where: str) -> KeypointSet:
-    """The KeypointSet of a data set; own: the skeleton, flip_pairs and sigmas that the data gives. Says aloud what it lacks."""
+def describe_keypoints(names: list[str], named: bool, own: dict, where: str, to_train: bool = True) -> KeypointSet:
+    """The KeypointSet of a data set; own: the skeleton, flip_pairs and sigmas that the data gives. Says aloud what it lacks.
+
+    to_train: whether pictures will be mirrored, so that it matters which keypoints are pairs.
+    """
     if len(names) > MOST_KEYPOINTS:
         raise UserError(f"{where} has {len(names)} keypoints a figure; a model knows at most {MOST_KEYPOINTS}")
     doubled = [name for name, count in Counter(names).items() if count > 1]
@@ -132,11 +135,11 @@ def describe_keypoints(names: list[str], named: bool, own: dict, where: str) -> 
     flips = read_pairs(own["flip_pairs"], names, where) if "flip_pairs" in own else flip_pairs_from_names(names)
     if len({i for pair in flips for i in pair}) != 2 * len(flips):
         raise UserError(f"{where}: flip_pairs names a keypoint twice")
-    if flips:
+    if flips and to_train:
         shown = [f"{names[a]} and {names[b]}" for a, b in flips]
         source = "as the data says" if "flip_pairs" in own else "by their names"
         say(f"a mirrored picture swaps, {source}: {', '.join(shown[:4])}{' ...' if len(shown) > 4 else ''}")
-    else:
+    elif to_train:
         say("no mirrored pictures in training: neither the data nor the keypoints' names tell left from right")
     sigmas = own.get("sigmas")
     try:
