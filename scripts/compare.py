@@ -31,6 +31,7 @@ KINDS = {  # of what is read of a summary, where it is there
         *("parameters.trainable", "parameters.total", "checkpoint_bytes", "metrics.best.epoch", "peak_memory_bytes.cpu"),
         *("peak_memory_bytes.gpu", "config.batch_size", "config.gradient_accumulation_steps", "environment.processes"),
     ),
+    list: ("notes",),
     float: ("train_seconds", "seconds", "samples_per_second"),
 }
 SEPARATE = {"run_name", "output_dir", "resume", "overwrite"}  # settings that have to differ, or say nothing
@@ -244,6 +245,7 @@ def remarks(summaries: list[dict], runs: list[dict]) -> list[str]:
         up = value(s, "metrics.higher_is_better")
         if before is not None and best is not None and (best <= before if up else best >= before):
             found.append(f"{run['label']} did not get better than before training ({number(before)}, best {number(best)}).")
+        found += [f"{run['label']}: {note}." for note in s.get("notes") or []]
         if left := value(s, "data.left_out"):
             found.append(f"{run['label']} left out: " + ", ".join(f"{count} with {fault}" for fault, count in left.items()) + ".")
     for key in ("device", "torch", "threads", "processes"):
@@ -320,7 +322,7 @@ def rest_of_page(summaries: list[dict], runs: list[dict]) -> str:
 
 def draw(runs: list[dict], metric: str, higher_is_better: bool, title: str, path: Path) -> None:
     """compare.png: the metric before training and at its best, checkpoint size, trained parameters, training time."""
-    from common.plots import figure, save_figure
+    from common.plots import figure, plot_text, save_figure
 
     drawing, (panels,) = figure(1, 4, width=max(3.4, 1.1 * len(runs)), height=4.2)
     colors = [f"C{i}" for i in range(len(runs))]
@@ -348,12 +350,12 @@ def draw(runs: list[dict], metric: str, higher_is_better: bool, title: str, path
     panels[3].set(title="Training time", ylabel="time in training steps (s)")
     for panel in panels:
         tilted = dict(rotation=20, ha="right") if sum(len(run["label"]) for run in runs) > 24 else {}
-        panel.set_xticks(range(len(runs)), [run["label"] for run in runs], **tilted)
+        panel.set_xticks(range(len(runs)), [plot_text(run["label"]) for run in runs], **tilted)
         panel.grid(axis="x", visible=False)
         panel.set_axisbelow(True)
         panel.margins(y=0.12)
     drawing.legend(fontsize=9, loc="outside lower left", ncols=2, frameon=False)
-    drawing.suptitle(title)
+    drawing.suptitle(plot_text(title, 100))
     save_figure(drawing, path)
 
 

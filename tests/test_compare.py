@@ -186,6 +186,13 @@ def test_gpu_memory_counts_where_every_run_has_it(tmp_path):
     assert len(cells(said, "peak memory (CPU)")) == 3
 
 
+def test_names_that_would_be_formulas_are_drawn(tmp_path):
+    names = ("$\\frac{$", "a$_$b", "\udce9 猫" + 100 * "x")
+    folders = [write_run(tmp_path / str(i), {"run_name": name}) for i, name in enumerate(names)]
+    compare(*folders, "--output_dir", tmp_path / "out", draw=True)
+    assert (tmp_path / "out" / "compare.png").stat().st_size > 10_000
+
+
 def test_more_than_two_runs_and_no_full_one(tmp_path):
     folders = [write_run(tmp_path / name, {**LORA, "run_name": name, "checkpoint_bytes": size}) for name, size in
                (("r4", 100_000), ("r8", 200_000), ("r16", 400_000))]  # fmt: skip
@@ -234,9 +241,11 @@ def test_the_same_batch_by_other_means_is_alike(tmp_path):
 
 def test_notes_say_what_makes_numbers_doubtful(tmp_path):
     lora = {"metrics.best.map_50": 0.02, "environment.device": "NVIDIA X", "data.left_out": {"corrupt picture": 3}}
+    lora["notes"] = ["curves.png could not be made: MemoryError: no room for 6 GB"]
     said = compare_pair(tmp_path, {**LORA, **lora})
     assert "Note: lora did not get better than before training (0.031, best 0.020)." in said
     assert "Note: lora left out: 3 with corrupt picture." in said
+    assert "Note: lora: curves.png could not be made: MemoryError: no room for 6 GB.\n" in said
     assert "Note: device differs (cpu, 2 cores, NVIDIA X)" in said
 
 
