@@ -366,11 +366,11 @@ class Versions(argparse.Action):
     """--version: of the project, of Python, and of the libraries that decide what comes out."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        from importlib import metadata
+        from common.runtime import versions_of
 
-        others = {each.metadata["Name"]: each.version for each in metadata.distributions()}
-        there = [f"{name} {others[name]}" for name in ("torch", "torchvision", "transformers", "peft", "timm") if name in others]
-        print(f"LoRA Workshop {VERSION}; Python {platform.python_version()}, {', '.join(there)}")
+        there = versions_of("torch", "torchvision", "transformers", "peft", "timm")
+        told = ", ".join(f"{name} {version}" for name, version in there.items() if version)
+        print(f"LoRA Workshop {VERSION}; Python {platform.python_version()}, {told}")
         parser.exit()
 
 

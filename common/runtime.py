@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 import threading
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 
 from common.config import UserError
 
@@ -178,22 +178,25 @@ def peak_memory(device) -> dict:
     return {"cpu": cpu, "gpu": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
 
 
-def environment(device, processes: int) -> dict:
-    """What a run ran on, for its summary: versions of Python and the libraries (None: not installed), device, threads."""
+def versions_of(*packages: str) -> dict[str, str | None]:
+    """Package -> its version; None where it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
+    versions = dict.fromkeys(packages)
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
+
+
+def environment(device, processes: int) -> dict:
+    """What a run ran on, for its summary: versions of Python and the libraries (None: not installed), device, threads."""
     import torch
 
-    versions = {}
-    for package in ("torch", "transformers", "peft"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     return {
         "python": platform.python_version(),
-        **versions,
+        **versions_of("torch", "transformers", "peft"),
         "platform": platform.platform(),
         "device": name,
         "processes": processes,

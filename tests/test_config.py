@@ -262,10 +262,10 @@ def test_a_range_holds_in_yaml_and_in_code_and_is_inherited(tmp_path):
     ],
 )
 def test_yaml_that_would_hang_or_crash_a_reader_is_refused_at_once(tmp_path, text, words):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(UserError, match=words) as error:
         from_yaml(tmp_path, text)
-    assert time.monotonic() - began < 5 and len(str(error.value)) < 500
+    assert time.process_time() - began < 5 and len(str(error.value)) < 500
 
 
 def test_a_setting_of_the_other_script_is_told_from_a_slip(tmp_path, capsys):

@@ -206,8 +206,9 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     if missing:
         faults.note("class of which this data has no picture", ", ".join(missing))
+    number_of = {name: number for number, name in enumerate(classes)}
     for sample in splits[config.split]:
-        sample.label = classes.index(names[sample.label])
+        sample.label = number_of[names[sample.label]]
     preprocess = ClassifierPreprocess(processor)
     with faults:
         samples, cache = load_pictures(splits[config.split], preprocess, faults, cache_limit("auto"), config.split)

@@ -6,12 +6,10 @@ import numpy as np
 
 # needs: pillow
 from common.class_metrics import softmax, worst_first
-from common.plots import drawn_text, figure, font_file, plot_text, save_figure
+from common.plots import RIGHT, WRONG, drawn_text, figure, font_file, plot_text, save_figure
 from common.vision.pictures import decode
 
 SIDE = 384  # pixels of a picture on a page; photographs of 24 million would take 70 MB each
-RIGHT = "#1a7f37"
-WRONG = "#d62728"
 GREY = "#666666"
 
 

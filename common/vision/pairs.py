@@ -8,9 +8,7 @@ import numpy as np
 from common.plots import drawn_text, figure, font_file, plot_text, save_figure
 
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000", "#e377c2", "#17becf")
-RIGHT = "#1f6fd6"  # these three are told apart by people who see red and green alike
-WRONG = "#d62728"
-MISSED = "#f58231"
+MISSED = "#f58231"  # beside the plots' RIGHT and WRONG
 SIDE = 480  # pixels of a picture's longer side on a page, where it is drawn one to one: labels of 11 pixels can be read
 
 

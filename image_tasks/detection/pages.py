@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from common.batches import whole_batches
+from common.plots import RIGHT, WRONG
 from common.samples import short_names
-from common.vision.pairs import COLORS, MISSED, RIGHT, WRONG, draw_dashed, enlarged, fitted, save_pairs, write_labels
+from common.vision.pairs import COLORS, MISSED, draw_dashed, enlarged, fitted, save_pairs, write_labels
 from common.vision.pictures import decode
 from data import collate
 from metrics import class_entries, coco_eval, confident, detect, draw_evaluation, save_samples, shown_from

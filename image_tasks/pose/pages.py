@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from common.batches import whole_batches
+from common.plots import WRONG
 from common.samples import short_names
-from common.vision.pairs import COLORS, WRONG, enlarged, fitted, save_pairs
+from common.vision.pairs import COLORS, enlarged, fitted, save_pairs
 from common.vision.pictures import decode
 from data import collate
 from keypoints import KeypointSet
