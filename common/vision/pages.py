@@ -27,7 +27,14 @@ def draw_some(dataset, labels, logits, path: Path, count: int = 12) -> None:
     """A page of pictures that were drawn at random, the same at each call."""
     some = np.random.default_rng(0).permutation(len(labels))[:count]
     wrong = int((logits.argmax(axis=1) != labels).sum())
-    draw_page(dataset, labels, logits, some, path, f"{len(some)} of {len(labels)} pictures, of which {wrong} are mistaken")
+    draw_page(
+        dataset,
+        labels,
+        logits,
+        some,
+        path,
+        f"{len(some)} of {len(labels)} pictures, drawn at random; {wrong} of all are mistaken",
+    )
 
 
 def draw_mistakes(dataset, labels, logits, path: Path, count: int = 12) -> None:

@@ -208,7 +208,8 @@ def mean_curve(curve: np.ndarray) -> np.ndarray:
 
 
 def held(curves: np.ndarray) -> np.ndarray:
-    """Curves (K, N) whose last value goes on where none follows: without it their mean would jump where a class drops out."""
+    """Curves (K, N), each with its last value up to where the longest ends: their mean would jump where a class drops out."""
+    curves = curves[:, : 1 + np.flatnonzero(~np.isnan(curves).all(axis=0)).max(initial=0)]
     last = np.maximum.accumulate(np.where(np.isnan(curves), 0, np.arange(curves.shape[1])), axis=1)
     return np.take_along_axis(curves, last, axis=1)
 
@@ -261,7 +262,8 @@ def class_lines(axis, x, curves: np.ndarray, labels: list[str], mean: str) -> No
     for k in np.flatnonzero(~np.isnan(curves).all(axis=1)):
         style = {"color": COLORS[k % len(COLORS)], "ls": "-" if k < len(COLORS) else "--"} if few else {"color": "0.8"}
         axis.plot(x, curves[k], lw=1.2, label=labels[k] if few else None, **style)
-    axis.plot(x, mean_curve(held(curves)), color="black", lw=2.5, label=mean)
+    line = mean_curve(held(curves))
+    axis.plot(x[: len(line)], line, color="black", lw=2.5, label=mean)
 
 
 def draw_precision_recall(scored, classes: list[str], path: Path) -> None:
@@ -290,7 +292,7 @@ def draw_confidence(scored, classes: list[str], path: Path) -> None:
             title=title, xlabel="confidence (least score)", ylabel="F1" if name == "f1" else name, xlim=(0, 1), ylim=(0, 1.02)
         )
     axes.flat[2].plot(threshold, best, marker="*", ms=11, color="black")
-    legend_below(page, axes.flat[0])
+    legend_below(page, axes.flat[1])  # recall: precision has no line for a class that is never found
     save_figure(page, path)
 
 

@@ -13,7 +13,9 @@ from common.vision.pictures import decode
 from data import collate
 from metrics import class_entries, coco_eval, confident, detect, draw_evaluation, save_samples, shown_from
 
+TRUTH = "#1a7f37"
 LEGEND = {
+    "truth": {"color": TRUTH, "lw": 3},
     "found": {"color": RIGHT, "lw": 3},
     "false alarm": {"color": WRONG, "lw": 3},
     "missed": {"color": MISSED, "lw": 3, "ls": (0, (2, 1))},
@@ -94,7 +96,7 @@ def draw_boxes(pixels: np.ndarray, boxes, labels, classes: list[str], scores=Non
 def draw_pair(pixels: np.ndarray, sample, verdict: Verdict, classes: list[str]):
     """(picture with the true boxes, picture with what was found and missed)."""
     truth = [
-        (box, classes[k] + (" (crowd)" if crowd else ""), COLORS[k % len(COLORS)], bool(crowd))
+        (box, classes[k] + (" (crowd)" if crowd else ""), TRUTH, bool(crowd))
         for box, k, crowd in zip(sample.boxes, sample.labels, sample.crowd, strict=True)
     ]
     found = verdict.found

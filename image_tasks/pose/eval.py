@@ -64,8 +64,9 @@ def main(argv=None, method="full", doc=None):
     for key, value in metrics.items():
         if not isinstance(value, dict):
             print(f"  {key:18} {'absent' if value is None else f'{value:.4f}'}")
+    print("mean error of each keypoint, in pixels")
     for label, value in metrics["per_keypoint_pixel_error"].items():
-        print(f"  {label:18} {'absent' if value is None else f'{value:.2f} pixels'}")
+        print(f"  {label:18} {'absent' if value is None else f'{value:.2f}'}")
     print(f"saved {file}, and pictures in {folder}")
 
 

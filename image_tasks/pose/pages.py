@@ -74,7 +74,7 @@ def draw_pair(pixels: np.ndarray, truth: np.ndarray, labelled: np.ndarray, found
     draw_figure(draw, guessed, np.ones(len(found), dtype=bool), points, unit)
     for k in np.flatnonzero(labelled):
         draw.line([true[k], guessed[k]], fill=WRONG, width=unit + 1)
-        draw_dot(draw, true[k], dot_radius(points, 1), "white", "black")
+        draw_dot(draw, true[k], dot_radius(points, unit) / 2, "white", "black")
     return left, right
 
 
