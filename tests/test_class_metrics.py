@@ -232,7 +232,7 @@ def test_a_page_names_folder_truth_and_guess_and_counts_the_mistakes(mixed):
     labels = np.array([sample.label for sample in dataset.samples])
     guesses = np.where(np.arange(11) < 4, (labels + 1) % 3, labels)
     texts = texts_of_page(draw_some, dataset, labels, logits_for(guesses, 3))
-    assert "11 of 11 pictures, drawn at random; 4 of all are mistaken" in texts and "0.png" in texts
+    assert "11 of 11 pictures, drawn at random; mistakes among all of them: 4" in texts and "0.png" in texts
     assert f"true: {CLASSES[labels[0]]}\nsaid: {CLASSES[guesses[0]]} 0.90" in texts
     dataset.samples[0].name, before = "val/$5 / $6/ring/0.png", dataset.samples[0].name
     texts = texts_of_page(draw_mistakes, dataset, labels, logits_for(guesses, 3))

@@ -33,7 +33,7 @@ def draw_some(dataset, labels, logits, path: Path, count: int = 12) -> None:
         logits,
         some,
         path,
-        f"{len(some)} of {len(labels)} pictures, drawn at random; {wrong} of all are mistaken",
+        f"{len(some)} of {len(labels)} pictures, drawn at random; mistakes among all of them: {wrong}",
     )
 
 
