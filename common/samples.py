@@ -21,7 +21,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 # What else may stand in the name of a split's folder: training_set, Train Images, seg_train.
-SPLIT_FILLERS = "set data dataset split folder seg images image imgs img pictures photos frames files labels"
+SPLIT_FILLERS = "set data dataset split folder seg obj images image imgs img pictures photos frames files labels"
 # Folders and files that a system leaves in data of others; names with a dot in front (.git, ._a.jpg) are as little data.
 SYSTEM_NAMES = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
 
@@ -167,10 +167,11 @@ def decode_bytes(content: bytes) -> tuple[str, bool]:
         return content.decode("cp1252", errors="replace"), True
 
 
-def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str) -> str:
+def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str, hint=lambda folder: "") -> str:
     """The layout to read data_dir by: data_format, or with "auto" the only one whose sign is there.
 
-    there: layout -> what shows it (false: nothing does). UserError where none or several fit; `expected` describes all.
+    there: layout -> what shows it (false: nothing does). UserError where none or several fit; `expected` describes all, and
+    hint(data_dir) may say what else is there.
     """
     if data_format != "auto":
         if not there[data_format]:
@@ -178,9 +179,25 @@ def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str) 
         return data_format
     fitting = [name for name, sign in there.items() if sign]
     if len(fitting) != 1:
-        what = f"looks like {' and '.join(fitting)}" if fitting else "is none of the layouts that are known"
+        what = "is none of the layouts that are known" + hint(data_dir)
+        what = f"looks like {' and '.join(fitting)}" if fitting else what
         raise UserError(f"--data_dir {data_dir} {what}; expected {expected}; --data_format chooses one")
     return fitting[0]
+
+
+def data_folder(data_dir: Path, known) -> Path:
+    """The folder that holds the data: data_dir, or what it wraps in a folder that is all it has, as archives do.
+
+    known(folder): whether it shows a layout. UserError where data_dir is no folder.
+    """
+    if not data_dir.is_dir():
+        why = ": it is a file; unpack archives, and name the folder that holds the data" if data_dir.exists() else ""
+        raise UserError(f"--data_dir: there is no folder {data_dir}{why}")
+    folder, inner = data_dir, visible_entries(data_dir)
+    while len(inner) == 1 and inner[0].is_dir() and not known(folder):
+        folder = folder / inner[0].name
+        inner = visible_entries(folder)
+    return folder if known(folder) else data_dir
 
 
 def inside(folder: Path, name: str) -> Path | None:
@@ -289,7 +306,9 @@ class FileFinder:
                     between = os.path.relpath(path, folder).split(os.sep)[:-1]
                     for key in {tail, os.path.splitext(tail)[0]} if self.endings else {tail}:
                         for long in (key, *(f"{parent}/{key}" for parent in own[-1:])):
-                            found[long].setdefault(path, (own, between, rank))
+                            facts = found[long].setdefault(path, (own, between, rank))
+                            if len(between) < len(facts[1]):  # of two of the folders that have it the inner one counts
+                                found[long][path] = own, between, rank
         return found
 
 
@@ -321,6 +340,21 @@ def split_folders(folder: Path) -> dict[str, Path]:
                 raise UserError(f"{folder} holds {found[split].name}/ and {entry.name}/, both of the {split} split; keep one")
             found[split] = folder / entry.name
     return {split: found[split] for split in SPLIT_NAMES if split in found}
+
+
+def split_by_folders(samples: list, root: Path, faults: Faults) -> dict[str, list]:
+    """Split -> samples of one list, by the folders that their paths in root name, where some lie in training's and others not.
+
+    What somebody has held out is not trained on because one file lists it all; elsewhere all stay training samples.
+    """
+    parts = [Path(os.path.relpath(sample.path, root)).parts[:-1] for sample in samples]
+    splits = [next(filter(None, map(split_of, folders)), "train") for folders in parts]
+    if "train" not in splits or len(set(splits)) == 1:
+        return {"train": samples}
+    faults.note("file that lists several splits, which are told apart by their folders", root.name)
+    return {
+        split: [s for s, own in zip(samples, splits, strict=True) if own == split] for split in SPLIT_NAMES if split in splits
+    }
 
 
 def split_off(names: list[str], seed: int) -> list[bool]:
@@ -357,6 +391,16 @@ def note_shared(splits: dict[str, list], faults: Faults) -> None:
 
 
 # ---- names -------------------------------------------------------------------------------------------------------------
+
+
+def note_alike(classes: list[str], faults: Faults) -> None:
+    """A note of class names that differ in nothing but capitals, spaces and signs: they may be one class."""
+    alike = defaultdict(list)
+    for name in classes:
+        alike[re.sub(r"[\W_]", "", name.casefold()) or name].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            faults.note("classes whose names are nearly the same", " and ".join(names))
 
 
 def short_names(paths: list[Path]) -> list[str]:

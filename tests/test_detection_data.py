@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -1113,3 +1114,139 @@ def test_a_split_without_a_usable_picture_is_an_error(tmp_path):
     shutil.rmtree(tmp_path / "train2017")
     with pytest.raises(UserError, match="has no training pictures"):
         loaded(tmp_path)
+
+
+# ---- what looks wrong in all files together --------------------------------------------------------------------------
+
+
+def many(count=12):
+    """Scene of two boxes a picture, all over it: as x, y, w, h."""
+    return {f"p{i}": [("cat", 2 + i, 2 + i, 12 + i, 10), ("dog", 20 + i, 8 + i, 20, 14)] for i in range(count)}
+
+
+def changed_coco(folder, change, scene=None):
+    """The folder with COCO annotations whose bboxes change(x, y, w, h) gives."""
+    content = coco(scene or many())
+    for note in content["annotations"]:
+        note["bbox"] = change(*note["bbox"])
+    pictures(folder, scene or many())
+    write(folder / "annotations.json", content)
+    return folder
+
+
+def test_fractions_are_brought_into_pixels_in_any_format(tmp_path, capsys):
+    plain, *_ = loaded(changed_coco(tmp_path / "pixels", lambda *box: box))
+    assert "are fractions" not in capsys.readouterr().out
+    train, *_, facts = loaded(changed_coco(tmp_path / "shares", lambda x, y, w, h: (x / W, y / H, w / W, h / H)))
+    assert "shares, train: boxes from 0 to 1 are fractions" in capsys.readouterr().out and facts["left_out"] == {}
+    for one, other in zip(plain.samples, train.samples, strict=True):
+        assert np.allclose(one.boxes, other.boxes) and np.allclose(other.area, (other.boxes[:, 2:] - other.boxes[:, :2]).prod(1))
+
+
+def test_pixels_in_yolo_are_refused(tmp_path):
+    pictures(tmp_path / "images" / "train", many())
+    for name, boxes in many().items():
+        lines = [f"{'cat dog'.split().index(n)} {x + w / 2} {y + h / 2} {w} {h}" for n, x, y, w, h in boxes]
+        write(tmp_path / "labels" / "train" / f"{name}.txt", "\n".join(lines))
+    write(tmp_path / "data.yaml", "names: [cat, dog]\n")
+    with pytest.raises(UserError, match="of .. train boxes have no area inside their pictures; expected .* fractions"):
+        loaded(tmp_path)
+
+
+def test_corners_in_place_of_sides_are_said(tmp_path, capsys):
+    loaded(changed_coco(tmp_path / "right", lambda *box: box))
+    assert "reach beyond" not in capsys.readouterr().out
+    loaded(changed_coco(tmp_path / "corners", lambda x, y, w, h: (x, y, x + w, y + h)))
+    assert "train boxes reach beyond their pictures: are they x, y, width, height" in capsys.readouterr().out
+
+
+def test_a_box_that_is_given_twice_counts_once(tmp_path):
+    make(tmp_path, "coco")
+    content = coco()
+    content["annotations"] += [{**note, "id": 1} for note in content["annotations"]]
+    write(tmp_path / "annotations" / "instances_train2017.json", content)
+    train, *_, facts = loaded(tmp_path)
+    single = len(coco()["annotations"])
+    assert sum(len(s.boxes) for s in train.samples) == single and facts["left_out"] == {"box that is given twice": single}
+
+
+def test_classes_that_training_lacks_or_names_twice_are_said(tmp_path, capsys):
+    make(tmp_path, "coco")
+    content = coco({"a": SCENE["a"]})
+    content["categories"].append({"id": 77, "name": "cow"})
+    content["annotations"][0]["category_id"] = 77
+    write(tmp_path / "annotations" / "instances_val2017.json", content)
+    *_, facts = loaded(tmp_path)
+    assert facts["left_out"] == {"box of a class that the training data has not": 1}
+    content = coco()
+    content["categories"] += [{"id": 77, "name": "cow"}, {"id": 78, "name": "Cat"}]
+    write(tmp_path / "annotations" / "instances_train2017.json", content)
+    loaded(tmp_path)
+    out = capsys.readouterr().out
+    assert "no training picture has a box of cow, Cat (2 of 4 classes)" in out
+    assert "classes whose names are nearly the same (1): cat and Cat" in out
+
+
+def test_yolo_pictures_and_labels_without_each_other_are_counted(tmp_path, capsys):
+    make(tmp_path, "yolo")
+    (tmp_path / "labels" / "train" / "a.txt").unlink()
+    write(tmp_path / "labels" / "train" / "gone.txt", "0 0.5 0.5 0.2 0.2\n")
+    write(tmp_path / "labels" / "train" / "classes.txt", "cat\ndog\n")
+    shutil.copy(tmp_path / "images" / "train" / "b.png", tmp_path / "images" / "train" / "b.bmp")
+    *_, facts = loaded(tmp_path)
+    out = capsys.readouterr().out
+    assert facts["left_out"] == {"label file without a picture": 1}
+    assert "picture without a label file, which counts as one without objects (2): a.png, c.png" in out
+    assert "label file of several pictures (1): b.txt (b.bmp, b.png)" in out
+
+
+@pytest.mark.parametrize("place", ["images", "obj_{}_data"])
+def test_lists_and_folders_named_after_splits_need_no_yaml(tmp_path, place):
+    for split, scene in (("train", SCENE), ("valid", {"v": SCENE["a"]})):
+        folder = tmp_path / place.format(split)
+        pictures(folder, scene), labels(folder if "obj" in place else tmp_path / "labels", scene)
+        write(tmp_path / f"{split}.txt", "".join(f"data/{folder.name}/{name}.png\n" for name in scene))
+    write(tmp_path / "obj.names", "cat\ndog\n")
+    splits, *_ = read(tmp_path)
+    assert {split: [s.path.stem for s in mine] for split, mine in splits.items()} == {"train": ["a", "b", "c"], "val": ["v"]}
+    assert len(splits["val"][0].boxes) == len(SCENE["a"])
+
+
+def test_one_file_for_all_splits_keeps_what_was_held_out(tmp_path):
+    scene = {f"{split}/{name}": boxes for split in ("train", "val") for name, boxes in SCENE.items()}
+    pictures(tmp_path, scene)
+    write(tmp_path / "labels.json", coco(scene))
+    splits, *_ = read(tmp_path)
+    assert {split: {s.path.parent.name for s in mine} for split, mine in splits.items()} == {"train": {"train"}, "val": {"val"}}
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("a.json", '{"shapes": [], "imagePath": "a.png"}', "LabelMe's JSON"),
+        ("via.json", '{"a": {"regions": [{"shape_attributes": {}}]}}', "VGG Image Annotator's own JSON"),
+        ("ds/ann/a.png.json", '{"objects": [{"classTitle": "cat"}]}', "Supervisely's JSON"),
+        ("project.json", '[{"annotations": [{"result": []}], "data": {}}]', "Label Studio's own JSON"),
+        ("annotations/default.json", '{"categories": {}, "items": []}', "Datumaro's JSON"),
+        ("train/_annotations.createml.json", '[{"annotations": [{"coordinates": {}}]}]', "CreateML's JSON"),
+        ("labels.json", '{"classes": ["cat"], "labels": {}}', "FiftyOne's own JSON"),
+        ("annotations.xml", "<annotations><version>1.1</version></annotations>", "CVAT's own XML"),
+        ("train.csv", 'image_id,width,height,bbox\na,9,9,"[1, 2, 3, 4]"\n', "a table of boxes"),
+        ("train/_annotations.csv", "filename,class,xmin,ymin,xmax,ymax\n", "a table of boxes"),
+    ],
+)
+def test_formats_of_other_programs_are_called_by_their_name(tmp_path, name, content, told):
+    pictures(tmp_path / "images")
+    write(tmp_path / name, content)
+    with pytest.raises(UserError, match=f"{Path(name).name} looks like {told}|it looks like {told}") as caught:
+        read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_around_the_data_is_looked_into_and_an_archive_is_called_one(tmp_path):
+    for layout in ("coco", "yolo"):
+        make(tmp_path / layout / "export", layout)
+        assert len(read(tmp_path / layout)[0]["train"]) == 3
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="there is no folder .*data.zip: it is a file; unpack archives"):
+        read(tmp_path / "data.zip")

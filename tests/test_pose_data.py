@@ -205,7 +205,7 @@ def test_a_held_out_fifth_is_the_same_each_time_and_adding_pictures_moves_no_oth
 def test_the_figures_of_one_picture_stay_on_one_side(tmp_path):
     scene = {f"p{i}": SCENE["b"] for i in range(12)}
     content = coco(scene)
-    content["annotations"] += [{**note, "id": 500 + i} for i, note in enumerate(content["annotations"])]
+    content["annotations"] += [{**note, "id": 500 + i, "bbox": [1, 2, 3, 4]} for i, note in enumerate(content["annotations"])]
     write(tmp_path / "annotations.json", content)
     for name in scene:
         draw(tmp_path / "images" / f"{name}.png", size=(4, 4))
@@ -453,7 +453,7 @@ def test_annotations_that_cannot_be_used_are_named_and_counted(tmp_path, capsys)
     train, _, _, facts = loaded(make(tmp_path, content=content))
     assert facts["left_out"] == {
         "annotation of a category without keypoints": 1,
-        "annotation whose id is given twice": 1,
+        "annotation that is given twice": 1,
         "annotation without image_id, category_id and 3 keypoints": 7,
         "annotations of an image that is not listed": 1,
         "box that does not fit its picture": 3,
@@ -1545,3 +1545,106 @@ def test_boxes_may_come_in_a_table(tmp_path, header, row):
     framed = place_boxes([picture], str(write(tmp_path / "boxes.csv", f"{header}\n{row}\n")), 0.5, Faults())
     assert framed == [(picture, [1, 2, 30, 40], 0.9)]
     one_line(lambda: place_boxes([picture], str(write(tmp_path / "boxes.csv", "image,a\na.png,1\n")), 0.5, Faults()), "or a CSV")
+
+
+# ---- what looks wrong in all files together ----------------------------------------------------------------------------
+
+
+def many(count=12, size=(W, H)):
+    """Scene of figures that lie all over pictures of this size, given in the pixels of W x H."""
+    return {f"p{i}": [(8 + 4 * i, 6 + 3 * i), (4 + 4 * i, 9 + 3 * i), (12 + 4 * i, 8.5 + 3 * i)] for i in range(count)}
+
+
+def scaled(scene, x, y):
+    return {name: [(px * x, py * y) for px, py in points] for name, points in scene.items()}
+
+
+def test_percent_or_pixels_of_other_pictures_are_no_pixels(tmp_path, capsys):
+    scene = many()
+    write(tmp_path / "train.csv", table(scaled(scene, 100 / W, 100 / H)))
+    for name in scene:
+        draw(tmp_path / "images" / f"{name}.png")
+    with pytest.raises(UserError, match=r"\d+ of 3\d train keypoints lie outside their pictures; expected pixels"):
+        loaded(tmp_path)
+    for name in scene:
+        draw(tmp_path / "images" / f"{name}.png", size=(150, 120))  # here percent lie inside, and are said
+    train, *_ = loaded(tmp_path)
+    assert len(train) + 1 >= 10 and "every picture is larger: are the coordinates percent?" in capsys.readouterr().out
+    write(tmp_path / "train.csv", table(scaled(scene, 150 / W, 120 / H)))
+    loaded(tmp_path)
+    assert "are the coordinates percent?" not in capsys.readouterr().out
+
+
+def test_fractions_in_coco_are_brought_into_pixels(tmp_path):
+    content = coco()
+    for note in content["annotations"]:
+        note["keypoints"] = [value / (W, H, 1)[i % 3] for i, value in enumerate(note["keypoints"])]
+        note["bbox"] = [value / (W, H)[i % 2] for i, value in enumerate(note["bbox"])]
+    train, *_ = loaded(make(tmp_path, content=content))
+    for sample in train.samples:
+        assert np.allclose(sample.points, SCENE[sample.path.stem]) and np.allclose(sample.box, box_of(SCENE[sample.path.stem]))
+        assert math.isnan(sample.area)
+
+
+def test_boxes_that_are_corners_are_said(tmp_path, capsys):
+    scene = many()
+    content = coco(scene)
+    for name in scene:
+        draw(tmp_path / "images" / f"{name}.png")
+    write(tmp_path / "annotations.json", content)
+    loaded(tmp_path)
+    assert "reach far beyond" not in capsys.readouterr().out
+    for note in content["annotations"]:
+        x, y, w, h = note["bbox"]
+        note["bbox"] = [x, y, x + w, y + h]
+    write(tmp_path / "annotations.json", content)
+    loaded(tmp_path)
+    assert "boxes reach far beyond their pictures: are they x, y, width, height?" in capsys.readouterr().out
+
+
+def test_annotations_in_several_files_are_not_half_read(tmp_path):
+    make(tmp_path, "coco")
+    first = tmp_path / "annotations" / "person_keypoints_train2017.json"
+    write(tmp_path / "annotations" / "figures_train.json", coco())  # another name: COCO's own counts
+    assert len(read(tmp_path)[0]["train"]) == 3
+    shutil.copy(first, first.with_name("person_keypoints_train_b.json"))
+    with pytest.raises(UserError, match="may both be the train annotations; merge them, or move one away"):
+        read(tmp_path)
+
+
+def test_one_file_for_all_splits_keeps_what_was_held_out(tmp_path):
+    scene = {f"{split}/{name}": points for split in ("train", "val") for name, points in SCENE.items()}
+    for name, points in scene.items():
+        draw(tmp_path / f"{name}.png", points)
+    write(tmp_path / "labels.csv", table(scene))
+    splits, *_ = read(tmp_path)
+    assert {split: {s.path.parent.name for s in mine} for split, mine in splits.items()} == {"train": {"train"}, "val": {"val"}}
+
+
+def test_figures_that_are_given_twice_count_once_whatever_their_ids(tmp_path):
+    make(tmp_path, "coco")
+    content = coco()
+    content["annotations"] += [{**note, "id": 500 + i} for i, note in enumerate(content["annotations"])]
+    content["annotations"] += [{**content["annotations"][0], "keypoints": [9, 9, 2] * 3}]  # another figure of the same id
+    write(tmp_path / "annotations" / "person_keypoints_train2017.json", content)
+    train, *_, facts = loaded(tmp_path)
+    assert len(train) == 4 and facts["left_out"] == {"annotation that is given twice": 3}
+
+
+@pytest.mark.parametrize(
+    "name, content, told",
+    [
+        ("a.json", '{"version": "5.0", "shapes": [], "imagePath": "a.png"}', "a.json looks like LabelMe's JSON"),
+        ("annotations.xml", "<annotations><version>1.1</version></annotations>", "annotations.xml looks like CVAT's own XML"),
+    ],
+)
+def test_formats_of_other_programs_are_called_by_their_name(tmp_path, name, content, told):
+    write(tmp_path / name, content)
+    one_line(lambda: read(tmp_path), told)
+
+
+def test_a_folder_around_the_data_is_looked_into_and_an_archive_is_called_one(tmp_path):
+    make(tmp_path / "export" / "points", "coco")
+    assert len(read(tmp_path / "export")[0]["train"]) == 3
+    write(tmp_path / "data.zip", "PK")
+    one_line(lambda: read(tmp_path / "data.zip"), "there is no folder .*data.zip: it is a file; unpack archives")

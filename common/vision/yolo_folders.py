@@ -1,6 +1,7 @@
 """Where pictures and label files of a data set in YOLO's layout lie: as a data.yaml or obj.data says, or in the usual places."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -38,9 +39,10 @@ def yolo_pictures(data_dir: Path, split: str, settings: dict, faults: Faults) ->
         elif split != "test":  # many name one that did not come along
             faults.add(f"folder or list of the {split} split that is not there", entry)
     if not found:
-        folders = usual_folders(data_dir, split)
-        found = [path for folder in folders[:1] for path in pictures_at(data_dir, folder, split, faults)] if folders else None
-        found = found and [path for path in found if not of_another_split(path.relative_to(folders[0]), split)]
+        places = usual_places(data_dir, split)
+        found = pictures_at(data_dir, places[0], split, faults) if places else None
+        if found and places[0].is_dir():
+            found = [path for path in found if not of_another_split(path.relative_to(places[0]), split)]
     for path, times in Counter(found or []).items():
         if times > 1:
             faults.note("picture that is listed twice, and taken once", path.name)
@@ -77,20 +79,21 @@ def descend(folder: Path, parts: list[str]) -> Path | None:
     return folder
 
 
-def usual_folders(data_dir: Path, split: str) -> list[Path]:
-    """Where the pictures of a split lie when nothing names the place, the likeliest first."""
+def usual_places(data_dir: Path, split: str) -> list[Path]:
+    """The folders and lists of a split's pictures when nothing names the place, the likeliest first."""
     rooms = [data_dir / "images", data_dir / "Images", data_dir]
     named = [Path(e.path) for room in rooms for e in visible_entries(room) if e.is_dir() and split_of(e.name) == split]
     folders = [folder / "images" if (folder / "images").is_dir() else folder for folder in named]
-    folders += [*rooms[:2], data_dir / "obj_train_data", data_dir] if split == "train" else []
-    return [folder for folder in folders if folder.is_dir()]
+    lists = [Path(e.path) for e in visible_entries(data_dir) if e.name.endswith(".txt") and split_of(e.name[:-4]) == split]
+    return [p for p in [*folders, *lists, *(rooms if split == "train" else [])] if p.exists()]
 
 
 def pictures_at(data_dir: Path, place: Path, split: str, faults: Faults) -> list[Path]:
     """The pictures below a folder, or those that a text file names, one a line."""
     if place.is_dir():
         return pictures_below(place)
-    finder = FileFinder([data_dir, place.parent, *usual_folders(data_dir, split)], picture_endings())
+    folders = [folder for folder in usual_places(data_dir, split) if folder.is_dir()]
+    finder = FileFinder([data_dir, place.parent, *folders], picture_endings())
     lines = [line.strip() for line in read_text(place, faults).splitlines()]
     return [path for path in (finder.find(line, faults) for line in lines if line) if path]
 
@@ -98,12 +101,13 @@ def pictures_at(data_dir: Path, place: Path, split: str, faults: Faults) -> list
 class LabelFinder:
     """Finds the label files of pictures. Each folder is listed once."""
 
-    def __init__(self, data_dir: Path):
-        self.data_dir = data_dir
+    def __init__(self, data_dir: Path, faults: Faults):
+        self.data_dir, self.faults = data_dir, faults
         self.listings = {}  # folder -> {name, as it is and as it is compared: label file}
+        self.owners = {}  # label file -> the picture that it was found for
 
     def find(self, picture: Path) -> Path | None:
-        """A picture's label file, in the folder that belongs to its own or beside it; None where it has none."""
+        """A picture's label file, in the folder that belongs to its own or beside it; None where it has none, which is noted."""
         parts = Path(os.path.relpath(picture.parent, self.data_dir)).parts
         swapped = [(*parts[:n], LABEL_FOLDERS[part], *parts[n + 1 :]) for n, part in enumerate(parts) if part in LABEL_FOLDERS]
         name = f"{picture.stem}.txt"
@@ -113,5 +117,16 @@ class LabelFinder:
                 files = {entry.name: Path(entry.path) for entry in entries if entry.name.lower().endswith(".txt")}
                 self.listings[folder] = {**{name_parts(file)[-1]: path for file, path in files.items()}, **files}
             if file := self.listings[folder].get(name) or self.listings[folder].get(name_parts(name)[-1]):
+                if (owner := self.owners.setdefault(file, picture)) != picture:
+                    self.faults.note("label file of several pictures", f"{file.name} ({owner.name}, {picture.name})")
                 return file
+        self.faults.note("picture without a label file, which counts as one without objects", picture.name)
         return None
+
+    def name_unused(self) -> None:
+        """Names the label files, in the folders that were looked into, of which there is no picture."""
+        files = {file for listing in self.listings.values() for file in listing.values()} - self.owners.keys()
+        stems = {path.stem for path in pictures_below(self.data_dir)} if files else set()
+        for file in sorted(files):
+            if file.stem not in stems and re.match(r"\s*\d+(\s+[-+.\deE]+){4}", read_text(file, self.faults)):
+                self.faults.add("label file without a picture", file.name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
+from common.runtime import say
 
 
 @dataclass
@@ -32,3 +33,14 @@ def distinct_classes(classes: list[str], where) -> list[str]:
     if doubled := next((name for name in classes if classes.count(name) > 1), None):
         raise UserError(f"{where}: the class name {doubled!r} stands for two classes; give one of them another name")
     return classes
+
+
+def mark_fractions(where, samples: list[Sample]) -> None:
+    """Marks samples whose boxes all are fractions of their pictures: no pictures have all their boxes in the first pixel."""
+    boxes = np.concatenate([sample.boxes for sample in samples] or [np.zeros((0, 4))])
+    boxes = boxes[np.isfinite(boxes).all(axis=1)]
+    if any(sample.relative for sample in samples) or not len(boxes) or boxes.max() > 1 or not (boxes % 1).any():
+        return
+    say(f"{where}: boxes from 0 to 1 are fractions of the picture's width and height")
+    for sample in samples:
+        sample.relative, sample.area = True, np.full(len(sample.boxes), np.nan)

@@ -11,6 +11,7 @@ from boxes import Sample, distinct_classes, make_sample
 from common.checkpoint import read_json
 from common.config import UserError
 from common.samples import SPLIT_NAMES, Faults, FileFinder, split_of, visible_entries
+from common.vision.foreign import program_hint
 from common.vision.pictures import picture_endings
 
 OTHER_TASKS = ("captions", "stuff", "panoptic", "image_info")  # how COCO's files without boxes begin
@@ -80,12 +81,12 @@ def read_coco(data_dir: Path, faults: Faults):
     tables = {}
     for split, paths in coco_files(data_dir).items():
         if len(paths) > 1:
-            raise UserError(f"{paths[0]} and {paths[1].name} may both be the {split} annotations; move the other one away")
+            raise UserError(f"{paths[0]} and {paths[1].name} may both be the {split} annotations; merge them, or move one away")
         table = read_json(paths[0])
         table = table if isinstance(table, dict) else {}
         absent = [key for key in ("images", "annotations", "categories") if not isinstance(table.get(key), list)]
         if absent and split != "test":
-            raise UserError(f"{paths[0]} is no COCO file: it has no list {absent[0]!r}")
+            raise UserError(f"{paths[0]} is no COCO file: it has no list {absent[0]!r}{program_hint(paths[0])}")
         if not absent:  # a test set may come without labels (image_info_test2017.json); it is no use here then
             tables[split] = (paths[0], table)
     if not tables:
@@ -180,6 +181,7 @@ def join_ids(path: Path, rows: dict, names: dict, faults: Faults) -> None:
 def coco_boxes(path: Path, table: dict, classes: list[str], faults: Faults) -> dict:
     """Image id -> rows for make_sample."""
     numbers, rows = {name: number for number, name in enumerate(classes)}, defaultdict(list)
+    listed = {same_id(c.get("id")) for c in table["categories"] if isinstance(c, dict)}
     categories = [c for c in table["categories"] if isinstance(c, dict) and str(c.get("name")).strip() in numbers]
     index = {same_id(c.get("id")): numbers[str(c["name"]).strip()] for c in categories}
     index.update({c["id"]: numbers[str(c["name"]).strip()] for c in categories if isinstance(c.get("id"), (int, float, str))})
@@ -193,13 +195,19 @@ def coco_boxes(path: Path, table: dict, classes: list[str], faults: Faults) -> d
             crowd, area = a.get("iscrowd") not in (0, None, "0"), float(a.get("area") or math.nan)
             rows[a["image_id"]].append((x, y, x + w, y + h, label, crowd, area))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
-            known = not isinstance(a, dict) or "category_id" not in a or same_id(a["category_id"]) in index
-            fault = "box that cannot be read" if known else "box of a category that is not listed"
-            faults.add(fault, f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}")
+            faults.add(box_fault(a, listed, index), f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}")
             continue
         if not box:
             faults.note("outline without a bbox: the box around it counts", f"{path.name} annotation {a.get('id')}")
     return rows
+
+
+def box_fault(annotation, listed: set[str], known) -> str:
+    """Why an annotation gave no box. listed: ids of the file's categories; known: those whose class is one of the data set's."""
+    category = same_id(annotation["category_id"]) if isinstance(annotation, dict) and "category_id" in annotation else None
+    if category is None or category in known:
+        return "box that cannot be read"
+    return "box of a class that the training data has not" if category in listed else "box of a category that is not listed"
 
 
 def outline_box(segmentation) -> tuple[float, float, float, float]:

@@ -22,6 +22,9 @@ from common.vision.preprocess import mean_and_std
 from formats import read_dataset
 
 HERE = Path(__file__).resolve().parent
+NO_AREA = "box without area inside its picture"
+BEYOND = "part of a box that lay outside its picture"
+BOX_FORMATS = "x, y, width, height (COCO) or corners (VOC) in pixels, or middle, width and height in fractions (YOLO)"
 SLIVER = 3  # pixels: where the crop leaves less of an object, there is nothing to see
 
 
@@ -187,7 +190,7 @@ def load_resized(preprocess: Preprocess, sample: Sample) -> np.ndarray:
 
 
 def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None:
-    """Puts the sample's boxes inside its picture, in place."""
+    """Puts the sample's boxes inside its picture, in place, each once."""
     if sample.relative:
         sample.boxes, sample.relative = sample.boxes * [width, height, width, height], False
     sample.size = (width, height)
@@ -195,12 +198,16 @@ def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None
     sides = clipped[:, 2:] - clipped[:, :2]
     bad = ~np.isfinite(sample.boxes).all(axis=1) | (np.nan_to_num(sides) <= 0).any(axis=1)
     moved = ~bad & (np.abs(clipped - sample.boxes) > 1).any(axis=1)
-    for i in np.flatnonzero(bad):
-        faults.add("box without area inside its picture", f"{sample.path.name} box {i + 1}")
-    for _ in np.flatnonzero(moved):
-        faults.add("part of a box that lay outside its picture", sample.path.name)
-    sample.area = np.where(np.isnan(sample.area) | moved, sides.prod(axis=1), sample.area)[~bad]
-    sample.boxes, sample.labels, sample.crowd = clipped[~bad], sample.labels[~bad], sample.crowd[~bad]
+    _, first = np.unique(np.column_stack([clipped, sample.labels, sample.crowd]), axis=0, return_index=True)
+    twice = ~bad & ~np.isin(np.arange(len(bad)), first)
+    for fault, which in ((NO_AREA, bad), ("box that is given twice", twice)):
+        for i in np.flatnonzero(which):
+            faults.add(fault, f"{sample.path.name} box {i + 1}")
+    for _ in np.flatnonzero(moved & ~twice):
+        faults.add(BEYOND, sample.path.name)
+    keep = ~bad & ~twice
+    sample.area = np.where(np.isnan(sample.area) | moved, sides.prod(axis=1), sample.area)[keep]
+    sample.boxes, sample.labels, sample.crowd = clipped[keep], sample.labels[keep], sample.crowd[keep]
 
 
 def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True):
@@ -237,6 +244,9 @@ def build_loaders(config, processor, tables):
         faults.report()
         counts = np.bincount(np.concatenate([s.labels for s in train.samples]), minlength=len(classes))
         boxes = ", ".join(f"{name} {count}" for name, count in zip(classes, counts, strict=True))
+        if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
+            many = f"{len(missing)} of {len(classes)} classes"
+            say(f"no training picture has a box of {', '.join(missing[:5])} ({many}): no such object will be found")
         say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation pictures; boxes: {boxes}")
         say(f"{train.cache.kept + val.cache.kept} of {len(train) + len(val)} decoded pictures stay in memory")
     train_loader = build_loader(
@@ -247,14 +257,21 @@ def build_loaders(config, processor, tables):
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, whole=True):
     """(samples, preprocess, cache) for DetectionData; UserError where no picture is left."""
+    known = faults.counts()
     samples, cache, tiny = check_samples(samples, preprocess, faults, limit, split, whole)
+    outside, beyond = (faults.counts().get(fault, 0) - known.get(fault, 0) for fault in (NO_AREA, BEYOND))
+    every = sum(len(s.boxes) for s in samples) + outside
+    if outside > max(9, every / 2):
+        raise UserError(f"{outside} of {every} {split} boxes have no area inside their pictures; expected {BOX_FORMATS}")
+    if outside + beyond > max(2, every / 5):
+        say(f"{outside + beyond} of {every} {split} boxes reach beyond their pictures: are they {BOX_FORMATS}?")
     if not samples:
         raise UserError(f"the {split} split has no picture that can be used")
     if tiny:
-        every, size = sum(len(s.boxes) for s in samples), " x ".join(str(side) for side in preprocess.size.values())
+        size = " x ".join(str(side) for side in preprocess.size.values())
         say(
-            f"{tiny} of {every} {split} objects are less than {SLIVER} pixels wide or high as the model sees them ({size}): "
-            "--image_size makes them larger"
+            f"{tiny} of {every - outside} {split} objects are less than {SLIVER} pixels wide or high as the model sees them "
+            f"({size}): --image_size makes them larger"
         )
     return samples, preprocess, cache
 

@@ -6,9 +6,11 @@ unusable is a UserError. Boxes leave as (x1, y1, x2, y2) in pixels of the pictur
 
 from pathlib import Path
 
+from boxes import mark_fractions
 from coco_boxes import coco_files, read_coco
 from common.config import UserError
-from common.samples import Faults, choose_layout, hold_out, note_shared
+from common.samples import Faults, choose_layout, data_folder, hold_out, note_alike, note_shared, split_by_folders
+from common.vision.foreign import foreign_hint
 from voc_boxes import is_voc, read_voc
 from yolo_boxes import read_yolo, yolo_file
 
@@ -25,16 +27,21 @@ def read_dataset(data_dir: Path, data_format: str, seed: int, faults: Faults, to
     hash of (seed, file name) decides for each picture alone, so that adding pictures moves no other. to_train: there must be
     training pictures.
     """
-    if not data_dir.is_dir():
-        raise UserError(f"--data_dir: there is no folder {data_dir}")
+    data_dir = data_folder(data_dir, lambda folder: is_voc(folder, False) or yolo_file(folder) or coco_files(folder))
     readers = {"voc": read_voc, "yolo": read_yolo, "coco": read_coco}
     there = {"voc": is_voc(data_dir, anywhere=False), "yolo": yolo_file(data_dir, lists=False), "coco": coco_files(data_dir)}
     if data_format != "auto" or not any(there.values()):  # signs that in another layout would say nothing
         there.update({"voc": is_voc(data_dir, anywhere=True), "yolo": yolo_file(data_dir)})
-    data_format = choose_layout(data_dir, data_format, there, LAYOUTS)
+    data_format = choose_layout(data_dir, data_format, there, LAYOUTS, foreign_hint)
     splits, classes = readers[data_format](data_dir, faults)
+    note_alike(classes, faults)
+    if splits.keys() == {"train"}:
+        splits = split_by_folders(splits["train"], data_dir, faults)
+    for split, samples in splits.items():
+        mark_fractions(f"{data_dir}, {split}", samples)
     if to_train and not splits.get("train"):
-        raise UserError(f"{data_dir} ({data_format}) has no training pictures")
+        hint = "" if any(splits.values()) else foreign_hint(data_dir)
+        raise UserError(f"{data_dir} ({data_format}) has no training pictures{hint}")
     if not classes:
         raise UserError(f"{data_dir} ({data_format}) names no classes")
     if to_train:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from boxes import Sample, distinct_classes, make_sample
 from common.config import UserError, load_yaml
-from common.samples import Faults, read_text, visible_entries
+from common.samples import Faults, read_text, split_of, visible_entries
 from common.vision.yolo_folders import LabelFinder, yolo_splits
 
 # ---- what names the classes and the splits ---------------------------------------------------------------------------
@@ -15,11 +15,12 @@ from common.vision.yolo_folders import LabelFinder, yolo_splits
 
 def yolo_file(data_dir: Path, lists: bool = True) -> Path | None:
     """What names the classes: data.yaml or another YAML with names; or a list, CVAT's obj.names or Label Studio's classes.txt."""
-    folders = [data_dir, data_dir / "labels"]
+    own = [Path(entry.path) for entry in visible_entries(data_dir) if entry.is_dir() and split_of(entry.name)]
+    folders = [data_dir, data_dir / "labels", *own]
     files = [Path(entry.path) for folder in folders for entry in visible_entries(folder) if entry.is_file()]
     yamls = [p for p in files if p.suffix.lower() in (".yaml", ".yml")]
     named = [p for p in yamls if p.stem in ("data", "dataset")] or [p for p in yamls if re.search(rb"^names\s*:", peek(p), re.M)]
-    plain = [p for p in files if p.suffix == ".names"] + [p for p in files if p.name == "classes.txt"]
+    plain = [p for p in files if p.suffix == ".names"] + [p for p in files if p.name in ("classes.txt", "_darknet.labels")]
     return next(iter(named + (plain if lists else [])), None)
 
 
@@ -58,6 +59,7 @@ def read_yolo(data_dir: Path, faults: Faults):
     reader = LabelReader(data_dir, index, "kpt_shape" in settings, faults)
     splits = yolo_splits(data_dir, settings, faults)
     splits = {split: [reader.read(path) for path in pictures] for split, pictures in splits.items()}
+    reader.finder.name_unused()
     if reader.unknown[len(classes)] and not reader.counts[0] and min(index, default=1) == 0:
         raise UserError(
             f"{data_dir}: the label files count classes from 1 to {len(classes)}, and {file.name} from 0; "
@@ -70,7 +72,7 @@ class LabelReader:
     """Reads the label files of pictures. Afterwards counts and unknown tell how often each class number stood there."""
 
     def __init__(self, data_dir: Path, index: dict[int, int], posed: bool, faults: Faults):
-        self.finder, self.index, self.posed, self.faults = LabelFinder(data_dir), index, posed, faults
+        self.finder, self.index, self.posed, self.faults = LabelFinder(data_dir, faults), index, posed, faults
         self.counts, self.unknown = Counter(), Counter()
 
     def read(self, picture: Path) -> Sample:

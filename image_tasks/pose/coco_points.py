@@ -7,15 +7,18 @@ import numpy as np
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.runtime import say
 from common.samples import SPLIT_NAMES, Faults, split_of, visible_entries
+from common.vision.foreign import program_hint
 from keypoints import KEYPOINT_FILE, NO_BOX, Sample, claimed_size, picture_finder
 
 OTHER_TASKS = ("captions", "instances", "stuff", "panoptic", "image_info")  # COCO's annotations that hold no keypoints
 
 
-def coco_files(data_dir: Path) -> dict[str, Path]:
-    """Split -> annotation file, from the usual places: annotations/person_keypoints_train2017.json, train/*.json, ..."""
+def coco_files(data_dir: Path) -> dict[str, list[Path]]:
+    """Split -> annotation file, from the usual places: annotations/person_keypoints_train2017.json, train/*.json, ...
+
+    Several where it is not clear which one counts.
+    """
     inner = [data_dir / entry.name for entry in visible_entries(data_dir) if entry.is_dir()]
     notes = [folder for folder in inner if folder.name.lower() == "annotations"]
     places = [*notes, *(folder for folder in inner if split_of(folder.name)), data_dir]
@@ -23,18 +26,23 @@ def coco_files(data_dir: Path) -> dict[str, Path]:
     found = {}
     for split in SPLIT_NAMES:
         mine = [path for path in every if (split_of(path.parent.name) or split_of(path.stem, alone=False)) == split]
-        mine.sort(key=lambda path: not path.name.startswith("person_keypoints"))  # else in the order of the places
         if mine:
-            found[split] = mine[0]
-        if mine[1:]:
-            say(f"{mine[0]} has the {split} split; not read: {', '.join(str(path) for path in mine[1:4])}")
+            found[split] = likeliest(mine)
     if "train" not in found:  # one whose name says nothing, such as CVAT's person_keypoints_default.json
-        single = [path for path in every if path not in found.values() and not split_of(path.parent.name)]
-        posed = [path for path in single if b'"keypoints"' in path.read_bytes()]
-        single = posed or [path for path in single if b'"annotations"' in path.read_bytes()]
-        if len(single) == 1:
-            found = {"train": single[0], **found}
+        single = [path for path in every if path not in sum(found.values(), []) and not split_of(path.parent.name)]
+        single = [path for path in likeliest(single) if b'"annotations"' in path.read_bytes()]
+        if single:
+            found = {"train": single, **found}
     return found
+
+
+def likeliest(files: list[Path]) -> list[Path]:
+    """Of several files of one split those called as COCO calls them, or else those with keypoints."""
+    if len(files) > 1:
+        files = [path for path in files if path.name.startswith("person_keypoints")] or files
+    if len(files) > 1:
+        files = [path for path in files if b'"keypoints"' in path.read_bytes()] or files
+    return files
 
 
 def json_files(folder: Path) -> list[Path]:
@@ -43,25 +51,29 @@ def json_files(folder: Path) -> list[Path]:
     return [path for path in files if not path.name.startswith(OTHER_TASKS)]
 
 
-def read_coco(data_dir: Path, files: dict[str, Path], faults: Faults):
+def read_coco(data_dir: Path, files: dict[str, list[Path]], faults: Faults):
     """(splits, keypoint names, whether they are names, what the data says of them), as describe_keypoints wants them."""
     tables = {}
-    for split, path in files.items():
+    for split, (path, *others) in files.items():
+        if others:
+            raise UserError(f"{path} and {others[0].name} may both be the {split} annotations; merge them, or move one away")
         table = read_json(path)
         table = table if isinstance(table, dict) else {}
         absent = [key for key in ("images", "annotations", "categories") if not isinstance(table.get(key), list)]
         if absent and split != "test":
-            raise UserError(f"{path} is no COCO file: it has no list {absent[0]!r}")
+            raise UserError(f"{path} is no COCO file: it has no list {absent[0]!r}{program_hint(path)}")
         if not absent:  # a test set may come without labels; it is no use here then
             tables[split] = (path, table)
     if not tables:
-        raise UserError(f"{data_dir} has no annotations but {', '.join(path.name for path in files.values())}, without keypoints")
+        raise UserError(
+            f"{data_dir} has no annotations but {', '.join(path.name for path, *_ in files.values())}, without keypoints"
+        )
     first = next(iter(tables))  # of train, if it is there
     names, own = coco_keypoints(*tables[first])
     for path, table in tables.values():
         other, _ = coco_keypoints(path, table)
         if other != names:
-            raise UserError(f"{path} has other keypoints ({', '.join(other[:5])} ...) than {files[first].name}")
+            raise UserError(f"{path} has other keypoints ({', '.join(other[:5])} ...) than {files[first][0].name}")
     splits = {split: read_coco_split(data_dir, split, *tables[split], len(names), faults) for split in tables}
     return splits, names, True, own
 
@@ -98,21 +110,21 @@ def read_coco_split(data_dir: Path, split: str, path: Path, table: dict, count: 
         try:
             crowd, image_id, known = bool(a.get("iscrowd", 0)), number(a["image_id"]), number(a["category_id"]) in posed
             points, labelled, box, area = coco_figure(a, count, where, faults)
-            key = (number(a.get("id", where)), image_id)
+            key = (image_id, repr(a.get("keypoints")), repr(a.get("bbox")))
             doubled, listed = key in seen, image_id in pictures
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             faults.add(f"annotation without image_id, category_id and {count} keypoints", where)
             continue
-        seen.add(key)
         if crowd:
             faults.add("crowd annotation", where)
         elif not known:
             faults.add("annotation of a category without keypoints", where)
-        elif doubled:
-            faults.add("annotation whose id is given twice", where)
         elif not listed:
             orphans.add(image_id)
+        elif doubled:
+            faults.add("annotation that is given twice", where)
         elif pictures[image_id]:
+            seen.add(key)
             samples.append(Sample(*pictures[image_id], points, labelled, box, area, where))
     for image_id in orphans:
         faults.add("annotations of an image that is not listed", f"{path.name} image id {image_id}")

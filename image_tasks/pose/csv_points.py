@@ -154,7 +154,6 @@ def read_csv_split(data_dir: Path, split: str, table: Table, order: list[int], f
             size = claimed_size(*(to_number(row[columns.size[side]], table.comma) for side in "wh")) if columns.size else None
             splits.append(split if columns.split is None else split_of(row[columns.split]))
             samples.append(Sample(place, size, points, labelled, read_box(row, columns.box, table.comma), math.nan, where))
-    mark_fractions(path, samples)
     return list(zip(splits, samples, strict=True))
 
 
@@ -174,18 +173,6 @@ def read_points(row: list[str], figure: list, comma: bool, where: str, faults: F
         labelled[k] = False
         faults.note(f"keypoint that is {unlabelled}, which counts as unlabelled", where)
     return points, labelled
-
-
-def mark_fractions(path: Path, samples: list[Sample]) -> None:
-    """Marks samples whose coordinates all are fractions: no pictures have all their points in the first pixel."""
-    points = np.concatenate([sample.points[sample.labelled] for sample in samples] or [np.zeros((0, 2))])
-    points = points[np.isfinite(points).all(axis=1)]
-    if len(points) and (np.abs(points - 0.5) <= 1).all() and (points % 1).any():
-        say(f"{path}: coordinates from 0 to 1 are fractions of the picture's width and height")
-        if any(sample.box is not None and np.nanmax(sample.box, initial=0) > 2 for sample in samples):
-            raise UserError(f"{path}: points in fractions of the picture, and boxes in pixels")
-        for sample in samples:
-            sample.relative = True
 
 
 def decimal_comma(path: Path, cells: set[str]) -> bool:

@@ -21,6 +21,7 @@ from formats import read_dataset
 from keypoints import KeypointSet, Sample
 
 HERE = Path(__file__).resolve().parent
+OUTSIDE = "keypoint outside its picture"
 PADDING = 1.25  # a box is enlarged by this before it is cut out, as pose models expect; a whole picture is taken as it is
 
 
@@ -306,7 +307,7 @@ def clean_points(sample: Sample, size: tuple[int, int], faults: Faults) -> None:
     for i in np.flatnonzero(sample.labelled & ~finite):
         faults.add("keypoint that is no number", f"{sample.where} keypoint {i + 1}")
     for i in np.flatnonzero(sample.labelled & finite & ~inside_it):
-        faults.add("keypoint outside its picture", f"{sample.path.name} ({sample.where}) keypoint {i + 1}")
+        faults.add(OUTSIDE, f"{sample.path.name} ({sample.where}) keypoint {i + 1}")
     sample.labelled = sample.labelled & finite & inside_it
     sample.points = np.where(finite[:, None], sample.points, 0.0)
 
@@ -358,15 +359,29 @@ def doubts(data: PoseData, names: list[str]) -> list[str]:
     never = [name for name, there in zip(names, labelled.any(axis=0), strict=True) if not there]
     if never:
         found.append(f"no training figure has keypoint {', '.join(never[:5])}: it cannot be learnt")
-    places = [s.points[s.labelled].max(axis=0) / data.pictures[s.path].size for s in data.samples]
-    if len(places) >= 8 and np.max(places) < 0.5:
+    sizes = np.array([data.pictures[s.path].size for s in data.samples])
+    corners = np.array([s.points[s.labelled].max(axis=0) for s in data.samples])
+    if len(sizes) >= 8 and (corners / sizes).max() < 0.5:
         found.append("all keypoints lie in the upper left quarter of their pictures: are they of pictures of another size?")
+    elif len(sizes) >= 8 and 80 < corners.max() <= 100 < 0.9 * sizes.min():
+        found.append("no keypoint lies beyond 100, and every picture is larger: are the coordinates percent? Expected pixels")
+    framed = [(s.box, size) for s, size in zip(data.samples, sizes, strict=True) if s.box is not None]
+    beyond = sum((box[:2] + box[2:] > 1.1 * size).any() for box, size in framed)
+    if beyond > max(2, len(framed) / 5):
+        found.append(f"{beyond} of {len(framed)} boxes reach far beyond their pictures: are they x, y, width, height?")
     return found
 
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, posed=True, whole=True):
-    """(samples, cache) for PoseData; UserError where no figure is left."""
+    """(samples, cache) for PoseData; UserError where no figure is left, or most keypoints lie beside their pictures."""
+    known = faults.counts().get(OUTSIDE, 0)
     samples, cache = check_samples(samples, preprocess, faults, limit, split, posed, whole)
+    outside, inside_it = faults.counts().get(OUTSIDE, 0) - known, sum(int(sample.labelled.sum()) for sample in samples)
+    if outside > max(9, inside_it):
+        raise UserError(
+            f"{outside} of {outside + inside_it} {split} keypoints lie outside their pictures; "
+            "expected pixels of just these pictures, or fractions from 0 to 1"
+        )
     if not samples:
         raise UserError(f"the {split} split has no figure that can be used")
     return samples, cache

@@ -170,6 +170,20 @@ def add_keypoint_file(file: Path, names: list[str], named: bool, own: dict) -> t
     return names, named, {**own, **{key: given[key] for key in ("skeleton", "flip_pairs", "sigmas") if key in given}}
 
 
+def mark_fractions(where, samples: list[Sample]) -> None:
+    """Marks samples whose coordinates all are fractions: no pictures have all their points in the first pixel."""
+    points = np.concatenate([sample.points[sample.labelled] for sample in samples] or [np.zeros((0, 2))])
+    points = points[np.isfinite(points).all(axis=1)]
+    if any(sample.relative for sample in samples) or not len(points) or not (points % 1).any():
+        return
+    if (np.abs(points - 0.5) <= 1).all():
+        say(f"{where}: coordinates from 0 to 1 are fractions of the picture's width and height")
+        if any(sample.box is not None and np.nanmax(sample.box, initial=0) > 2 for sample in samples):
+            raise UserError(f"{where}: points in fractions of the picture, and boxes in pixels")
+        for sample in samples:
+            sample.relative, sample.area = True, math.nan
+
+
 def picture_finder(data_dir: Path, file: Path, split: str) -> FileFinder:
     """Finds the pictures that an annotation file names: in folders named after its split or a part of its name, beside it, below.
 

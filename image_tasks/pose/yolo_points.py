@@ -38,9 +38,10 @@ def read_yolo(data_dir: Path, file: Path, faults: Faults):
         own["flip_pairs"] = yolo_flips(file, settings["flip_idx"], count)
     if "skeleton" in settings:
         own["skeleton"] = settings["skeleton"]
-    finder, splits = LabelFinder(data_dir), {}
+    finder, splits = LabelFinder(data_dir, faults), {}
     for split, pictures in yolo_splits(data_dir, settings, faults).items():
         splits[split] = [sample for path in pictures for sample in read_labels(path, finder.find(path), count, faults)]
+    finder.name_unused()
     return splits, names or [str(i) for i in range(count)], bool(names), own
 
 
@@ -64,11 +65,14 @@ def yolo_flips(file: Path, order, count: int) -> list[list[int]]:
 
 def read_labels(picture: Path, file: Path | None, count: int, faults: Faults) -> list[Sample]:
     """The figures of a picture: lines `class cx cy w h` and then x y or x y visibility of each keypoint, all in fractions."""
-    samples = []
+    samples, seen = [], set()
     for number, line in enumerate(read_text(file, faults).splitlines() if file else [], start=1):
         where = f"{file.name} line {number}"
         try:
-            if line.strip():
+            if line.strip() and line in seen:
+                faults.add("line that is given twice", where)
+            elif line.strip():
+                seen.add(line)
                 points, labelled, box = yolo_figure([float(cell) for cell in line.split()], count)
                 if (points[~labelled] > 0).any():
                     faults.note("keypoint with coordinates but visibility 0, which counts as unlabelled", where)
