@@ -16,6 +16,7 @@ import typing
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -135,6 +136,7 @@ def project_root() -> Path:
     return here.parent if here.name == "common" else here
 
 
+@cache
 def field_comments(cls) -> dict[str, str]:
     """Field name -> the comment that ends its line, over the whole class hierarchy (a subclass overrides)."""
     comments = {}
@@ -147,6 +149,7 @@ def field_comments(cls) -> dict[str, str]:
     return comments
 
 
+@cache
 def field_kinds(cls) -> dict[str, Any]:
     """Field name -> its type, with the range of the class that it inherits from where it says none."""
     kinds = {}
