@@ -106,9 +106,13 @@ class EvalBatches:
 
 
 def build_loader(dataset, batch_sampler, collate, num_workers: int = 0):
-    """A DataLoader whose workers leave Ctrl-C and SIGTERM to the main process and stay alive between epochs."""
+    """A DataLoader whose workers leave Ctrl-C and SIGTERM to the main process and stay alive between epochs.
+
+    No more workers than batches: each takes a second to start, and memory.
+    """
     import torch
 
+    num_workers = min(num_workers, len(batch_sampler))
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,

@@ -24,6 +24,8 @@ VERSION = "0.9"
 # What a disk, a folder's rights or a name that is too long may answer: nothing that a traceback would explain.
 OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
 YAML_BYTES = 2**20  # settings and class names take a few kilobytes; a parser in Python would chew on more for minutes
+YAML_NODES = 50_000  # names, values and lists: a second's work; the 21,841 classes of ImageNet fit
+YAML_DIGITS = 1000
 
 
 class UserError(Exception):
@@ -235,10 +237,18 @@ def load_yaml(path: Path):
     import yaml
 
     class Strict(yaml.SafeLoader):  # safe: no objects are built
+        nodes = 0
+
         def compose_node(self, parent, index):
             if self.check_event(yaml.AliasEvent):
                 raise UserError(f"{path} has a YAML alias (*{self.peek_event().anchor}); write out what it stands for")
-            return super().compose_node(parent, index)
+            self.nodes += 1
+            if self.nodes > YAML_NODES:
+                raise UserError(f"{path} has more than {YAML_NODES} entries, so it is no file of settings")
+            node = super().compose_node(parent, index)
+            if node.tag.endswith((":int", ":float")) and len(node.value) > YAML_DIGITS:  # 1:1:1: ... takes minutes
+                raise UserError(f"{path} has a number of {len(node.value)} digits")
+            return node
 
         def construct_mapping(self, node, deep=False):
             keys = [str(key.value).replace("-", "_") for key, _ in node.value]
@@ -247,6 +257,8 @@ def load_yaml(path: Path):
             return super().construct_mapping(node, deep)
 
     try:
+        if path.is_fifo():
+            raise UserError(f"{path} is a pipe, which would be waited for; give a file")
         with open(path, "rb") as file:
             content = file.read(YAML_BYTES + 1)
         if len(content) > YAML_BYTES:
@@ -256,7 +268,7 @@ def load_yaml(path: Path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except RecursionError:
         raise UserError(f"{path} is not valid YAML: it is nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date or a number that cannot be
+    except (yaml.YAMLError, ValueError, ArithmeticError) as error:  # no UTF-8, a date or a number that cannot be
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -253,6 +253,9 @@ def test_a_range_holds_in_yaml_and_in_code_and_is_inherited(tmp_path):
     [
         ("lr: 2020-13-45\n", "month"),
         ("seed: " + 6000 * "9" + "\n", "digits"),
+        ("lr: " + 100_000 * "1:" + "1\n", "digits"),  # to the base of 60, as YAML has it
+        ("lr: 1" + 500 * ":59" + ".5\n", "too large|digits"),
+        ("lr: [" + 200_000 * "1," + "]\n", "entries"),
         ("lr: " + 50_000 * "[", "nested too deeply"),
         ("a: &a [l, l]\nlr: *a\n", "alias"),
         ("base: &base {lr: 1}\n<<: *base\n", "alias"),
@@ -266,6 +269,12 @@ def test_yaml_that_would_hang_or_crash_a_reader_is_refused_at_once(tmp_path, tex
     with pytest.raises(UserError, match=words) as error:
         from_yaml(tmp_path, text)
     assert time.process_time() - began < 5 and len(str(error.value)) < 500
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "settings.yaml")
+    with pytest.raises(UserError, match="pipe"):
+        parse(Config, ["--config", str(tmp_path / "settings.yaml")])
 
 
 def test_a_setting_of_the_other_script_is_told_from_a_slip(tmp_path, capsys):

@@ -985,6 +985,12 @@ def test_batches_are_the_same_with_and_without_workers(tmp_path):
             assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_no_more_workers_than_batches(tmp_path):
+    train, *_ = loaded(make(tmp_path, "coco"))
+    sampler = EpochBatches(len(train), len(train), 0)
+    assert build_loader(train, sampler, collate, 128).num_workers == len(sampler) == 1
+
+
 @pytest.mark.parametrize("size", [{"height": 96, "width": 96}, {"shortest_edge": 80, "longest_edge": 200}])
 def test_boxes_follow_their_pixels_through_augmentation(tmp_path, size):
     """A black picture with a white rectangle: wherever flips and crops take it, the box fits the bright pixels."""

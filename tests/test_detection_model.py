@@ -23,6 +23,7 @@ from common.lora import is_within  # noqa: E402
 from common.peft_adapters import add_adapter  # noqa: E402
 from model import (  # noqa: E402
     HEADS,
+    check_size,
     load_base,
     load_checkpoint,
     lora_targets,
@@ -451,6 +452,15 @@ def test_the_predictor_finds_what_infer_finds_one_by_one_or_in_batches(detr_adap
     predictor.origin["threshold"] = (together[0][0]["score"] + together[0][1]["score"]) / 2
     assert predictor.predict(paths[0], "best") == predictor.predict(paths[0], predictor.origin["threshold"])
     check_picture_inputs(lambda picture: predictor.predict(picture, threshold=0), tmp_path)
+
+
+def test_a_picture_size_that_the_base_fails_on_is_refused_before_training():
+    base, processor, _ = load_base("demo")
+    state = torch.get_rng_state()
+    check_size(base.train(), processor, 64), check_size(base, processor, 0)
+    assert base.training and torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(UserError, match="17 x 17 pixels .*image_size"):
+        check_size(base, processor, 17)
 
 
 def test_a_model_that_has_become_nan_ends_in_a_loss_that_says_so():

@@ -396,6 +396,26 @@ def test_an_image_processor_that_does_something_unknown_is_refused(oddity):
         ClassifierPreprocess(processor)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("size", {"height": -5, "width": 5}),
+        ("size", {"height": "a", "width": "b"}),
+        ("size", {"shortest_edge": 0}),
+        ("image_mean", ["a"]),
+        ("image_mean", [1]),
+        ("image_std", [0, 0, 0]),
+        ("image_std", [float("nan")] * 3),
+        ("resample", 99),
+    ],
+)
+def test_an_image_processor_with_settings_that_nobody_can_use_ends_in_one_line(setting, value):
+    odd = processor()
+    setattr(odd, setting, value)
+    with pytest.raises(UserError, match="image processor"):
+        ClassifierPreprocess(odd)
+
+
 # ---- cache -----------------------------------------------------------------------------------------------------------
 
 

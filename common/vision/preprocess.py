@@ -10,10 +10,19 @@ LONGEST = 100  # times its narrow side a picture may be long where its shortest 
 
 
 def mean_and_std(processor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, standard deviation), each (3, 1, 1), by which an image processor of transformers scales values of 0 to 1."""
+    """(mean, standard deviation), each (3, 1, 1), by which an image processor of transformers scales values of 0 to 1.
+
+    UserError where they are no such numbers.
+    """
     if not processor.do_normalize or processor.image_mean is None:
         return torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+    try:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
+        fits = bool(mean.isfinite().all() and std.isfinite().all() and (std > 0).all())
+    except (RuntimeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError("--model: image_mean and image_std of its image processor are not three numbers each, std above 0")
     return mean, std
 
 
@@ -41,14 +50,21 @@ class ClassifierPreprocess:
     """How a classifier wants its pictures: resized (and cropped), scaled; read from its image processor and checked against it.
 
     size: [height, width], or [shortest edge]; crop: (height, width) of the middle that is seen, or None for all of it.
+    UserError where the processor cannot prepare a picture, or does so in another way.
     """
 
     def __init__(self, processor):
-        if hasattr(processor, "data_config"):
-            self.read_timm(processor.data_config)
-        else:
-            self.read_transformers(processor)
-        self.check(processor)
+        try:
+            if hasattr(processor, "data_config"):
+                self.read_timm(processor.data_config)
+            else:
+                self.read_transformers(processor)
+            self.check(processor)
+        except UserError:
+            raise
+        except Exception as error:  # sizes of -5 or "large", a resample of 99: whatever the libraries make of them
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"--model: its image processor cannot prepare a picture: {reason}") from None
 
     def read_transformers(self, processor) -> None:
         """Size, crop, interpolation, mean and standard deviation as an image processor of transformers has them."""
@@ -86,7 +102,7 @@ class ClassifierPreprocess:
         theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
         ours = self.normalize(self.center(self.resize(picture)))
         fits = ours.shape == theirs.shape and tuple(ours.shape[1:]) == self.shape  # the last: all pictures get one shape
-        if not fits or float(((ours - theirs).abs() * self.std * 255).max()) > 2.5:
+        if not fits or not float(((ours - theirs).abs() * self.std * 255).max()) <= 2.5:  # NaN is not
             raise UserError(
                 f"--model: its image processor ({type(processor).__name__}) prepares pictures in a way that is not known here"
             )

@@ -19,10 +19,11 @@ from common.bases import (
     train_mode,
     with_saved_adapter,
 )
+from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import process_index, quiet, say
-from common.trial import freeze_unused
+from common.trial import freeze_unused, without_trace
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -67,6 +68,24 @@ def load_base(name: str, download: bool = True):
     source = base_source(name, DEMO_BASE, "facebook/detr-resnet-50", download)
     model, processor = load_pretrained(name, source, AutoModelForObjectDetection, AutoImageProcessor)
     return model, processor, describe_base(name, model)
+
+
+def check_size(base, processor, image_size: int) -> None:
+    """UserError where the base fails on pictures of the size that it will get, as where it halves a side that is odd.
+
+    image_size: the side in pixels; 0: as the processor makes them (a square of the shorter side, where others may be longer).
+    """
+    size = dict(processor.size)
+    height, width = (image_size or size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
+    with without_trace(base), torch.no_grad():
+        try:
+            base.eval()(pixel_values=example_picture(3, height, width))
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"this base cannot take pictures of {height} x {width} pixels ({reason}); "
+                "give an --image_size that it can, for most bases a multiple of 32"
+            ) from None
 
 
 def build(config):

@@ -43,12 +43,23 @@ def main(argv=None):
     from common.run import Run
     from data import build_loaders, read_tables
     from metrics import evaluate
-    from model import backbone_groups, denoises, load_base, load_checkpoint, origin, plain_code, start_from, with_classes
+    from model import (
+        backbone_groups,
+        check_size,
+        denoises,
+        load_base,
+        load_checkpoint,
+        origin,
+        plain_code,
+        start_from,
+        with_classes,
+    )
     from pages import draw_results
 
     with Run(config, task="detection", method="full") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
         base, processor, base_facts = load_base(config.model)
+        check_size(base, processor, config.image_size)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
 

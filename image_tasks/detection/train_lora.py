@@ -48,12 +48,24 @@ def main(argv=None):
     from common.run import Run
     from data import build_loaders, read_tables
     from metrics import evaluate
-    from model import HEADS, denoises, load_base, load_checkpoint, lora_targets, origin, plain_code, start_from, with_classes
+    from model import (
+        HEADS,
+        check_size,
+        denoises,
+        load_base,
+        load_checkpoint,
+        lora_targets,
+        origin,
+        plain_code,
+        start_from,
+        with_classes,
+    )
     from pages import draw_results
 
     with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
         tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
         base, processor, base_facts = load_base(config.model)
+        check_size(base, processor, config.image_size)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
 
