@@ -334,10 +334,12 @@ def draw(runs: list[dict], metric: str, higher_is_better: bool, title: str, path
 
     direction = "higher" if higher_is_better else "lower"
     bars(panels[0], "metric_before", -0.2, 0.38, alpha=0.35)
-    bars(panels[0], "metric_best", 0.2, 0.38)
+    bars(panels[0], "metric_best", 0.2, 0.38, show=lambda _: "")
     for i, run in enumerate(runs):
-        if "interval" in run:
-            panels[0].vlines(i + 0.2, *run["interval"], color="0.2", lw=1.5)
+        ends = run.get("interval", [])
+        panels[0].vlines([i + 0.2] * len(ends[:1]), ends[:1], ends[1:], color="0.2", lw=1.5)
+        place = (i + 0.2, max([run["metric_best"] or 0, *ends]))  # above the interval, which would strike it through
+        panels[0].annotate(number(run["metric_best"]), place, (0, 2), textcoords="offset points", ha="center", fontsize=8)
     panels[0].plot([], color="0.2", label="95 % interval")
     panels[0].set(title=metric, ylabel=f"{metric} ({direction} is better)")
     panels[0].bar(0, 0, color="0.4", alpha=0.35, label="before training")  # for the legend alone
@@ -354,7 +356,7 @@ def draw(runs: list[dict], metric: str, higher_is_better: bool, title: str, path
         panel.grid(axis="x", visible=False)
         panel.set_axisbelow(True)
         panel.margins(y=0.12)
-    drawing.legend(fontsize=9, loc="outside lower left", ncols=2, frameon=False)
+    drawing.legend(fontsize=9, loc="outside lower left", ncols=3, frameon=False)
     drawing.suptitle(plot_text(title, 100))
     save_figure(drawing, path)
 
