@@ -208,7 +208,7 @@ def test_losses_rates_and_norms_are_recorded_by_name(undisturbed):
     for line in steps:
         assert set(line) == names
         assert line["loss_gen"] == pytest.approx(line["loss_gen_adversarial"] + line["loss_gen_radius"], rel=1e-6)
-    assert [line["lr_disc"] for line in steps] == [2e-3, 1e-3]  # steps 1 and 10: the second is in epoch 2
+    assert [line["lr_disc"] for line in steps][:10:9] == [2e-3, 1e-3]  # of steps 1 and 10: the second is in epoch 2
     assert [line["lr_gen"] for line in steps][0] == pytest.approx(2.5e-3)
     assert {"train_loss_disc", "train_loss_gen"} <= set(lines[-1]) and "train_loss" not in lines[-1]
     assert lines[-1]["train_loss_disc"] != lines[-1]["train_loss_gen"]

@@ -97,5 +97,5 @@ def test_a_page_without_a_place_for_the_table_stays_as_it_is(tmp_path, calls):
 
 def test_a_training_that_fails_is_named_with_its_error(tmp_path):
     config = peft_table.TableConfig(output_dir=str(tmp_path), epochs=0)
-    with pytest.raises(UserError, match="train_lora.py .* ended with 2: error: --epochs is 0"):
+    with pytest.raises(UserError, match="train_lora.py .* ended with 2: error: argument --epochs: '0' must be"):
         peft_table.run(config, "lora", 5e-3, 0)

@@ -129,10 +129,10 @@ def test_the_summary_is_what_its_schema_says(task, method):
 
 @both
 def test_a_new_head_learns_at_its_own_rate_and_all_else_at_lr(task, method):
-    """Two steps of warm-up: after the first, where a line is written, rates are at their peak."""
+    """Two steps of warm-up: after the first, rates are at their peak."""
     run = trained(task, method)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    (line,) = (line for line in lines if "lr" in line)
+    line = next(line for line in lines if "lr" in line)
     assert line["lr"] == pytest.approx(run.summary["config"]["lr"])
     is_new = task.name in ("classification", "detection")  # CLIP's is zero-shot, pose's base has one for as many keypoints
     assert line.get("lr_head") == (pytest.approx(LR_HEAD) if is_new else None)
