@@ -21,7 +21,7 @@ VISIBILITY = ("v", "vis", "visible", "visibility")
 NO_COORDINATE = ("likelihood", "confidence", "conf", "score", "prob", "p", "z", "occluded", "occlusion", "occ")
 SIDES = {"w": "w", "width": "w", "h": "h", "height": "h"}
 SPLIT_LABELS = ("split", "subset", "set", "partition", "usage", "fold")
-UNITS = ("px", "pixel", "pixels", "coord", "coords", "coordinate", "coordinates")
+UNIT_WORDS = ("px", "pixel", "pixels", "coord", "coords", "coordinate", "coordinates")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_]+")  # left_eyeX: left, eye, X
 # A label without its separators and capitals: of a box, or of the picture's size.
 BOX_LABEL = re.compile(r"(?:bbox|boundingbox|bndbox|box|bb|rect|roi)(\w+)|([xy](?:min|max)|(?:min|max)[xy])")
@@ -93,7 +93,7 @@ def role(label: str, labels: list[str]) -> tuple[str, str]:
 
     What: x, y, v, w, h; "other" for what belongs to a keypoint and is not used, box and size with their part; "" for all else.
     """
-    words = [word for word in WORD.finditer(label) if word[0].lower() not in UNITS]
+    words = [word for word in WORD.finditer(label) if word[0].lower() not in UNIT_WORDS]
     plain = "".join(word[0].lower() for word in words)
     if box := BOX_LABEL.fullmatch(plain):
         part = BOX_PARTS.get(box[1] or box[2])
