@@ -22,7 +22,7 @@ from common.checkpoint import (
 from common.config import UserError
 from common.folders import best_of, newest_best
 from common.lora import is_within
-from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files
+from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files, whole_tensors
 from common.runtime import quiet, say
 
 CARD = "README.md"
@@ -157,6 +157,9 @@ def load_pretrained(name: str, source: Path | str, kind, processor_kind):
             )
     except Exception as error:  # whatever a library makes of files that it did not write
         reason = " ".join(str(error).split())[:300]
+        if reason.startswith("Unrecognized configuration class"):  # a list of all model types follows
+            (config,) = stored_files(source, "config.json")
+            reason = f"the libraries have none of type {read_json(config)['model_type']}"
         reason = reason if isinstance(error, (OSError, ValueError, UserError)) else f"{type(error).__name__}: {reason}"
         raise UserError(f"--model {name} is no model for this task that can be loaded safely: {reason}") from None
     strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
@@ -230,10 +233,10 @@ def is_adapted(model) -> bool:
 
 
 def save_trained(model, file: Path) -> None:
-    """The parameters that train, by their names."""
+    """The parts that train, by their names."""
     from safetensors.torch import save_file
 
-    save_file({name: p.detach().cpu().contiguous().clone() for name, p in model.named_parameters() if p.requires_grad}, file)
+    save_file({name: t.cpu().contiguous().clone() for name, t in whole_tensors(model).items()}, file)
 
 
 def load_trained(model, file: Path, whole):

@@ -20,10 +20,11 @@ from common.config import UserError
 from common.fast_lora import conv_pays, lora_conv, lora_linear
 from common.lora import ADAPTER_FILE, is_within
 from common.lora_files import plain_names
-from common.runtime import say
-from common.trial import in_short, passed_by, try_out
+from common.runtime import say, time_limit
+from common.trial import freeze_unused, in_short, try_out
 
 MERGE_TOLERANCE = 1e-3  # of the largest output; rounding in float32 makes about 1e-5 of it
+PATTERN_SECONDS = 5  # for a regular expression of the user's; a good one needs milliseconds, (a+)+$ can take years
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The names of attention's query and value projections differ between architectures: the first set that is there counts.
 QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
@@ -42,13 +43,17 @@ OLD_NAMES = (
 )
 
 
-def choose_targets(model, which: str, exclude=(), last_k: int = 0, answer=None) -> list[str]:
+def choose_targets(model, which: str, exclude=(), last_k: int = 0, answer=None, r: int = 1) -> list[str]:
     """Full names of the layers that get adapters, for LoraConfig(target_modules=...).
 
     which: qv (attention's query and value), all-linear, all (convolutions, too), or a regular expression for the end of a layer's
     name. exclude: parts that train whole (heads). last_k: the last K blocks alone. answer: as in common/trial.py; layers on
-    which it shows that an adapter would do nothing are left out, and named. UserError where nothing is hit, or nothing left.
+    which it shows that an adapter would do nothing are left out, and named, and tensors of the heads without use are frozen.
+    r: the rank; none with 0. UserError where nothing is hit, or nothing left.
     """
+    if not r:
+        freeze_unused(model, answer, exclude)
+        return []
     # A grouped convolution has no low-rank pair in PEFT unless the rank divides into its groups; it stays frozen.
     grouped = [name for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS) and module.groups > 1]
     if which == "all-linear" and not adaptable_names(model, (nn.Linear,), exclude):
@@ -56,7 +61,9 @@ def choose_targets(model, which: str, exclude=(), last_k: int = 0, answer=None) 
         say("no linear layer outside the head, so adapters go on convolutions, as with --lora_targets all")
     if which == "qv":
         ends = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-        fitting = next((names for names in QUERY_VALUE if set(names) <= ends), QUERY_VALUE[0])
+        fitting = next((names for names in QUERY_VALUE if set(names) <= ends), None)
+        if fitting is None:
+            raise UserError("--lora_targets qv: no query and value layers go by a known name here; all-linear and all need none")
         return find_targets(model, fitting, (nn.Linear,), exclude, last_k, answer)
     if which == "all-linear":
         return find_targets(model, "*", (nn.Linear,), exclude, last_k, answer)
@@ -85,8 +92,10 @@ def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0, answer=None)
         for name in names:
             hits.setdefault(re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)[0], []).append(name)  # fc1, downsample.0
     else:
+        slow = f"--lora_targets: no layers found by {wanted[0]!r} within {PATTERN_SECONDS} seconds; a simpler pattern is needed"
         try:
-            hits = {p: [name for name in names if re.search(rf"(^|\.)({p})$", name)] for p in wanted}
+            with time_limit(PATTERN_SECONDS, slow):
+                hits = {p: [name for name in names if re.search(rf"(^|\.)({p})$", name)] for p in wanted}
         except re.error as error:
             raise UserError(f"--lora_targets is no valid regular expression: {error}") from None
     for pattern, found in hits.items():
@@ -94,7 +103,7 @@ def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0, answer=None)
             ends = Counter(re.sub(r"\d+", "N", name) for name in names)
             raise UserError(f"no layer's name ends in {pattern!r}; there are: {', '.join(sorted(ends))}")
     if not names:
-        raise UserError("the model has no layer that an adapter could go on")
+        raise UserError("the model has no layer that an adapter could go on; --lora_r 0 trains the head alone")
     chosen = {name for found in hits.values() for name in found}
     chosen = in_last_blocks([name for name in names if name in chosen], last_k)
     chosen = where_adapters_work(model, chosen, exclude, answer) if answer else chosen
@@ -106,11 +115,11 @@ def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0, answer=None)
 
 def where_adapters_work(model, names: set[str], exclude, answer) -> set[str]:
     """Those of the layers on which an adapter can do something; the others are named. UserError where none is left."""
-    idle = passed_by(model, names, answer)
-    why = f"the model does not call {in_short(sorted(idle))} as plain layers, and adapters there would do nothing"
+    idle = freeze_unused(model, answer, exclude, sorted(names))
+    why = f"the model does not call {in_short(idle)} as plain layers, and adapters there would do nothing"
     if idle and len(idle) == len(names):
         others = set(adaptable_names(model, (nn.Linear,), exclude)) - names
-        others -= set(passed_by(model, others, answer))
+        others -= set(freeze_unused(model, answer, (), others))
         instead = f"take others, such as {in_short(sorted(others))}" if others else "--lora_r 0 trains the head alone"
         raise UserError(f"--lora_targets: {why}; {instead}")
     if idle:
@@ -151,13 +160,17 @@ def add_adapter(model, adapter, whole=(), frozen_dtype: str = "fp32"):
     """The PEFT model of a base: frozen, but for the adapter and the parts in `whole` (heads).
 
     adapter: PEFT's settings (LoraConfig ...). Where they name no layer there is no adapter to add, and the model itself comes
-    back, of which `whole` trains alone. frozen_dtype: see `store_frozen_in_bf16`. Plain LoRA layers compute by
-    common/fast_lora.py from here on; what is saved is the same.
+    back, of which `whole` trains alone. What was frozen before stays so. frozen_dtype: see `store_frozen_in_bf16`. Plain LoRA
+    layers compute by common/fast_lora.py from here on; what is saved is the same.
     """
     from peft import get_peft_model
 
+    unused = [p for p in model.parameters() if not p.requires_grad]
+    model.whole = tuple(whole)  # saved in full, unused or not
     model = get_peft_model(without_word_embeddings(model), adapter) if adapter.target_modules else model.requires_grad_(False)
     train_whole(model, whole)
+    for parameter in unused:
+        parameter.requires_grad_(False)
     if frozen_dtype == "bf16":
         store_frozen_in_bf16(model)
     return with_fast_layers(model)
@@ -271,13 +284,13 @@ def adapter_state(model) -> dict:
     """All that trained, by PEFT's names: the adapter's tensors, and the layers (heads) that train whole beside them."""
     from peft import get_peft_model_state_dict
 
-    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and not in_adapter(model, name)}
+    whole = {f"base_model.model.{name}": t for name, t in whole_tensors(model.get_base_model()).items()}
     return {**get_peft_model_state_dict(model, save_embedding_layers=False), **whole}
 
 
-def in_adapter(model, name: str) -> bool:
-    """Whether a parameter of a PEFT model belongs to its adapter (lora_A, ia3_l, hada_w1_a ...), not to the model below it."""
-    return model.base_model.prefix in name
+def whole_tensors(model) -> dict:
+    """The parameters in the parts that train whole, of a model that add_adapter has prepared, by its own names."""
+    return {name: p.detach() for name, p in model.named_parameters() if is_within(name, model.whole)}
 
 
 def save_adapter_files(model, folder: Path) -> None:

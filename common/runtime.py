@@ -21,6 +21,28 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(signum).name)
 
 
+@contextmanager
+def time_limit(seconds: float, message: str):
+    """UserError(message) where the block takes longer; for pure Python and its regular expressions, which look at signals.
+
+    Without limit where that cannot be: outside of the main thread, and on Windows.
+    """
+
+    def stop(*_):
+        raise UserError(message)
+
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def start_accelerator(config):
     """The accelerate object that knows this process's device, precision and siblings (torchrun starts those)."""
     import torch

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from common.lora import replace_modules
+from common.lora import is_within, replace_modules
 from common.runtime import say
 
 # What a PEFT layer says of the layer inside it. A model that asks for anything else (conv.stride) would find nothing.
@@ -72,14 +72,16 @@ def reached(output) -> set[int]:
     return leaves
 
 
-def passed_by(model, names, answer) -> list[str]:
-    """Those of the layers with these names on which an adapter could not work, as no model calls them as they stand here.
+def freeze_unused(model, answer, within=None, layers=()) -> list[str]:
+    """Freezes the parameters that cannot learn, since no output depends on them (a mask token of pretraining), and names them.
 
-    timm's BEiT and EVA-02 hand qkv.weight to a function instead of calling qkv, so that an adapter's output goes nowhere and
-    gets no gradient; MobileNetV2 reads the stride of a convolution, which an adapter in its place does not have.
+    within: only in parts with these names. layers: names of layers that are to get adapters; those on which an adapter could
+    not work are returned. timm's BEiT and EVA-02 hand qkv.weight to a function instead of calling qkv, so that an adapter's
+    output goes nowhere and gets no gradient; MobileNetV2 reads the stride of a convolution, which an adapter in its place does
+    not have.
     """
-    layers = {name: model.get_submodule(name) for name in names}
-    probes = {layer: Probe(layer).train(layer.training) for layer in layers.values()}
+    plain = {name: model.get_submodule(name) for name in layers}
+    probes = {layer: Probe(layer).train(layer.training) for layer in plain.values()}
     replace_modules(model, probes)
     try:
         output = try_out(model, answer)
@@ -88,20 +90,12 @@ def passed_by(model, names, answer) -> list[str]:
     if output is None:
         return []
     leaves = reached(output)
-    return [name for name, layer in layers.items() if id(probes[layer].one) not in leaves or probes[layer].lacks]
-
-
-def freeze_unused(model, answer) -> None:
-    """Freezes the parameters that cannot learn, since no output depends on them (a mask token of pretraining), and names them."""
-    output = try_out(model, answer)
-    if output is None:
-        return
-    leaves = reached(output)
-    idle = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in leaves}
-    for parameter in idle.values():
-        parameter.requires_grad_(False)
+    mine = {name: p for name, p in model.named_parameters() if p.requires_grad and (within is None or is_within(name, within))}
+    idle = {name: p.requires_grad_(False) for name, p in mine.items() if id(p) not in leaves}
     if idle:
         say(f"frozen, for this model makes no use of them: {in_short(idle)}")
+    works = {layer for layer, probe in probes.items() if id(probe.one) in leaves and not probe.lacks}
+    return [name for name, layer in plain.items() if layer not in works]
 
 
 def in_short(names) -> str:

@@ -23,7 +23,6 @@ from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
 from common.runtime import quiet, say
-from common.trial import freeze_unused
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -180,7 +179,6 @@ def with_head(tower, classes: list[str], base: str, head: str, prompts: str) -> 
         rows, scale = zero_shot_rows(base, classes, prompts)
         say(f"head for {len(classes)} classes: zero-shot, from {prompts!r} with {label_words(classes[0])}, ...")
         model = zero_shot_classifier(tower, classes, rows, scale)
-    freeze_unused(model, answer)
     return model
 
 
@@ -224,7 +222,7 @@ def layer_groups(model: ClipClassifier, lr: float, decay: float) -> list[dict]:
 
 def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
     """Names of the layers that get adapters of rank r, none with 0, and never in the head; see choose_targets."""
-    return choose_targets(model, which, (HEAD,), last_k, answer) if r else []
+    return choose_targets(model, which, (HEAD,), last_k, answer, r)
 
 
 def answer(model) -> torch.Tensor:

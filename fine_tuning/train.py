@@ -50,11 +50,13 @@ def main(argv=None):
     from common.bases import save_model, train_mode
     from common.optim import build_optimizer
     from common.run import Run
+    from common.trial import freeze_unused
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
     from model import (
+        answer,
         layer_groups,
         load_base,
         load_checkpoint,
@@ -73,6 +75,7 @@ def main(argv=None):
 
         # 1. The image tower with a classifier. Every weight trains, early layers perhaps slower than late ones.
         model = with_head(tower, classes, config.model, config.head, config.prompts)
+        freeze_unused(model, answer)
         groups = layer_groups(model, config.lr, config.layer_decay)
         start_from(config.start_from, model)
         about = origin("full", model, base_facts, config)

@@ -21,8 +21,9 @@ from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within  # noqa: E402
 from common.peft_adapters import add_adapter  # noqa: E402
+from common.trial import freeze_unused  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
-from model import class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
+from model import answer, class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
 from predictor import Predictor  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
@@ -174,6 +175,7 @@ def test_unknown_classes_get_a_new_head_and_every_other_weight_stays(kind, loade
     old, head = clones(base.state_dict().items()), class_layers(base)
     assert head == (["timm_model.head"] if kind == "timm" else ["classifier"])
     model = with_classes(base, NEW)
+    freeze_unused(model, answer)
     assert [model.config.id2label[i] for i in range(4)] == NEW and model.config.num_labels == 4
     assert outputs(model, make_batch()[0]).shape == (4, 4)
     state = model.state_dict()
@@ -206,7 +208,7 @@ def test_the_same_classes_leave_the_base_as_it_is(loaded):
     assert fingerprint(base.state_dict()) == facts["sha256"]
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "timm"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "clip", "siglip", "timm"])
 def test_a_base_without_a_head_gets_one_and_is_the_same_base_each_time(kind, tmp_path):
     """As ViT on ImageNet-21k and DINOv2 lie on the hub: backbones, some with a pooler that a classifier has no use for."""
     import timm
@@ -220,7 +222,11 @@ def test_a_base_without_a_head_gets_one_and_is_the_same_base_each_time(kind, tmp
             json.dumps({**json.loads((tmp_path / "config.json").read_text()), "model_args": {**args, "num_classes": 0}})
         )
     else:
-        config = {"vit": transformers.ViTConfig, "dinov2": transformers.Dinov2Config}[kind](**small)
+        kinds = {"vit": "ViTConfig", "dinov2": "Dinov2Config", "clip": "CLIPConfig", "siglip": "SiglipConfig"}
+        text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 99}
+        small |= {"intermediate_size": 32} if kind in ("clip", "siglip") else {}
+        settings = {"vision_config": small, "text_config": text} if kind in ("clip", "siglip") else small
+        config = getattr(transformers, kinds[kind])(**settings)
         transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
         transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     base, _, facts = load_base(str(tmp_path))
@@ -230,6 +236,23 @@ def test_a_base_without_a_head_gets_one_and_is_the_same_base_each_time(kind, tmp
     found = outputs(model, torch.randn(2, 3, 32, 32))
     assert found.shape == (2, 3) and model.new_layers == head and len(head) == 1
     assert model.get_submodule(head[0]).weight.std() > 0
+    assert answer(model).shape == (1, 3)  # for a picture in the size that the base is of
+
+
+@pytest.mark.parametrize(("kind", "told"), [("ImageGPT", "takes no plain pictures"), ("ViTMAE", "none of type vit_mae")])
+def test_a_base_that_is_no_classifier_of_pictures_is_refused_in_a_short_line(kind, told, tmp_path):
+    import transformers
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    if kind == "ImageGPT":
+        config = transformers.ImageGPTConfig(n_embd=8, n_layer=1, n_head=2, n_positions=16, vocab_size=9)
+        transformers.ImageGPTForImageClassification(config).save_pretrained(tmp_path)
+    else:
+        transformers.ViTMAEModel(transformers.ViTMAEConfig(**small, intermediate_size=8)).save_pretrained(tmp_path)
+    transformers.ViTImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=told) as error:
+        load_base(str(tmp_path))
+    assert len(str(error.value)) < 250
 
 
 @pytest.mark.parametrize("args", [{"checkpoint_path": "weights.pth"}, {"pretrained_cfg": {"file": "a.bin"}}], ids=str)
@@ -304,7 +327,7 @@ def test_lora_targets_hit_layers_of_the_kind_asked_for_and_never_the_head(kind, 
 def test_query_and_value_are_found_whatever_they_are_called(kind, loaded):
     model, _, _ = loaded
     if not QV_LAYERS[kind]:
-        with pytest.raises(UserError, match="no layer's name ends in 'q_proj'; there are: .*pwconvN"):
+        with pytest.raises(UserError, match="qv: no query and value layers.*all-linear"):
             lora_targets(model, "qv")
         return
     names = lora_targets(model, "qv")

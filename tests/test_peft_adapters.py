@@ -6,6 +6,7 @@ A failure in the last section says which part of PEFT's insides has changed.
 import copy
 import io
 import pickle
+import signal
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from common.peft_adapters import (
     add_adapter,
     choose_targets,
     find_targets,
-    in_adapter,
     load_adapter_files,
     plain_lora,
     save_adapter_files,
@@ -281,11 +281,19 @@ def test_layers_that_compute_something_else_are_left_alone():
         choose_targets(model, "other", ["head"])
 
 
+def test_a_pattern_that_would_run_for_years_ends_in_one_line(monkeypatch):
+    monkeypatch.setattr("common.peft_adapters.PATTERN_SECONDS", 0.1)
+    model, handler = nn.ModuleDict({"a" * 40 + "b": nn.Linear(2, 2)}), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match="a simpler pattern is needed"):
+        choose_targets(model, "(a+)+c")
+    assert signal.getsignal(signal.SIGALRM) is handler and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
 def test_query_and_value_go_by_the_names_that_are_there():
     model = nn.ModuleDict({"a": nn.ModuleDict({"query": nn.Linear(2, 2), "key": nn.Linear(2, 2), "value": nn.Linear(2, 2)})})
     assert choose_targets(model, "qv") == ["a.query", "a.value"]
     assert choose_targets(nn.ModuleDict({"qkv": nn.Linear(2, 6)}), "qv") == ["qkv"]
-    with pytest.raises(UserError, match="no layer's name ends in 'q_proj'; there are: fc"):
+    with pytest.raises(UserError, match="qv: no query and value layers"):
         choose_targets(nn.ModuleDict({"fc": nn.Linear(2, 2)}), "qv")
 
 
@@ -316,8 +324,7 @@ def test_what_comes_before_the_first_adapter_is_not_differentiated():
 
 def test_pefts_names_for_parameters_and_layers():
     model = get_peft_model(base(), LoraConfig(r=4, target_modules=TARGETS))
-    assert model.base_model.prefix == "lora_", "in_adapter tells adapters by this prefix"
-    names = [name for name, p in model.named_parameters() if in_adapter(model, name)]
+    names = [name for name, p in model.named_parameters() if "lora_" in name]
     assert "base_model.model.blocks.0.q_proj.lora_A.default.weight" in names and len(names) == 2 * 9
     assert all(name.startswith("base_model.model.") for name, _ in model.named_parameters()), "adapter_state relies on it"
     assert set(model.peft_config) == {"default"}

@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
+from common.bases import save_lora, with_saved_adapter
 from common.config import UserError
 from common.peft_adapters import add_adapter, choose_targets, merged
-from common.trial import freeze_unused, passed_by
+from common.trial import freeze_unused
 
 
 class Block(nn.Module):
@@ -36,6 +37,11 @@ class Net(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         return self.head(x)
+
+
+class Processor:
+    def save_pretrained(self, folder):
+        """Has nothing to save."""
 
 
 def answer(model):
@@ -80,6 +86,26 @@ def test_a_layer_whose_settings_the_model_reads_takes_no_adapter():
     assert choose_targets(Padded(), "all", answer=lambda model: model(torch.ones(1, 1, 8))) == ["plain"]
 
 
+@pytest.mark.parametrize("r", [0, 2])
+def test_what_is_not_used_of_a_head_is_frozen_in_one_pass_and_saved_all_the_same(r, tmp_path, capsys):
+    """As the class layers of a two-stage detector's decoder, which would stop the run, for they get no gradient."""
+    passes = []
+
+    def counted(model):
+        passes.append(model)
+        return answer(model)
+
+    model, parts = net(), ("head", "spare")
+    targets = choose_targets(model, "all-linear", parts, answer=counted, r=r)
+    assert len(passes) == 1 and "no use of them: spare.weight, spare.bias\n" in capsys.readouterr().out
+    model = add_adapter(model, LoraConfig(r=r, target_modules=targets), parts)
+    answer(model).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    save_lora(tmp_path / "c", model, Processor(), {"base": {"name": "net"}})
+    loaded = with_saved_adapter(net(), tmp_path / "c", parts, False, answer)
+    assert torch.equal(answer(loaded), answer(model))
+
+
 def test_a_trial_leaves_nothing_behind(capsys):
     model = net().train()
     model.blocks[1].eval()
@@ -89,7 +115,7 @@ def test_a_trial_leaves_nothing_behind(capsys):
         return model.train()(torch.ones(2, 4))
 
     for trial in (drops, answer, fails):
-        passed_by(model, ["blocks.0.qkv", "blocks.0.proj"], trial)
+        freeze_unused(model, trial, (), ["blocks.0.qkv", "blocks.0.proj"])
         freeze_unused(copy.deepcopy(model), trial)
     assert torch.equal(torch.random.get_rng_state(), noise)
     assert [(name, id(m)) for name, m in model.named_modules()] == [(name, id(m)) for name, m in modules]

@@ -39,11 +39,12 @@ def trained_shape(config) -> tuple[int, int, int]:
     timm = getattr(config, "pretrained_cfg", None) or {}
     if timm.get("input_size"):
         return tuple(timm["input_size"])
-    parts = (config, getattr(config, "backbone_config", None))
+    parts = (config, getattr(config, "backbone_config", None), getattr(config, "vision_config", None))
     sizes = [getattr(part, key, None) for part in parts for key in ("image_size", "eval_size", "anchor_image_size")]
     size = next((size for size in sizes if size), 224)
     size = size.values() if isinstance(size, dict) else [size] * 2 if isinstance(size, int) else size
-    return (getattr(config, "num_channels", None) or 3, *size)
+    channels = next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
+    return (channels, *size)
 
 
 class ClassifierPreprocess:

@@ -21,17 +21,17 @@ from common.bases import (
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import quiet, say
-from common.trial import freeze_unused
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
-# Weights of bases without a classifier that belong to other heads (masked patches, an image's vector): no fault.
-OTHER_HEADS = ("pooler", "decoder", "lm_head", "predictor")
+# Weights of bases without a classifier that belong to other heads (masked patches, an image's vector, texts): no fault.
+OTHER_HEADS = ("pooler", "decoder", "lm_head", "predictor", "vision_model.head", "visual_projection")
+TEXT_SIDE = ("text_model", "text_projection", "logit_scale", "logit_bias")  # of CLIP and SigLIP
 
 
 def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
     """Names of the layers that get adapters of rank r, none with 0, and never in the head; see choose_targets."""
-    return choose_targets(model, which, class_layers(model), last_k, answer) if r else []
+    return choose_targets(model, which, class_layers(model), last_k, answer, r)
 
 
 def answer(model) -> torch.Tensor:
@@ -57,12 +57,14 @@ class AnyClassifier:
             config.model_args = {key: value for key, value in args.items() if key != "num_classes"}  # stands in the config, too
             config.num_labels = config.num_labels or 2  # of a base without a head; the library builds none for 0
         model, info = AutoModelForImageClassification.from_pretrained(source, config=config, **options)
+        if model.main_input_name != "pixel_values" or config.model_type == "siglip2":  # siglip2 wants pictures cut into patches
+            raise ValueError(f"a {config.model_type} takes no plain pictures")
         layers = class_layers(model)
         head = {key for key in model.state_dict() if is_within(key, layers)}
         if head and head <= set(info["missing_keys"]):
             for key in head:
                 model.get_parameter(key).data.zero_()  # not at random: the base's sha256 is that of its tensors
-            strays = [key for key in info["unexpected_keys"] if not is_within(key, OTHER_HEADS)]
+            strays = [key for key in info["unexpected_keys"] if not is_within(key, OTHER_HEADS + TEXT_SIDE)]
             info = {**info, "missing_keys": set(info["missing_keys"]) - head, "unexpected_keys": strays}
         return model, info
 
@@ -99,7 +101,6 @@ def with_classes(base, classes: list[str]):
     if known != classes:
         how = "rows of the base, by name" if set(classes) <= set(known) else "new weights"
         say(f"head ({', '.join(class_layers(model))}) for {len(classes)} classes: {how}")
-    freeze_unused(model, answer)
     return model
 
 

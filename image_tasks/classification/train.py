@@ -43,11 +43,12 @@ def main(argv=None):
     from common.bases import save_model, train_mode
     from common.optim import build_optimizer
     from common.run import Run
+    from common.trial import freeze_unused
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
-    from model import load_base, load_checkpoint, origin, plain_code, start_from, with_classes
+    from model import answer, load_base, load_checkpoint, origin, plain_code, start_from, with_classes
 
     with Run(config, task="classification", method="full") as run:
         tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
@@ -58,6 +59,7 @@ def main(argv=None):
 
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes)
+        freeze_unused(model, answer)
         about = origin("full", model, base_facts, config)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)

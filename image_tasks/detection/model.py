@@ -23,7 +23,7 @@ from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import process_index, quiet, say
-from common.trial import freeze_unused, without_trace
+from common.trial import without_trace
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -40,7 +40,7 @@ HEADS = (
 
 def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
     """Names of the layers that get adapters of rank r, none with 0, and never in the heads; see choose_targets."""
-    return choose_targets(model, which, HEADS, last_k, lesson) if r else []
+    return choose_targets(model, which, HEADS, last_k, lesson, r)
 
 
 def lesson(model) -> torch.Tensor:
@@ -110,7 +110,6 @@ def with_classes(base, classes: list[str], most_boxes: int = 0):
             f"class head for {len(classes)} classes, {len(classes) - len(new)} of them copied by name"
             + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
         )
-    freeze_unused(model, lesson)
     return model
 
 

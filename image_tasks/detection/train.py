@@ -41,12 +41,14 @@ def main(argv=None):
     from common.bases import save_model, train_mode
     from common.optim import build_optimizer
     from common.run import Run
+    from common.trial import freeze_unused
     from data import build_loaders, read_tables
     from metrics import evaluate
     from model import (
         backbone_groups,
         check_size,
         denoises,
+        lesson,
         load_base,
         load_checkpoint,
         origin,
@@ -65,6 +67,7 @@ def main(argv=None):
 
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes, data_facts["most_boxes"])
+        freeze_unused(model, lesson)
         about = origin("full", model, base_facts, config)
         groups = backbone_groups(model, config.lr, config.lr_backbone)
         start_from(config.start_from, model)

@@ -12,7 +12,6 @@ from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
 from common.runtime import process_index, say
-from common.trial import freeze_unused
 from common.vision.preprocess import example_picture
 from keypoints import KEYPOINT_FILE, KeypointSet
 
@@ -260,7 +259,6 @@ def with_head(base: KeypointModel, points: KeypointSet, head: str, size: tuple[i
     facts = {**points.to_json(), "head": head, "input_size": list(size), "beta": beta}
     model = KeypointModel(base.backbone, module, facts)
     model.new_layers = [] if module is base.keypoint_head else [HEAD]
-    freeze_unused(model, answer)
     return model
 
 
@@ -270,7 +268,7 @@ def new_head(kind: str, width: int, keypoints: int) -> nn.Module:
 
 def lora_targets(model, which: str, last_k: int = 0, r: int = 1) -> list[str]:
     """Names of the layers that get adapters of rank r, none with 0, and never in the head; see choose_targets."""
-    return choose_targets(model, which, (HEAD,), last_k, answer) if r else []
+    return choose_targets(model, which, (HEAD,), last_k, answer, r)
 
 
 def answer(model) -> torch.Tensor:

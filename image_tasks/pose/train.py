@@ -40,9 +40,11 @@ def main(argv=None):
     from common.bases import save_model
     from common.optim import build_optimizer
     from common.run import Run
+    from common.trial import freeze_unused
     from data import Preprocess, build_loaders, read_tables
     from metrics import evaluate
     from model import (
+        answer,
         input_size,
         keypoint_loss,
         load_base,
@@ -63,6 +65,7 @@ def main(argv=None):
 
         # 1. The base with a head for these keypoints. Every weight trains.
         model = with_head(base, points, config.head, size)
+        freeze_unused(model, answer)
         about = origin("full", model, base_facts, config)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
