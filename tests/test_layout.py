@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "scripts"))
+from local_imports import follow_imports  # noqa: E402
+
 COMMON = sorted((ROOT / "common").rglob("*.py"))
 TASKS = sorted({p.parent for p in [*ROOT.glob("*/train.py"), *ROOT.glob("*/*/train.py")] if "tests" not in p.parts})
 TASK_FILES = [p for task in TASKS for p in sorted(task.glob("*.py"))]
@@ -337,3 +340,20 @@ def test_documents_name_scripts_that_are_there(path):
     for script in re.findall(r"\b(?:python|torchrun)\s+(?:--?\w+\s+\d+\s+)*([\w./-]+\.py)\b", text):
         there = any((place / script).is_file() for place in places) or all((task / script).is_file() for task in TASKS)
         assert there, f"{short(path)}: {script}"
+
+
+@each(SCRIPTS)
+def test_a_name_stands_for_one_thing_along_the_imports_of_a_script(path):
+    """An export as one file puts all of them into one module."""
+    place = {}
+    for module in follow_imports(path):
+        for node in tree(module.path).body:
+            named = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                named = [
+                    t.id for t in (node.targets if isinstance(node, ast.Assign) else [node.target]) if isinstance(t, ast.Name)
+                ]
+            for name in named:
+                assert place.setdefault(name, module.path) == module.path or name in ("ROOT", "HERE"), (
+                    f"{name}: {short(module.path)}"
+                )
