@@ -23,7 +23,7 @@ from common.lora import is_within  # noqa: E402
 from common.peft_adapters import add_adapter  # noqa: E402
 from common.trial import freeze_unused  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
-from model import answer, class_layers, load_base, load_checkpoint, lora_targets, origin, with_classes  # noqa: E402
+from model import answer, class_layers, load_base, load_checkpoint, lora_targets, origin, start_from, with_classes  # noqa: E402
 from predictor import Predictor  # noqa: E402
 
 CLASSES = ["cat", "dog", "fish"]
@@ -374,6 +374,13 @@ def test_rank_zero_trains_the_head_alone_and_saves_it_alone(small_base, tmp_path
     assert not list((tmp_path / "head").glob("adapter*"))
     again, _, about = load_checkpoint(tmp_path / "head")
     assert torch.equal(outputs(again, pixels), outputs(model, pixels)) and about["method"] == "head"
+    for classes, same in ((NEW, True), (["x", "y"], False)):  # a run that starts from it, on the same classes and on others
+        begun = with_classes(load_base(str(small_base))[0], classes)
+        begun = add_adapter(begun, LoraConfig(r=0, target_modules=[]), class_layers(begun))
+        fresh = begun.classifier.weight.clone()
+        start_from(str(tmp_path / "head"), begun)
+        assert torch.equal(begun.classifier.weight, model.classifier.weight if same else fresh)
+        assert begun.new_layers == ([] if same else ["classifier"])
     (tmp_path / "head" / "manifest.json").unlink()
     (tmp_path / "head" / "head.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match=r"head\.safetensors cannot be read"):
