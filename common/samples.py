@@ -343,18 +343,24 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 
 def split_by_folders(samples: list, root: Path, faults: Faults) -> dict[str, list]:
-    """Split -> samples of one list, by the folders that their paths in root name, where some lie in training's and others not.
+    """Split -> samples of one list, each with a path: as folder_splits says, or all of them training samples."""
+    found = defaultdict(list)
+    for split, sample in zip(folder_splits([sample.path for sample in samples], root, faults), samples, strict=True):
+        found[split].append(sample)
+    return dict(found)
 
-    What somebody has held out is not trained on because one file lists it all; elsewhere all stay training samples.
+
+def folder_splits(paths: list[Path], root: Path, faults: Faults) -> list[str]:
+    """The splits of files that one list names, by their folders in root, where some are training's and others not; else train.
+
+    What somebody has held out is not trained on because one file lists it all.
     """
-    parts = [Path(os.path.relpath(sample.path, root)).parts[:-1] for sample in samples]
+    parts = [Path(os.path.relpath(path, root)).parts[:-1] for path in paths]
     splits = [next(filter(None, map(split_of, folders)), "train") for folders in parts]
     if "train" not in splits or len(set(splits)) == 1:
-        return {"train": samples}
+        return ["train"] * len(paths)
     faults.note("file that lists several splits, which are told apart by their folders", root.name)
-    return {
-        split: [s for s, own in zip(samples, splits, strict=True) if own == split] for split in SPLIT_NAMES if split in splits
-    }
+    return splits
 
 
 def split_off(names: list[str], seed: int) -> list[bool]:

@@ -244,7 +244,7 @@ def test_columns_of_zeros_and_a_one_are_classes(tmp_path):
         (tmp_path / split / "_classes.csv").write_text("\n".join(["filename, cat, dog", *rows, "cat0.png, 1, 1", ""]))
     splits, classes, faults = read(tmp_path)
     assert classes == CLASSES and splits == {"train": of(2), "val": of(2)}
-    assert faults.found == {"CSV line without a path or a label": ["_classes.csv line 6"] * 2}
+    assert faults.found == {"CSV line of several classes": ["_classes.csv line 6"] * 2}
 
 
 def test_rows_that_contradict_each_other_and_copies_of_programs_are_named(tmp_path):
@@ -286,3 +286,37 @@ def test_a_picture_of_both_splits_is_said_aloud_where_one_trains_on_it(tmp_path)
     assert [places for note, places in faults.notes.items() if "trained on and validated on" in note] == [["cat2.png"]]
     *_, faults = read(tmp_path / "all.csv", scored=True)
     assert not faults.notes
+
+
+def test_a_competitions_tables_without_labels_are_passed_over(tmp_path):
+    for name in ("a0", "a1", "b0", "b1"):
+        draw(tmp_path / "train" / f"{name}.jpg")
+    draw(tmp_path / "test" / "t.jpg")
+    (tmp_path / "labels.csv").write_text("id,breed\na0,a\na1,a\nb0,b\nb1,b\n")
+    (tmp_path / "sample_submission.csv").write_text("id,a,b\nt,0.5,0.5\n")
+    splits, classes, faults = read(tmp_path)
+    assert splits["train"] | splits["val"] == {"a0", "a1", "b0", "b1"} and classes == ["a", "b"]
+    assert faults.counts() == {"CSV file without labels": 1}
+    (tmp_path / "labels.csv").rename(tmp_path / "train.csv")
+    (tmp_path / "test.csv").write_text("id\nt\n")
+    splits, _, faults = read(tmp_path)
+    assert splits["train"] | splits["val"] == {"a0", "a1", "b0", "b1"} and faults.counts() == {"CSV file without labels": 2}
+
+
+def test_a_table_over_several_splits_keeps_what_was_held_out(tmp_path):
+    rows = [f"{split}/{split}_{name}.jpg,{name}" for split in ("train", "val") for name in "ab"]
+    for row in rows:
+        draw(tmp_path / row.split(",")[0])
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    assert read(tmp_path)[0] == {"train": {"train_a", "train_b"}, "val": {"val_a", "val_b"}}
+
+
+def test_several_classes_of_one_picture_and_classes_that_are_nearly_one_are_said(tmp_path):
+    for name in "abcd":
+        draw(tmp_path / "images" / f"{name}.jpg")
+    (tmp_path / "data.csv").write_text("image,cat,Cat\na.jpg,1,0\nb.jpg,0,1\nc.jpg,1,1\nd.jpg,0,1\na.jpg,1,0\n")
+    with pytest.raises(UserError, match="has one picture"):
+        read(tmp_path)
+    faults = read(tmp_path, scored=True)[2]
+    assert faults.counts() == {"CSV line of several classes": 1}
+    assert faults.notes["classes whose names are nearly the same"] == ["Cat and cat"]

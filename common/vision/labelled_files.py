@@ -13,8 +13,10 @@ from common.samples import (
     SPLIT_NAMES,
     Faults,
     FileFinder,
+    folder_splits,
     is_hidden,
     name_parts,
+    note_alike,
     note_shared,
     readable,
     split_folders,
@@ -30,7 +32,8 @@ TABLES = (".csv", ".tsv")
 # What a CSV file may call its columns, small and without what is no letter: the first that is there counts.
 COLUMNS = {
     "path": "path file filename image filepath imagepath imagename imagefile img imgpath imgname picture photo imageid id name",
-    "label": "label class classname labels labelname category categoryname target breed species diagnosis dx classid labelid",
+    "label": "label class classname labels labelname category categoryname target breed species diagnosis dx choice "
+    "classid labelid",
     "split": "split subset partition set",
 }
 
@@ -60,6 +63,7 @@ def read_dataset(source: Path, seed: int, faults: Faults, scored: bool = False):
     names = {unicodedata.normalize("NFC", label): label for split, _, label in rows if scored or split == "train"}
     names = dict(sorted(names.items(), key=lambda item: item[1]))
     check_classes(source, list(names.values()), scored)
+    note_alike(list(names.values()), faults)
     splits, start, number_of = {}, f"{root.as_posix()}/", {name: number for number, name in enumerate(names)}
     for split, path, label in rows:
         number = number_of.get(unicodedata.normalize("NFC", label))
@@ -116,7 +120,7 @@ def read_folder(folder: Path, faults: Faults, scored: bool):
             faults.add("folder of pictures beside the splits", other.name)
         found = [row for split, place in places.items() for row in read_split(place, split, faults)]
         return found, "folders"
-    tables = tables_in(folder)
+    tables = [table for table in tables_in(folder) if not no_labels(table, faults)]
     if not tables:
         return [("train", *pair) for pair in class_folders(folder, faults)], "one folder"
     if len(tables) == 1:
@@ -128,6 +132,17 @@ def read_folder(folder: Path, faults: Faults, scored: bool):
         if [table] not in named.values():
             faults.add("CSV file of no split", table.name)
     return [row for split, mine in named.items() for table in mine for row in read_csv(table, folder, faults, split)], "csv"
+
+
+def no_labels(table: Path, faults: Faults) -> bool:
+    """Whether a table is a competition's for answers, or of a test split without them: faults is told that it is not read."""
+    unlabelled = "submission" in table.stem.lower()
+    if not unlabelled and split_of(table.stem, alone=False) == "test":
+        _, head = next(read_table(table, faults), (0, []))
+        unlabelled = len(head) == 1
+    if unlabelled:
+        faults.add("CSV file without labels", table.name)
+    return unlabelled
 
 
 def read_split(place: Path, split: str, faults: Faults) -> list[tuple[str, Path, str]]:
@@ -195,6 +210,9 @@ def read_csv(file: Path, folder: Path, faults: Faults, split: str | None = None)
         if one_hot:
             ones = [head[i] for i in one_hot if i < len(cells) and cells[i] in ("1", "1.0")]
             label = ones[0] if len(ones) == 1 else ""
+            if len(ones) > 1:
+                faults.add("CSV line of several classes", f"{file.name} line {number}")
+                continue
         label = re.sub(r"^(-?\d+)\.0+$", r"\1", label)  # whole numbers become 1.0 where a program found a cell empty
         row_split, where = split or "train" if column["split"] is None else split_of(its_split), f"{file.name} line {number}"
         if not name or not label:
@@ -208,6 +226,9 @@ def read_csv(file: Path, folder: Path, faults: Faults, split: str | None = None)
             faults.add("hidden copy of a picture", name[:80])
         elif seen.setdefault((row_split, path), label) != label:
             faults.add("picture that is listed with two classes", f"{where}: {name[:80]}")
+    if column["split"] is None and not split:  # metadata.csv over train/a.jpg and val/b.jpg
+        splits = folder_splits([path for _, path in seen], folder, faults)
+        seen = {(its_split, path): label for its_split, ((_, path), label) in zip(splits, seen.items(), strict=True)}
     if len(missing) > len(seen):
         told = f"{len(missing)} of {len(missing) + len(seen)} pictures are not there, the first {missing[0][:80]!r}"
         raise UserError(f"{file}: {told}; paths start at {folder}{pictures.hint(missing[0])}")
@@ -259,10 +280,14 @@ class ListedPictures:
             return Path(direct)
         found = self.finder.find_by_last_parts(name)
         own = {*name_parts(name)[-2:-1], *name_parts(label)}
-        if len(found) != 1 or not (found[0].parent in self.usual or own & set(name_parts(found[0].parent)[-1:])):
+        if len(found) != 1 or not (self.holds_pictures(found[0].parent) or own & set(name_parts(found[0].parent)[-1:])):
             return None
         self.faults.note("picture not found as named, but by the last parts of its path", f"{name[:80]} ({found[0]})")
         return found[0]
+
+    def holds_pictures(self, place: Path) -> bool:
+        """Whether a folder is one of the usual, or called after what is in it: HAM10000_images_part_1."""
+        return place in self.usual or re.search("image|picture|photo", place.name.lower()) is not None
 
     def is_hidden(self, path: Path) -> bool:
         """Whether a part of the path below the CSV file's folder, or elsewhere its name, is hidden."""
