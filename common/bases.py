@@ -285,7 +285,8 @@ def choose_checkpoint(named: str, task: str, method: str) -> tuple[str, dict]:
     """
     folder, origin = open_checkpoint(named or newest_best(task, method), task)
     made = datetime.fromtimestamp((folder / ORIGIN).stat().st_mtime)
-    say(f"checkpoint: {folder} ({origin['method']}, made {made:%Y-%m-%d %H:%M}, base {origin['base']['name']})")
+    kind = "the head alone, without adapters" if origin["method"] == "head" else origin["method"]
+    say(f"checkpoint: {folder} ({kind}, made {made:%Y-%m-%d %H:%M}, base {origin['base']['name']})")
     return str(folder), origin
 
 
@@ -362,7 +363,10 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
     plain.load_state_dict(theirs, strict=False)
     if not class_parts:
         plain.new_layers = []
-    say(f"starts from {folder}" + (f"; its classes are others, so new here: {', '.join(class_parts)}" if class_parts else ""))
+    say(
+        f"starts from {folder}"
+        + (f"; its classes are others, so new here: {', '.join(class_parts)}" if class_parts else ", head included")
+    )
 
 
 def train_mode(model) -> None:

@@ -78,7 +78,7 @@ class TrainConfig:
     output_dir: str = ""  # where run folders go; empty: outputs/ beside common/
     run_name: str = ""  # name of the run folder; empty: full or lora
     overwrite: bool = False  # replace an existing run folder instead of taking the next free name
-    resume: bool = False  # go on where a stopped run left off, with the settings it had
+    resume: bool = False  # go on where a stopped run left off: the same command with --resume added
     epochs: Count = 10  # passes over the training data
     max_steps_per_epoch: Annotated[int, Range(0, 10**9)] = 0  # cut every epoch short, for a smoke run; 0: whole epochs
     batch_size: BatchSize = 8  # samples per process and backward pass

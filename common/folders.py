@@ -71,7 +71,7 @@ def check_same_settings(config, folder: Path) -> None:
         then = read_yaml(folder / "config.yaml", get_type_hints(type(config)))
         if fault := other_setting(config, then):
             raise UserError(
-                f"--resume: {fault} when {folder.name} started; give the same settings, "
+                f"--resume: {fault} when {folder.name} started; give the same settings (--run_name says which run goes on), "
                 "or leave --resume out to start another run"
             )
     elif has_results(folder):

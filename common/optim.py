@@ -49,10 +49,11 @@ def with_head_rate(groups: list[dict], model, new, rate: float) -> list[dict]:
 
 def describe_steps(config, steps: int, rates: set[float]) -> None:
     """Prints the run's optimizer steps and learning rates, and what gives more steps where they are few."""
-    told = " to ".join(f"{rate:.3g}" for rate in sorted({min(rates), max(rates)}))
+    low, high = (f"{rate:.3g}" for rate in (min(rates), max(rates)))
+    told = f"learning rate {low}" if low == high else f"learning rates {low} to {high} by part of the model"
     few = steps < FEW_STEPS and not config.max_steps_per_epoch
     hint = "; so few teach little: more --epochs or a smaller --batch_size make more" if few else ""
-    say(f"{steps} optimizer steps, {warmup_of(config.warmup_steps, steps)} of them warm-up, learning rate {told}{hint}")
+    say(f"{steps} optimizer steps, {warmup_of(config.warmup_steps, steps)} of them warm-up, {told}{hint}")
 
 
 def warmup_of(warmup: float, total: int) -> int:

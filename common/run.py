@@ -106,7 +106,6 @@ class Run:
         self.record = Record(self.folder, named, self.config, self.device, self.world, self.is_main)
         if self.is_new:
             self.write_start()
-        say(f"run folder {self.folder}")
         self.signals = StopSignals(wait_always=False).__enter__()
         seed_everything(self.config.seed, "build")
         return self
@@ -188,6 +187,7 @@ class Run:
         total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
         self.described.setdefault("parameters", {"total": total, "trainable": trains})
         say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
+        say(f"run folder {self.folder}")  # not earlier: a start that is refused leaves none
         if self.config.resume:
             self.restore()
             self.record.go_on(self.progress)

@@ -383,7 +383,6 @@ from transformers import AutoImageProcessor, {kind}
 
 folder = "path/to/this/folder"
 about = json.load(open(f"{{folder}}/origin.json"))
-processor = AutoImageProcessor.from_pretrained(folder)
 
 
 class Classifier(nn.Module):  # its names are those in the file: tower. and classifier.
@@ -413,7 +412,9 @@ model.classifier.load_state_dict(load_file(f"{{folder}}/{HEAD_FILE}"))
         + base
         + 'model.load_state_dict(load_file(f"{folder}/head.safetensors"), strict=False)\n',
     }
-    answer = """
+    source = "folder" if about["method"] == "full" else "base"
+    answer = f"""
+processor = AutoImageProcessor.from_pretrained({source})
 picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     probabilities = model.eval()(picture["pixel_values"])[0].softmax(0)

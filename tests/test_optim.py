@@ -265,8 +265,8 @@ def test_new_layers_learn_at_no_less_than_the_rate_of_heads():
 def test_the_run_says_its_steps_and_what_makes_more_of_few(capsys):
     build_optimizer(net(), config(warmup_steps=0.1, lr_head=1.0), 60, new=["2"])
     assert capsys.readouterr().out == (
-        "60 optimizer steps, 6 of them warm-up, learning rate 0.1 to 1; so few teach little: more --epochs or a smaller "
-        "--batch_size make more\n"
+        "60 optimizer steps, 6 of them warm-up, learning rates 0.1 to 1 by part of the model; so few teach little: more "
+        "--epochs or a smaller --batch_size make more\n"
     )
     for steps, changes in ((400, {}), (40, {"max_steps_per_epoch": 4})):  # a smoke run is short on purpose
         build_optimizer(net(), config(warmup_steps=20, **changes), steps)

@@ -180,7 +180,7 @@ def test_infer_with_the_annotations_boxes_finds_what_eval_scored(full, annotatio
 
 def test_a_regression_head_runs_end_to_end(pictures, tmp_path):
     folder, said = train("demo", tmp_path, "--head", "regression", "--lr", 0.005, "--lr_head", 0.02)
-    assert "learning rate 0.005 to 0.02" in said  # this head is new
+    assert "learning rates 0.005 to 0.02 by part" in said  # this head is new
     best = folder / "checkpoints" / "best"
     assert read(best / "keypoints.json")["head"] == "regression"
     call(ROW, "eval_lora.py", "--checkpoint", best, "--batch_size", 5)  # merged, in other batches

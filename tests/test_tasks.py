@@ -196,7 +196,7 @@ def test_a_run_starts_from_the_weights_of_another(task, method):
     summary = read(run.folder.with_name(name) / "summary.json")
     before, best = (without(metrics, task.by_batch) for metrics in (summary["metrics"]["before"], recorded(run.summary)))
     same_numbers(before, best, 1e-4)
-    assert summary["config"]["start_from"] == str(run.best) and f"starts from {run.best}\n" in said
+    assert summary["config"]["start_from"] == str(run.best) and f"starts from {run.best}, head included\n" in said
     assert (summary["base"]["name"] == "demo") == (method == "lora")
     other = "train.py" if method == "lora" else "train_lora.py"
     told = one_line(call(task, other, *args, "--run_name", "other", "--model", "demo", expect=2))

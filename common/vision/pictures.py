@@ -190,5 +190,7 @@ def find_pictures(pattern: str) -> list[Path]:
         found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if is_picture(p) and os.path.isfile(p)]
         found = [p for p in found if not any(is_hidden(part) and part not in path.parts for part in p.parts)]
     if not found:
-        raise UserError(f"--input {pattern}: no picture there ({', '.join(picture_endings())})")
+        there = path.is_dir() or glob.has_magic(str(path))
+        what = f"no picture there ({', '.join(picture_endings())})" if there else "there is no such file or folder"
+        raise UserError(f"--input {pattern}: {what}")
     return found

@@ -173,7 +173,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 folder = "path/to/this/folder"
 classes = json.load(open(f"{folder}/origin.json"))["classes"]
-processor = AutoImageProcessor.from_pretrained(folder)
 """
     whole = "model = AutoModelForImageClassification.from_pretrained(folder)\n"
     adapter = f'''from peft import PeftModel
@@ -188,7 +187,9 @@ base = "{about["base"]["name"]}"  # a new head for the classes goes on it, which
 model = AutoModelForImageClassification.from_pretrained(base, num_labels=len(classes), ignore_mismatched_sizes=True)
 model.load_state_dict(load_file(f"{{folder}}/head.safetensors"), strict=False)
 '''
-    answer = """
+    source = "folder" if about["method"] == "full" else "base"
+    answer = f"""
+processor = AutoImageProcessor.from_pretrained({source})
 picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     probabilities = model.eval()(**picture).logits[0].softmax(0)

@@ -266,7 +266,7 @@ def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Fa
     if outside + beyond > max(2, every / 5):
         say(f"{outside + beyond} of {every} {split} boxes reach beyond their pictures: are they {BOX_FORMATS}?")
     if not samples:
-        raise UserError(f"the {split} split has no picture that can be used")
+        raise UserError(f"{'--input' if split == 'input' else f'the {split} split'} has no picture that can be used")
     if tiny:
         size = " x ".join(str(side) for side in preprocess.size.values())
         say(

@@ -259,7 +259,6 @@ from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 folder = "path/to/this/folder"
 classes = json.load(open(f"{folder}/origin.json"))["classes"]
-processor = AutoImageProcessor.from_pretrained(folder)
 """
     whole = "model = AutoModelForObjectDetection.from_pretrained(folder)\n"
     adapter = f'''from peft import PeftModel
@@ -276,7 +275,9 @@ model.load_state_dict(load_file(f"{{folder}}/head.safetensors"), strict=False)
 '''
     side = about["image_size"]
     size = f', size={{"height": {side}, "width": {side}}}' if side else ""
+    source = "folder" if about["method"] == "full" else "base"
     answer = f'''
+processor = AutoImageProcessor.from_pretrained({source})
 picture = Image.open("photo.jpg").convert("RGB")
 with torch.inference_mode():
     outputs = model.eval()(**processor(picture, return_tensors="pt"{size}))

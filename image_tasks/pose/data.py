@@ -383,7 +383,7 @@ def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Fa
             "expected pixels of just these pictures, or fractions from 0 to 1"
         )
     if not samples:
-        raise UserError(f"the {split} split has no figure that can be used")
+        raise UserError(f"{'--input' if split == 'input' else f'the {split} split'} has no figure that can be used")
     return samples, cache
 
 
