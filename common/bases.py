@@ -21,7 +21,7 @@ from common.checkpoint import (
 )
 from common.config import UserError
 from common.folders import best_of, newest_best
-from common.lora import is_within
+from common.lora import is_finite, is_within
 from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files, whole_tensors
 from common.runtime import quiet, say
 
@@ -249,7 +249,7 @@ def load_trained(model, file: Path, whole):
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
     expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
-    shapes = {name: tuple(t.shape) if t.isfinite().all() else "not finite" for name, t in tensors.items()}
+    shapes = {name: tuple(t.shape) if is_finite(t) else "not finite" for name, t in tensors.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
     if wrong:
         raise UserError(

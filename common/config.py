@@ -363,7 +363,7 @@ class Parser(argparse.ArgumentParser):
         if what == "unrecognized arguments":
             name = flags.split()[0].partition("=")[0]
             message = unknown_setting(name[2:], self.kinds, self.twin) if name.startswith("--") else f"what is {shown(name)} for?"
-        self.exit(2, f"error: {one_line(message)}; --help lists the settings\n")
+        self.exit(2, f"error: {one_line(message)[:400]}; --help lists the settings\n")
 
 
 def with_underscores(flag: re.Match) -> str:
@@ -465,6 +465,11 @@ def cli(main, *args, **kwargs):
     except BrokenPipeError:  # the reader of our output went away, as in `script | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of ~somebody/pictures, on a machine that knows no somebody
+            raise
+        print("error: a path starts with ~ and a name, and there is no such user here", file=sys.stderr)
+        raise SystemExit(2) from None
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,8 @@ def open_run_folder(config, task: str, method: str):
     name = config.run_name or method
     if Path(name).name != name or name == "..":
         raise UserError(f"--run_name {name!r} must be a plain folder name")
+    if re.search("[\ud800-\udfff]", str(root / name)):  # what Python makes of letters that the locale has not
+        raise UserError(f"the run folder {root / name} has a name that TensorBoard cannot write to: start with PYTHONUTF8=1")
     bring_back(root)
     folder = choose_folder(config, root, name)
     try:

@@ -103,6 +103,11 @@ def register_lora_layer(base_type: type, lora_type: type) -> None:
 # On and off a model ------------------------------------------------------------------------------------------------------
 
 
+def is_finite(tensor) -> bool:
+    """Whether all numbers of a tensor of any type are finite (torch cannot say it of 8-bit floats)."""
+    return bool((tensor.float() if tensor.is_floating_point() else tensor).isfinite().all())
+
+
 def is_within(name: str, parts) -> bool:
     """Whether a module or parameter name lies in a part of the model: "a.head.0.weight" does in "head"."""
     return any(f".{part}." in f".{name}." for part in parts)
@@ -292,7 +297,7 @@ def load_lora_state_dict(model, state: dict, strict: bool = True) -> list[str]:
             faults.append(f"{name} is {given[name].dtype}, expected {own[name].dtype}")
         elif found != wanted:
             faults.append(f"{name} is {found}, expected {wanted if name in own else 'no such tensor'}")
-        elif not given[name].isfinite().all():
+        elif not is_finite(given[name]):
             faults.append(f"{name} holds numbers that are not finite")
         else:
             continue

@@ -16,15 +16,17 @@ import torch
 from torch import nn
 
 from common.checkpoint import read_json
-from common.config import UserError
+from common.config import UserError, shown
 from common.fast_lora import conv_pays, lora_conv, lora_linear
-from common.lora import ADAPTER_FILE, is_within
-from common.lora_files import plain_names
+from common.lora import ADAPTER_FILE, is_finite, is_within
+from common.lora_files import HARMLESS_STARTS, plain_names
 from common.runtime import say, time_limit
 from common.trial import freeze_unused, in_short, try_out
 
 MERGE_TOLERANCE = 1e-3  # of the largest output; rounding in float32 makes about 1e-5 of it
 PATTERN_SECONDS = 5  # for a regular expression of the user's; a good one needs milliseconds, (a+)+$ can take years
+SPLIT_STARTS = ("pissa", "olora")  # of init_lora_weights: A and B start as a part of the base's weights, which keep the rest
+MAX_ALPHA = 10**6  # beyond it an output overflows
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # The names of attention's query and value projections differ between architectures: the first set that is there counts.
 QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("qkv",))  # qkv: timm's ViT computes all three in one layer
@@ -367,7 +369,13 @@ def check_adapter_config(folder: Path, tensors: dict) -> None:
     for key in ("layers_pattern", "layers_to_transform", "layer_replication", "target_parameters", "trainable_token_indices"):
         if config.get(key):
             raise UserError(f"{file} asks for {key}, which is more than an adapter on named layers")
-    plain_names(config.get("alpha_pattern"))
+    start = config.get("init_lora_weights")
+    if start not in (*HARMLESS_STARTS, *SPLIT_STARTS):  # pissa_niter_99999999 takes hours
+        raise UserError(f"{file}: init_lora_weights is {shown(start)}, which is not known here")
+    alphas = {key: config[key] for key in ("lora_alpha", "alpha") if key in config}
+    for key, alpha in {**alphas, **plain_names(config.get("alpha_pattern"))}.items():
+        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:
+            raise UserError(f"{file}: the alpha {key} is {shown(alpha)[:20]}, but must be a number of at most {MAX_ALPHA}")
     ranks = {"r": config.get("r"), **plain_names(config.get("rank_pattern"))}
     sizes = {size for tensor in tensors.values() for size in tensor.shape}
     for key, rank in ranks.items():
@@ -391,7 +399,7 @@ def load_adapter_files(model, folder: Path, whole=()):
             saved = load_file(place / ADAPTER_FILE)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
-        if broken := sorted(name for name, tensor in saved.items() if not tensor.isfinite().all()):
+        if broken := sorted(name for name, tensor in saved.items() if not is_finite(tensor)):
             raise UserError(f"{folder / ADAPTER_FILE}: numbers that are not finite in {broken[0]} ({len(broken)} such tensors)")
         check_adapter_config(place, saved)
         try:

@@ -407,10 +407,10 @@ class Run:
             self.say_next()
 
     def say_next(self) -> None:
-        """The command that scores what was trained, as it can be copied; the script lies beside the one that runs."""
-        script = Path(sys.argv[0]).with_name("eval.py" if self.method == "full" else "eval_lora.py")
+        """The command that scores what was trained, to be pasted in any folder; the script lies beside the one that runs."""
+        script = Path(sys.argv[0]).absolute().with_name("eval.py" if self.method == "full" else "eval_lora.py")
         if script.is_file():
-            say(f"next: python {shlex.quote(str(script))} --checkpoint {shlex.quote(str(self.best))}")
+            say(f"next: python {shlex.quote(str(script))} --checkpoint {shlex.quote(str(self.best.absolute()))}")
 
     # ---- the end of a step ---------------------------------------------------------------------------------------
 

@@ -489,6 +489,11 @@ def test_a_tensor_that_does_not_fit_is_refused_by_name(adapter, name, how, told)
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_in_8_bit_floats_is_loaded(adapter):
+    change(adapter, lambda tensors: {**tensors, MATRIX: tensors[MATRIX].to(torch.float8_e4m3fn)})
+    load_checkpoint(adapter)
+
+
 def test_an_adapter_of_another_base_is_refused(adapter, tmp_path):
     other = save_base(tmp_path / "other", seed=7)
     with pytest.raises(UserError, match="was trained on the base .* an adapter fits no other base"):
@@ -544,6 +549,9 @@ def test_an_adapter_of_numbers_that_are_not_finite_is_refused(adapter):
         ({"r": 3}, "the rank r is 3, and no tensor"),
         ({"rank_pattern": {"vit.q_proj": 10**9}}, "the rank vit.q_proj is 1000000000"),
         ({"layer_replication": [[0, 10**9]]}, "asks for layer_replication"),
+        ({"init_lora_weights": "pissa_niter_99999999"}, "init_lora_weights is 'pissa_niter_99999999'"),
+        ({"lora_alpha": float("nan")}, "the alpha lora_alpha is nan"),
+        ({"alpha_pattern": {"q_proj": 1e308}}, "the alpha q_proj is 1e\\+308"),
     ],
     ids=str,
 )

@@ -334,6 +334,19 @@ def test_cli_ends_in_one_line(capsys):
     assert capsys.readouterr().err == "error: the cat is on the keyboard\n"
 
 
+def test_a_home_folder_of_nobody_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        cli(Path("~no-such-user/pictures").expanduser)
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err == "error: a path starts with ~ and a name, and there is no such user here\n"
+
+
+def test_a_word_of_thousands_of_letters_is_not_repeated_whole(capsys):
+    with pytest.raises(SystemExit):
+        parse(Config, [f"--{'9' * 10**5}"])
+    assert len(capsys.readouterr().err) < 500
+
+
 def test_an_error_stays_one_line_whatever_a_file_has_told(capsys):
     def fails():
         raise UserError("unknown key a\nb\x1b[31m\u202e")

@@ -500,3 +500,9 @@ def test_the_script_as_a_user_runs_it(tmp_path):
     record = summary(run)
     check_schema(record)
     assert record["steps"] == 2 and record["status"] == "finished"
+
+
+def test_a_run_folder_whose_name_is_no_utf_8_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(UserError, match="start with PYTHONUTF8=1"):
+        open_run_folder(TrainConfig(output_dir=str(tmp_path), run_name="caf\udce9"), "toy", "full")
+    assert not list(tmp_path.iterdir())
