@@ -10,6 +10,7 @@ from torch import nn
 
 # needs: torchvision, sentencepiece  (image processors; sentencepiece: the tokenizer of SigLIP)
 from common.bases import (
+    TRAINED_PART,
     base_source,
     describe_base,
     load_pretrained,
@@ -408,9 +409,7 @@ model = Classifier({kind}.from_pretrained(folder))
 model.classifier.load_state_dict(load_file(f"{{folder}}/{HEAD_FILE}"))
 """,
         "lora": "from peft import PeftModel\n" + base + "model = PeftModel.from_pretrained(model, folder)\n",
-        "head": "from safetensors.torch import load_file\n"
-        + base
-        + 'model.load_state_dict(load_file(f"{folder}/head.safetensors"), strict=False)\n',
+        "head": f'from safetensors.torch import load_file\n{base}model.load_state_dict(load_file(folder + "/{TRAINED_PART}"), False)\n',
     }
     source = "folder" if about["method"] == "full" else "base"
     answer = f"""
