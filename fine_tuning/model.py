@@ -402,6 +402,7 @@ class Classifier(nn.Module):  # its names are those in the file: tower. and clas
 base = "{about["base"]["name"]}"
 model = Classifier({kind}.from_pretrained(base))
 """
+    file = f'folder + "/{TRAINED_PART}"'
     ways = {
         "full": f"""from safetensors.torch import load_file
 
@@ -409,7 +410,7 @@ model = Classifier({kind}.from_pretrained(folder))
 model.classifier.load_state_dict(load_file(f"{{folder}}/{HEAD_FILE}"))
 """,
         "lora": "from peft import PeftModel\n" + base + "model = PeftModel.from_pretrained(model, folder)\n",
-        "head": f'from safetensors.torch import load_file\n{base}model.load_state_dict(load_file(folder + "/{TRAINED_PART}"), False)\n',
+        "head": f"from safetensors.torch import load_file\n{base}model.load_state_dict(load_file({file}), strict=False)\n",
     }
     source = "folder" if about["method"] == "full" else "base"
     answer = f"""
