@@ -291,8 +291,8 @@ def adapter_state(model) -> dict:
 
 
 def whole_tensors(model) -> dict:
-    """The parameters in the parts that train whole, of a model that add_adapter has prepared, by its own names."""
-    return {name: p.detach() for name, p in model.named_parameters() if is_within(name, model.whole)}
+    """The parameters in the parts that train whole, by their names in the model; add_adapter has noted which parts."""
+    return {name: p.detach() for name, p in model.named_parameters() if is_within(name, getattr(model, "whole", ()))}
 
 
 def save_adapter_files(model, folder: Path) -> None:
