@@ -214,6 +214,7 @@ def verdict(run: dict, other: dict, metric: str, higher_is_better: bool, by_meth
     x, y = run["metric_best"], other["metric_best"]
     text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b}"
     if x is not None and y is not None:
+        x, y = round(x, 9), round(y, 9)  # sums in another order are no difference
         better = "the same" if x == y else "better" if (x > y) == higher_is_better else "worse"
         gap = "" if x == y else f"{number(abs(float(x - y)))} "
         text += f" ({gap}{better}{by_chance(run)})"

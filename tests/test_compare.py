@@ -151,6 +151,7 @@ def test_files_hold_the_same_and_a_picture(tmp_path):
         ({"checkpoint_bytes": 10_600_000}, {"checkpoint_bytes": 343_000_000}, "10.60 MB against 343 MB (32x smaller)"),
         ({"train_seconds": 67.0}, {}, "0.67x the training time"),
         ({"metrics.best.map_50": 0.0}, {"metrics.best.map_50": 0.0}, "map_50 0.000 against 0.000 of full (the same)"),
+        ({"metrics.best.map_50": 0.892 + 1e-16}, {}, "0.892 against 0.892 of full (the same)"),
         ({"metrics.best.map_50": None}, {}, "map_50 unknown against 0.892 of full, with"),
     ],
 )
