@@ -78,7 +78,7 @@ def main(argv=None):
         freeze_unused(model, answer)
         groups = layer_groups(model, config.lr, config.layer_decay)
         start_from(config.start_from, model)
-        about = origin("full", model, base_facts, config)
+        about = origin("full", classes, model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
