@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 VERSION = "0.9"
 # What a disk, a folder's rights or a name that is too long may answer: nothing that a traceback would explain.
@@ -37,7 +37,8 @@ def setting(real, demo):
     return field(default=real, metadata={"demo": demo})
 
 
-class Range(NamedTuple):
+@dataclass(frozen=True)
+class Range:
     """What a number may be, both ends included: `Annotated[int, Range(1, 100)]`. --help shows it."""
 
     low: float
