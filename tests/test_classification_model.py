@@ -218,8 +218,9 @@ def test_a_base_without_a_head_gets_one_and_is_the_same_base_each_time(kind, tmp
     if kind == "timm":
         args = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 32}
         timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", num_classes=0, **args), tmp_path)
+        config, more = json.loads((tmp_path / "config.json").read_text()), {**args, "num_classes": 0}
         (tmp_path / "config.json").write_text(
-            json.dumps({**json.loads((tmp_path / "config.json").read_text()), "model_args": {**args, "num_classes": 0}})
+            json.dumps({**config, "pretrained_cfg": {**config["pretrained_cfg"], "input_size": [3, 32, 32]}, "model_args": more})
         )
     else:
         kinds = {"vit": "ViTConfig", "dinov2": "Dinov2Config", "clip": "CLIPConfig", "siglip": "SiglipConfig"}
