@@ -9,11 +9,12 @@ from common.runtime import say
 FEW_STEPS = 100  # in so few a head with new weights is seldom done learning
 
 
-def build_optimizer(model, config, steps: int, groups: list[dict] | None = None, new=()):
+def build_optimizer(model, config, steps: int, groups: list[dict] | None = None, new=(), no_decay=(), betas=(0.9, 0.999)):
     """AdamW over every parameter that trains, and its warm-up + cosine schedule over `steps` optimizer steps.
 
     groups: [{"params": [...], "lr": ...}] where parts of the model want another rate than config.lr; default: one group.
     new: names of layers with new weights (heads), which learn at no less than config.lr_head.
+    no_decay: names of layers that weight decay leaves alone, as a table whose unused rows are to stay as they are.
     Weight decay pulls matrices and convolutions only: biases, norm scales and other vectors have no reason to shrink.
     """
     import torch
@@ -21,16 +22,16 @@ def build_optimizer(model, config, steps: int, groups: list[dict] | None = None,
     if groups is None:
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}]
     groups = with_head_rate(groups, model, new, config.lr_head)
-    split = []
+    split, kept = [], {id(p) for name, p in model.named_parameters() if is_vector(p) or is_within(name, no_decay)}
     for group in groups:
-        for decay, vectors in ((config.weight_decay, False), (0.0, True)):
-            params = [p for p in group["params"] if p.requires_grad and is_vector(p) == vectors]
+        for decay, stays in ((config.weight_decay, False), (0.0, True)):
+            params = [p for p in group["params"] if p.requires_grad and (id(p) in kept) == stays]
             if params:
                 split.append({**group, "params": params, "weight_decay": decay})
     if not split:
         raise UserError("nothing in the model trains: no parameter has requires_grad")
     describe_steps(config, steps, {group["lr"] for group in split})
-    optimizer = torch.optim.AdamW(split, lr=config.lr, fused=True)
+    optimizer = torch.optim.AdamW(split, lr=config.lr, betas=betas, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, config.warmup_steps, steps))
     return optimizer, scheduler
 

@@ -185,8 +185,9 @@ class Run:
             ready.append(thing)
         counts = [count_parameters(model) for model in self.models]
         total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
-        self.described.setdefault("parameters", {"total": total, "trainable": trains})
-        say(f"{trains:,} of {total:,} parameters train ({trains / total:.2%}), on {self.device}")
+        counted = self.described.setdefault("parameters", {"total": total, "trainable": trains})
+        share = counted["trainable"] / counted["total"]
+        say(f"{counted['trainable']:,} of {counted['total']:,} parameters train ({share:.2%}), on {self.device}")
         say(f"run folder {self.folder}")  # not earlier: a start that is refused leaves none
         if self.config.resume:
             self.restore()

@@ -406,3 +406,18 @@ def test_weight_decay_leaves_vectors_alone_in_whatever_shape():
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     pulled = {name for name, p in model.named_parameters() if decay[id(p)]}
     assert pulled == {"matrix", "convolution"} and len(decay) == len(shapes)
+
+
+def test_rows_of_a_table_that_are_never_used_stay_bit_for_bit():
+    """Weight decay would pull them to zero, although no gradient ever asks for it."""
+    table = torch.nn.Embedding(5, 3)
+    model, before = torch.nn.Sequential(table, torch.nn.Linear(3, 2)), table.weight.detach().clone()
+    config = SimpleNamespace(lr=0.1, lr_head=0.0, weight_decay=0.5, warmup_steps=0, max_steps_per_epoch=1)
+    optimizer, _ = build_optimizer(model, config, 10, no_decay=("0",), betas=(0.8, 0.99))
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.99)}
+    for _ in range(3):
+        model(torch.tensor([1])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    same = (table.weight == before).all(dim=1).tolist()
+    assert same == [True, False, True, True, True]
