@@ -25,7 +25,8 @@ CLASSIFICATION = ROOT / "image_tasks" / "classification"
 DETECTION = ROOT / "image_tasks" / "detection"
 POSE = ROOT / "image_tasks" / "pose"
 CLIP = ROOT / "fine_tuning"
-FOLDERS = (CLASSIFICATION, DETECTION, POSE, CLIP)
+VOICE = ROOT / "voice_rvc"
+FOLDERS = (CLASSIFICATION, DETECTION, POSE, CLIP, VOICE)
 
 sys.path.insert(0, str(ROOT))
 # For this process and the ones it starts, before torch is imported: one thread, no network.

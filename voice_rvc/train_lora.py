@@ -1,0 +1,120 @@
+"""LoRA fine-tuning of an RVC v2 voice on a folder of recordings.
+
+    python train_lora.py                                  # demo: small base, synthetic voices, two minutes on a CPU
+    python train_lora.py --data_dir ~/voice --model pretrained_v2/f0G40k.pth      # ten minutes of a voice, any audio format
+    torchrun --nproc_per_node 4 train_lora.py --data_dir ~/voice --model pretrained_v2/f0G40k.pth
+
+Trains low-rank adapters in the layers that model.py names, and the speakers' rows; all else stays frozen. The discriminator,
+which no conversion needs, trains whole. Leaves outputs/voice_rvc/lora/: the adapter (checkpoints/best/), voice.index, curves.png,
+plots/, predictions/ (what the held-out recordings sound like before, at best and at the end), metrics.jsonl, summary.json.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import LoraTrainConfig, Rate, cli, parse, setting  # noqa: E402
+
+
+@dataclass
+class Config(LoraTrainConfig):
+    model: str = setting("lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth", demo="demo")  # base: a .pth, a folder, demo
+    discriminator: str = ""  # its weights; empty: those beside the base (f0D40k.pth), else new ones
+    content: str = setting("hubert:lengyue233/content-vec-best", demo="dsp")  # what is said: hubert:<name or folder>, or dsp
+    f0_method: Literal["auto", "harvest", "dio", "pyin", "swift", "crepe"] = "auto"  # pitch tracker; auto: the best that is there
+    speakers: Literal["auto", "one", "folders"] = "auto"  # whose voices: all files are one, or each folder; auto: by its number
+    gan: bool = setting(True, demo=False)  # train against a discriminator; --no_gan suits less than a minute of a voice
+    index: bool = True  # leave voice.index, by which infer draws content towards what the voice said in training
+    cache: Literal["auto", "off"] = "auto"  # keep decoded clips in memory, up to a quarter of what is free
+    epochs: int = setting(100, demo=30)  # passes over the training data
+    batch_size: int = setting(4, demo=8)  # clips per process and backward pass
+    lr: float = setting(1e-3, demo=4e-3)  # few weights move, so about ten times the step of train.py
+    lr_disc: Rate = 1e-4  # of the discriminator, whose every weight moves
+    max_grad_norm: float = 1000.0  # the mel loss counts 45 times, so norms of hundreds are common; only explosions are cut
+    patience: int = setting(25, demo=0)  # a voice that trains too long sounds robotic: stop after so many epochs without gain
+    lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the speakers' rows alone, to see what the adapters add
+    lora_targets: str = "default"  # decoder, default (decoder, flow, text encoder), attention, all, or a regular expression
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.lora import count_parameters
+    from common.optim import build_optimizer
+    from common.run import Run
+    from data import build_loaders, find_voice
+    from losses import BETAS, critic_loss, real_slice, voice_losses
+    from metrics import evaluate
+    from model import (
+        VOICE_ROWS,
+        add_lora,
+        load_base,
+        load_checkpoint,
+        load_discriminator,
+        origin,
+        plain_code,
+        save_voice_lora,
+        start_from,
+        with_voices,
+    )
+    from pages import draw_results
+    from voice_index import save_index
+
+    with Run(config, task="voice_rvc", method="lora" if config.lora_r else "head") as run:
+        found = find_voice(config.data_dir, config.speakers, config.seed)  # before a base is fetched: the path may be wrong
+        base, voice, base_facts = load_base(config.model)
+        train_loader, val_loader, voice, data_facts = build_loaders(config, voice, found)
+        run.describe(base=base_facts, data=data_facts)
+
+        # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The speakers' rows train whole.
+        model = with_voices(base, voice)
+        about = origin(run.method, model, base_facts, config, voice)
+        model = add_lora(model, config)
+        start_from(config.start_from, model)
+        run.describe(parameters=count_parameters(model))  # of what is kept, without the discriminator's
+        steps = run.total_steps(train_loader)
+        optimizer, scheduler = build_optimizer(model, config, steps, new=model.new_layers, no_decay=(VOICE_ROWS,), betas=BETAS)
+        rivals = ()
+        if config.gan:
+            disc = load_discriminator(config.discriminator, config.model, voice.config)
+            rate = [{"params": list(disc.parameters()), "lr": config.lr_disc}]
+            rivals = (disc, *build_optimizer(disc, config, steps, rate, betas=BETAS))
+        model, optimizer, scheduler, *rivals = run.prepare(model, optimizer, scheduler, *rivals)
+
+        # 2. Train; keep the adapter whose conversions come closest to the held-out recordings.
+        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader)):
+            model.train()
+            for batch in run.batches(train_loader, epoch):
+                out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
+                real = real_slice(batch["wave"], out, voice.config)
+                if rivals:
+                    disc, disc_optimizer, disc_scheduler = rivals
+                    run.backward(critic_loss(disc, real, out.wave.detach()), name="disc")
+                    run.step_optimizer(disc_optimizer, disc_scheduler)
+                    with run.frozen(disc) as critic:
+                        parts = voice_losses(out, real, voice.config, critic)
+                else:
+                    parts = voice_losses(out, real, voice.config)
+                run.backward(sum(parts.values()), name="gen", **parts)
+                run.step_optimizer(optimizer, scheduler)
+            if run.end_epoch(evaluate(run.unwrap(model), val_loader), best="mcd", higher_is_better=False):
+                save_voice_lora(run.best, run.unwrap(model), voice, about, run.card(plain_code(about)))
+
+        # 3. What it sounds like with the best adapter as read back from disk; then the record to compare with train.py's.
+        if run.is_main:
+            with run.guard("the plots"):
+                best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
+                draw_results(best, val_loader.dataset, run.folder)
+            with run.guard("voice.index"):
+                if config.index:
+                    save_index(run.folder / "voice.index", train_loader.dataset)
+        run.finish()
+
+
+if __name__ == "__main__":
+    cli(main)
