@@ -69,18 +69,44 @@ class EpochBatches:
     def __len__(self) -> int:
         return max(1, self.length // (self.batch_size * self.world))
 
-    def plan(self, epoch: int) -> list[list[int]]:
-        """The sample indices of every batch of this process in an epoch."""
+    def order(self, epoch: int) -> list[int]:
+        """The sample indices of an epoch, one global batch after the other."""
         import numpy as np
 
-        order = np.random.default_rng(number_from(self.seed, epoch, "order")).permutation(self.length).tolist()
-        size = self.batch_size
+        return np.random.default_rng(number_from(self.seed, epoch, "order")).permutation(self.length).tolist()
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The sample indices of every batch of this process in an epoch."""
+        order, size = self.order(epoch), self.batch_size
         firsts = [step * size * self.world + self.rank * size for step in range(len(self))]
         return [order[first : first + size] for first in firsts]
 
     def __iter__(self):
         for batch in self.plan(self.epoch)[self.start : self.stop]:
             yield [(self.epoch, index) for index in batch]
+
+
+class LengthBatches(EpochBatches):
+    """EpochBatches whose samples are about equally long in each batch, so that little of it is padding.
+
+    lengths: of the samples, in any unit. The epoch's permutation is sorted by length in pools of POOL global batches, and the
+    batches are shuffled: which samples share one differs from epoch to epoch, and short ones come no sooner than long ones.
+    """
+
+    POOL = 16
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        super().__init__(len(lengths), batch_size, seed, rank, world)
+        self.lengths = lengths
+
+    def order(self, epoch: int) -> list[int]:
+        size = self.batch_size * self.world
+        order = super().order(epoch)[: len(self) * size]  # what fills no batch stays out, long or short
+        pools = [order[first : first + self.POOL * size] for first in range(0, len(order), self.POOL * size)]
+        order = [index for pool in pools for index in sorted(pool, key=self.lengths.__getitem__)]
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        random.Random(number_from(self.seed, epoch, "batches")).shuffle(batches)
+        return [index for batch in batches for index in batch]
 
 
 class EvalBatches:
