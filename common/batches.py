@@ -100,6 +100,7 @@ class LengthBatches(EpochBatches):
         self.lengths = lengths
 
     def order(self, epoch: int) -> list[int]:
+        """As EpochBatches has it, but for what fills no whole batch, and with like lengths side by side."""
         size = self.batch_size * self.world
         order = super().order(epoch)[: len(self) * size]  # what fills no batch stays out, long or short
         pools = [order[first : first + self.POOL * size] for first in range(0, len(order), self.POOL * size)]
