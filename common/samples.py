@@ -103,8 +103,10 @@ def visible_entries(folder) -> list[os.DirEntry]:
         return []
 
 
-def files_below(folder: Path) -> list[str]:
+def files_below(folder: Path, faults: Faults | None = None) -> list[str]:
     """The paths of the files in a folder at any depth, in order of their parts; hidden files and folders are none.
+
+    faults is told of what is neither file nor folder: whoever opens a pipe waits for ever.
 
     Links to folders are followed, under the names that they have here, but no folder is read twice: not one around `folder`,
     so that a link to it is no loop, and of two ways to a folder the one without a link counts.
@@ -125,6 +127,8 @@ def files_below(folder: Path) -> list[str]:
                 links.append(entry.path)
             elif entry.is_file() or not os.path.exists(entry.path):  # a link to what is gone is named by whoever opens it
                 found.append(entry.path)
+            elif faults is not None:
+                faults.add("pipe or device, no file", os.path.relpath(entry.path, folder))
     return sorted(found, key=lambda path: path.split(os.sep))
 
 
