@@ -12,9 +12,21 @@ from common.config import UserError
 TASK = VOICE
 use_task(TASK)
 
+from discriminator import SMALL_PERIODS, Discriminator  # noqa: E402
 from layers import fold_weight_norm, sequence_mask, to_new_names, to_old_names  # noqa: E402
+from losses import (  # noqa: E402
+    adversarial_loss,
+    critic_loss,
+    discriminator_loss,
+    feature_loss,
+    kl_loss,
+    mel_loss,
+    real_slice,
+    stft_loss,
+    voice_losses,
+)
 from spectrum import mel_spectrogram, spectrogram  # noqa: E402
-from synthesizer import Excitation, Synthesizer, VoiceConfig, source_turns  # noqa: E402
+from synthesizer import Excitation, Synthesizer, TrainOutput, VoiceConfig, source_turns  # noqa: E402
 
 GOLDEN = ROOT.parent / "shared" / "golden"
 SMALL = VoiceConfig(
@@ -280,3 +292,115 @@ def test_a_spectrogram_has_a_frame_for_each_hop_and_its_peak_at_the_tone():
     assert mel_spectrogram(torch.zeros(1, 1600), SMALL).max() < -10  # silence
     for samples in (160, 200, 320):  # shorter than the reflection
         assert spectrogram(wave[:, :samples], SMALL).shape == (1, 257, samples // 160)
+
+
+# ---- discriminator and losses ----------------------------------------------------------------------------------------
+
+
+def test_the_official_discriminator_has_the_official_names_and_shapes():
+    with torch.device("meta"):
+        model = Discriminator()
+    assert len(model.state_dict()) == 165 and sum(p.numel() for p in model.parameters()) == 71_410_594
+    file = GOLDEN / "rvc_v2_40k_keys.json"
+    if not file.is_file():
+        pytest.skip(f"no {file}")
+    shapes = {name: list(tensor.shape) for name, tensor in to_old_names(model.state_dict()).items()}
+    assert shapes == json.loads(file.read_text())["discriminator"]
+
+
+@pytest.mark.parametrize("samples", [1, 7, 160, 1281])
+def test_a_discriminator_hears_waves_of_any_length(samples):
+    model = Discriminator(SMALL_PERIODS, width=1 / 16)
+    assert sum(p.numel() for p in model.parameters()) < 400_000
+    wave = torch.randn(2, 1, samples, requires_grad=True)
+    scores, features = model(wave)
+    assert len(scores) == len(features) == 4 and all(len(each) == 6 + (i == 0) for i, each in enumerate(features))
+    assert all(score.shape[0] == 2 and score.shape[1] >= 1 for score in scores)
+    sum(score.sum() for score in scores).backward()
+    assert (wave.grad != 0).any(dim=0).all()
+
+
+def test_a_discriminator_of_no_width_is_refused():
+    for bad in ({"width": 0}, {"width": 2}, {"periods": ()}, {"periods": (0,)}):
+        with pytest.raises(UserError, match="^discriminator: "):
+            Discriminator(**bad)
+
+
+def a_step(model, lengths=(30, 20)):
+    phone, lengths, pitch, f0, spec, sid = inputs(lengths)
+    out = model(phone, lengths, pitch, f0, spec, sid)
+    wave = (
+        0.3
+        * torch.randn(len(lengths), max(lengths) * SMALL.hop)
+        * sequence_mask(lengths * SMALL.hop, f0.shape[1] * SMALL.hop)[:, 0]
+    )
+    return out, real_slice(wave, out, SMALL), wave
+
+
+def test_the_real_slice_is_where_the_made_one_is():
+    out, real, wave = a_step(small_voice())
+    assert real.shape == out.wave.shape
+    for row, start in enumerate(out.starts.tolist()):
+        assert torch.equal(real[row, 0], wave[row, start * SMALL.hop : (start + 8) * SMALL.hop])
+
+
+def test_losses_are_zero_where_they_should_be_and_grow_with_what_is_wrong():
+    out, real, _ = a_step(small_voice())
+    perfect = out._replace(wave=real)
+    assert mel_loss(real, real, SMALL) == 0 and stft_loss(real, real) == 0 and mel_loss(0.5 * real, real, SMALL) > 0.5
+    critic = Discriminator(SMALL_PERIODS, width=1 / 16)
+    assert voice_losses(perfect, real, SMALL, critic)["features"] < 1e-6
+    ones, zeros = [torch.ones(2, 5), torch.ones(2, 3)], [torch.zeros(2, 5), torch.zeros(2, 3)]
+    assert discriminator_loss(ones, zeros) == 0 and discriminator_loss(zeros, ones) == 4
+    assert adversarial_loss(ones) == 0 and adversarial_loss(zeros) == 2
+    assert feature_loss([[ones[0]], [zeros[1]]], [[zeros[0]], [zeros[1]]]) == 1
+
+
+def test_kl_is_that_of_the_two_normal_distributions():
+    torch.manual_seed(0)
+    m_p, logs_p, m_q, logs_q = (0.3 * torch.randn(1, 4, 1).expand(-1, -1, 20_000) for _ in range(4))
+    z = m_q + torch.randn_like(m_q) * logs_q.exp()
+    out = TrainOutput(None, None, torch.ones(1, 1, 20_000), z, m_p, logs_p, m_q, logs_q)
+    prior, posterior = (torch.distributions.Normal(m[0, :, 0], logs[0, :, 0].exp()) for m, logs in ((m_p, logs_p), (m_q, logs_q)))
+    expected = torch.distributions.kl_divergence(posterior, prior).sum()
+    torch.testing.assert_close(kl_loss(out), expected, rtol=0.02, atol=0.02)
+    half = out._replace(mask=(torch.arange(20_000) < 10_000).float().view(1, 1, -1))
+    torch.testing.assert_close(kl_loss(half), expected, rtol=0.03, atol=0.03)  # per frame, whatever the padding
+
+
+def test_padding_adds_nothing_to_the_losses():
+    torch.manual_seed(0)
+    out, real, _ = a_step(small_voice(), (30, 4))
+    assert torch.equal(real[1, 0, 4 * SMALL.hop :], torch.zeros(4 * SMALL.hop)) and not real[1, 0, : 4 * SMALL.hop].eq(0).any()
+    assert out.wave[1, 0, 4 * SMALL.hop :].abs().max() == 0
+
+
+def test_the_critic_loss_hears_both_as_one_batch():
+    critic = Discriminator(SMALL_PERIODS, width=1 / 16)
+    real, fake = torch.randn(2, 1, 1280), torch.randn(2, 1, 1280)
+    apart = discriminator_loss(critic(real)[0], critic(fake)[0])
+    torch.testing.assert_close(critic_loss(critic, real, fake), apart)
+
+
+@pytest.mark.parametrize("gan", [True, False])
+def test_both_recipes_teach_every_part_of_the_voice(gan):
+    model = small_voice().train()
+    critic = Discriminator(SMALL_PERIODS, width=1 / 16).requires_grad_(False) if gan else None
+    out, real, _ = a_step(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = voice_losses(out, real, SMALL, critic)
+    assert parts.keys() == {"mel", "kl", *({"adversarial", "features"} if gan else {"stft"})}
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in parts.values())
+    sum(parts.values()).backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not [name for name in idle if "weight" in name and "emb_" not in name], idle
+
+
+def test_a_frozen_posterior_encoder_is_not_differentiated():
+    model = small_voice().train()
+    whole, real, _ = a_step(model)
+    model.enc_q.requires_grad_(False)
+    out, real, _ = a_step(model)
+    assert whole.m_q.requires_grad and not out.m_q.requires_grad and torch.equal(out.m_q, whole.m_q)
+    sum(voice_losses(out, real, SMALL).values()).backward()
+    assert model.emb_g.weight.grad.any() and model.dec.conv_pre.weight.grad.any()
