@@ -49,15 +49,24 @@ def packages_of_modules(modules: list[Module]) -> set[str]:
 
 
 def requirements(packages: set[str], root: Path) -> list[str]:
-    """Lines for requirements.txt: the packages, with the bounds that the requirements.txt of the project at `root` gives them."""
+    """Lines for requirements.txt: the packages, with the bounds that the requirements.txt of the project at `root` gives them.
+
+    What its requirements-optional.txt names is left out: scripts do without, and say so.
+    """
     wanted = {DISTRIBUTIONS.get(name, name) for name in packages}
-    listed = root / "requirements.txt"
+    bounds, optional = bounds_in(root / "requirements.txt"), bounds_in(root / "requirements-optional.txt")
+    wanted = {name for name in wanted if distribution(name) in bounds or distribution(name) not in optional}
+    return [line for name in sorted(wanted, key=str.lower) for line in bounds.get(distribution(name), [name])]
+
+
+def bounds_in(file: Path) -> dict[str, list[str]]:
+    """Distribution -> the lines of a requirements file for it; {} where there is no such file."""
     bounds = {}
-    for line in listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         line = line.split(" #")[0].strip()
         if line and line[0] not in "#-":
             bounds.setdefault(distribution(line), []).append(line)
-    return [line for name in sorted(wanted, key=str.lower) for line in bounds.get(distribution(name), [name])]
+    return bounds
 
 
 def distribution(line: str) -> str:

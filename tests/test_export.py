@@ -214,6 +214,12 @@ def test_requirements_name_what_is_imported_with_the_bounds_of_the_project(tmp_p
         assert (tmp_path / str(one_file) / "requirements.txt").read_text() == "pillow>=10.1\npyyaml>=6\nscipy\nTIMM>=1,<2\n"
 
 
+def test_requirements_leave_out_what_is_optional(tmp_path):
+    (tmp_path / "requirements.txt").write_text("scipy>=1\n")
+    (tmp_path / "requirements-optional.txt").write_text("av>=14  # other formats\nscipy\n")
+    assert requirements({"av", "scipy", "rasterio"}, tmp_path) == ["rasterio", "scipy>=1"]
+
+
 def test_requirements_that_are_there_stay(tmp_path):
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "requirements.txt").write_text("Pillow==9.5\nflask")
