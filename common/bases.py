@@ -28,6 +28,7 @@ from common.runtime import quiet, say
 CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
 TRAINED_PART = "head.safetensors"  # of a run without adapters (--lora_r 0): the tensors that trained, by their names
+FETCH_REMEDY = "give --model a local folder, or --model demo for the small base that comes along"
 WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE, "head": TRAINED_PART}  # what a checkpoint of a method must hold
 # What a base's settings may ask for before it is built, more than any model that is fine-tuned here has.
 MOST_NUMBERS = 1_000_000  # beside what its weights hold, as of a tiny model that names tokens by number
@@ -37,25 +38,25 @@ LONGEST_SIDE = 10_000  # of a picture, in pixels
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def fetch(name: str, download: bool = True) -> Path | str:
+def fetch(name: str, download: bool = True, flag: str = "--model ", remedy: str = FETCH_REMEDY) -> Path | str:
     """Downloads a hub model into the local cache, unless it is there. UserError in a few seconds where there is no network.
 
     Returns what it is loaded from: the name; or its folder in the cache, if it has no safetensors file but PyTorch's own.
+    flag, remedy: what the error puts before the name, and what it says to do.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     files = ["*.json", "*.txt", "*.model", "*.safetensors"]  # .txt, .model: vocabularies of tokenizers
-    remedy = "give --model a local folder, or --model demo for the small base that comes along"
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
     except (LocalEntryNotFoundError, OSError):
         folder = None
     if folder is None or not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         if not download:
-            raise UserError(f"the base {name} is not in the local cache, and it is fetched only where --model names it")
+            raise UserError(f"the base {name} is not in the local cache, and it is fetched only where {flag.split()[0]} names it")
         if os.environ.get("HF_HUB_OFFLINE") == "1":
-            raise UserError(f"--model {name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
+            raise UserError(f"{flag}{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
         try:
             there = HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
             if not any(file.rfilename.endswith(".safetensors") for file in there.siblings or ()):
@@ -64,7 +65,7 @@ def fetch(name: str, download: bool = True) -> Path | str:
             folder = Path(snapshot_download(name, allow_patterns=files))
         except Exception as error:  # every network library has errors of its own, and all mean the same here
             kind = type(error).__name__
-            raise UserError(f"--model {name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
+            raise UserError(f"{flag}{name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
     return name if any(folder.glob("*.safetensors")) else folder
 
 
