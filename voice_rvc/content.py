@@ -18,7 +18,8 @@ from common.runtime import say
 from common.samples import BadFile
 
 CONTENT_HOP = 320  # samples at 16 kHz: 20 ms
-MEL_BANDS, CEPSTRA = 24, 13  # of the dsp features
+MEL_BANDS = 24  # of the dsp features
+CEPSTRA = 13  # of which c0 to c12 are kept
 MEL_FLOOR = 1e-3  # of a full-scale sine, -60 dB: what lies below is silence, and all silence is alike
 REAL_CONTENT = "lengyue233/content-vec-best"
 

@@ -11,7 +11,7 @@ Measured on twelve seconds each of ten utterances of real speech, resynthesised 
 All four find a bass at 62 Hz, a soprano at 650 Hz and a voice in white noise at 6 dB; so the order of "auto" is BEST_FIRST.
 """
 
-# needs: librosa
+# needs: pyworld, setuptools, swift-f0, onnxruntime, torchcrepe
 import importlib
 import warnings
 from functools import cache
@@ -22,13 +22,15 @@ from common.config import UserError
 
 RATE_16K = 16000  # Hz: what pitch trackers and content models hear
 F0_HOP = 160  # samples of it: 10 ms
-F0_LOW, F0_HIGH = 50.0, 1100.0  # Hz: RVC's range, from a bass to a soprano
+F0_LOW = 50.0  # Hz: RVC's range, from a bass ...
+F0_HIGH = 1100.0  # ... to a soprano
 PACKAGES = {"swift": "swift_f0", "harvest": "pyworld", "pyin": "librosa", "dio": "pyworld", "crepe": "torchcrepe"}
 BEST_FIRST = ("swift", "harvest", "pyin")  # what "auto" takes the first of that is there
 F0_METHODS = ("auto", *PACKAGES)
 # Long recordings go through a tracker in parts, so that memory does not grow with them. Both are multiples of 10 ms and of
 # swift-f0's 16 ms, so that a part has the frames that the whole would have; the context is longer than any tracker looks.
-PART, CONTEXT = 256 * 1280, 12 * 1280  # samples: 20.5 s, and 0.96 s on either side
+PART = 256 * 1280  # samples: 20.5 s
+CONTEXT = 12 * 1280  # 0.96 s on either side
 SILENT_DB = -45.0  # below the loudest: no voice, whatever a tracker makes of it (harvest finds F0 in silence)
 SILENT_AT_ALL = -69.0  # dB of full scale
 LOUD_DB = -25.0  # below the loudest: frames that count for a voice's range and median
