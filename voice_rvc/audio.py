@@ -34,23 +34,13 @@ class Sound:
 
 def read_audio(path) -> Sound:
     """The whole sound of a file. BadFile says what is wrong with it; UserError where the decoding library is to blame."""
-    source = examine(Path(path))
+    source = open_audio(path)
     return source.sound(np.concatenate(list(source.mono_blocks())))
 
 
 def read_blocks(path, seconds: float) -> Iterator[Sound]:
     """What read_audio gives, in pieces of `seconds` each (the last is shorter), in memory that does not grow with the file."""
-    source = examine(Path(path))
-    size = max(1, round(seconds * source.rate))
-    rest = np.zeros(0, np.float32)
-    for block in source.mono_blocks():
-        rest = np.concatenate([rest, block])
-        whole = len(rest) // size * size
-        for first in range(0, whole, size):
-            yield source.sound(rest[first : first + size])
-        rest = rest[whole:]
-    if len(rest):
-        yield source.sound(rest)
+    return open_audio(path).blocks(seconds)
 
 
 # ---- what a file is, before its first sample is used -------------------------------------------------------------------
@@ -73,6 +63,23 @@ class Source:
     damage: str
     notes: list[str]
     facts: dict
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+    def blocks(self, seconds: float) -> Iterator[Sound]:
+        """The sound in pieces of `seconds` each; may be asked for several times."""
+        size = max(1, round(seconds * self.rate))
+        rest = np.zeros(0, np.float32)
+        for block in self.mono_blocks():
+            rest = np.concatenate([rest, block])
+            whole = len(rest) // size * size
+            for first in range(0, whole, size):
+                yield self.sound(rest[first : first + size])
+            rest = rest[whole:]
+        if len(rest):
+            yield self.sound(rest)
 
     def mono_blocks(self) -> Iterator[np.ndarray]:
         for block in self.kept if self.kept is not None else self.decode_again():
@@ -97,8 +104,12 @@ class Source:
         return bool(self.damage) or (self.told or 0) - self.samples > 3000
 
 
-def examine(path: Path) -> Source:
-    """First pass over a file, with the first decoder that gives all the sound that it promises, or else most of it."""
+def open_audio(path) -> Source:
+    """First pass over a file, with the first decoder that gives all the sound that it promises, or else most of it.
+
+    Errors as of read_audio.
+    """
+    path = Path(path)
     check_file(path)
     best, fault, missing = None, None, []
     for name, opener in DECODERS.items():
@@ -114,7 +125,7 @@ def examine(path: Path) -> Source:
             continue
         if best:
             source.told = best.told and round(best.told / best.rate * source.rate)
-        best = source if best is None or source.samples / source.rate > best.samples / best.rate else best
+        best = source if best is None or source.seconds > best.seconds else best
         if not source.is_short():
             break
     if best is None:
@@ -122,7 +133,7 @@ def examine(path: Path) -> Source:
         raise BadFile(f"{fault}{advice}") from fault
     if best.is_short():
         promised = f" of {best.told / best.rate:.1f}" if best.told else ""
-        best.notes.append(f"file that ends early, {best.samples / best.rate:.1f}{promised} s")
+        best.notes.append(f"file that ends early, {best.seconds:.1f}{promised} s")
     return best
 
 

@@ -22,12 +22,15 @@ from common.config import UserError
 from common.samples import BadFile
 from mp3_frames import count_frames
 
-SNDFILE_ENDINGS = tuple(".wav .wave .bwf .rf64 .w64 .flac .ogg .oga .opus .mp3 .mp2 .aif .aiff .aifc .caf .au .snd".split())
-FFMPEG_ENDINGS = tuple(
-    ".m4a .m4b .mp4 .m4v .mov .aac .wma .webm .weba .mka .mkv .avi .3gp .amr .ac3 .ape .wv .tta .mpg .ts".split()
-)
+# fmt: off
+SNDFILE_ENDINGS = (".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff",
+                   ".aifc", ".caf", ".au", ".snd")
+FFMPEG_ENDINGS = (".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".aac", ".wma", ".webm", ".weba", ".mka", ".mkv", ".avi", ".3gp",
+                  ".amr", ".ac3", ".ape", ".wv", ".tta", ".mpg", ".ts")
+# fmt: on
 AUDIO_ENDINGS = SNDFILE_ENDINGS + FFMPEG_ENDINGS
-LOWEST_RATE, HIGHEST_RATE = 4000, 768000  # Hz; outside of them a header is wrong, or no voice is in the file
+LOWEST_RATE = 4000  # Hz; below it no voice is in the file, if its header is right
+HIGHEST_RATE = 768000
 MOST_CHANNELS = 64
 BLOCK = 2**20  # numbers that are decoded at once, of all channels together
 
@@ -83,7 +86,7 @@ def check_file(path: Path) -> None:
             raise BadFile(f"not sound, {what}")
 
 
-def check_header(rate: int, channels: int) -> None:
+def check_recording(rate: int, channels: int) -> None:
     """BadFile for numbers of a header that no recording has, before anything is allocated by them."""
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise BadFile(f"impossible header, a sample rate of {rate} Hz")
@@ -113,7 +116,7 @@ def open_sndfile(path: Path):
             raise UserError(
                 f"soundfile {version} does not work here, whatever the file ({type(error).__name__}: {error})"
             ) from error
-        check_header(file.samplerate, file.channels)
+        check_recording(file.samplerate, file.channels)
         if told is None and file.format in ("FLAC", "AIFF", "W64", "CAF", "AU") and 0 < file.frames < 2**40:
             told = file.frames  # of mp3 and ogg it is an estimate
         yield Stream(file.samplerate, file.channels, sndfile_blocks(file), told)
@@ -203,7 +206,7 @@ def mend_wave(file):
     if length in (0, 0xFFFFFFFF) and not (length == 0 and is_chunk_list(file, start, size)):
         length = there
     channels, rate, _, align, _ = struct.unpack("<HIIHH", fmt[2:16])
-    check_header(rate, channels)
+    check_recording(rate, channels)
     told = length // align if align else None
     length = min(length, there, 2**32 - 65536)
     body = b"WAVEfmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", length)
@@ -238,7 +241,7 @@ def open_av(path: Path):
             if first is None:
                 raise BadFile("file without a single sample")
             rate, channels = first.sample_rate, first.layout.nb_channels
-            check_header(rate, channels)
+            check_recording(rate, channels)
             yield Stream(rate, channels, av_blocks(chain([first], frames), av.AudioResampler("flt", first.layout, rate)))
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, BadFile):
@@ -280,7 +283,7 @@ def open_ffmpeg(path: Path):
                 raise BadFile(f"no sound that can be decoded, {reason[-1]}")
             start, _, _, rate, channels = struct.unpack(">IIIII", head[4:])
             process.stdout.read(start - 24)
-            check_header(rate, channels)
+            check_recording(rate, channels)
             yield Stream(rate, channels, ffmpeg_blocks(process.stdout, channels))
         finally:
             process.kill()
