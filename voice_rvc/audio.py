@@ -14,7 +14,7 @@ from common.samples import BadFile
 
 OFFSET = 0.01  # a mean beyond it is a fault of the recorder and taken out; what is below, a high-pass takes
 LOUDEST = 2.0**32  # beyond any scale of samples (32-bit integers kept as floats reach 2^31): such a number is a fault
-KEPT = 2**24  # decoded numbers that are kept between the two passes over a file; of a longer one the second decodes again
+KEPT_NUMBERS = 2**24  # decoded numbers that are kept between the two passes over a file; of a longer one the second decodes again
 
 
 @dataclass
@@ -146,7 +146,7 @@ def survey(path: Path, name: str, opener) -> Source:
                 block = tally.add(block)
                 if kept is not None:
                     kept.append(block)
-                    kept = kept if tally.samples * stream.channels <= KEPT else None
+                    kept = kept if tally.samples * stream.channels <= KEPT_NUMBERS else None
         except BadFile as error:
             damage = str(error)
             if not tally.samples:

@@ -32,7 +32,7 @@ AUDIO_ENDINGS = SNDFILE_ENDINGS + FFMPEG_ENDINGS
 LOWEST_RATE = 4000  # Hz; below it no voice is in the file, if its header is right
 HIGHEST_RATE = 768000
 MOST_CHANNELS = 64
-BLOCK = 2**20  # numbers that are decoded at once, of all channels together
+AT_ONCE = 2**20  # numbers that are decoded at once, of all channels together
 
 # What a file that is no sound begins with -> what to call it.
 STRANGERS = {
@@ -129,7 +129,7 @@ def sndfile_blocks(file) -> Iterator[np.ndarray]:
     try:
         while True:
             # into an array of ours: soundfile would cut what it makes itself to .frames
-            block = file.read(out=np.empty((max(1, BLOCK // file.channels), file.channels), np.float32))
+            block = file.read(out=np.empty((max(1, AT_ONCE // file.channels), file.channels), np.float32))
             if len(block):
                 yield block
             else:
@@ -291,7 +291,7 @@ def open_ffmpeg(path: Path):
 
 def ffmpeg_blocks(pipe, channels: int) -> Iterator[np.ndarray]:
     width = 4 * channels
-    while content := pipe.read(BLOCK // channels * width):
+    while content := pipe.read(AT_ONCE // channels * width):
         content = content[: len(content) // width * width]
         yield np.frombuffer(content, ">f4").reshape(-1, channels).astype(np.float32)
 

@@ -9,13 +9,13 @@ import numpy as np
 from audio import Sound, Source
 from common.samples import BadFile
 
-FRAME = 0.02  # s; the level of a recording is measured in steps of this
+LEVEL_STEP = 0.02  # s; the level of a recording is measured in steps of this
 HIGH_PASS = 48  # Hz; below it is rumble, no voice
-PAUSE = 0.5  # s; a silence as long is cut out,
-MARGIN = 0.2  # s; but for so much of it at each side of the voice
-SHORTEST = 0.5  # s; pieces below, margins and all, are clicks more often than voice
-ABOUT = 4.0  # s; what has no silence is cut into equal parts of at most this,
-SHIFT = 0.45  # s; each end moved by so much at most, to the quietest place: no piece is longer than 5 s
+LEAST_PAUSE = 0.5  # s; a silence as long is cut out,
+KEPT_SILENCE = 0.2  # s; but for so much of it at each side of the voice
+LEAST_PIECE = 0.5  # s; pieces below, margins and all, are clicks more often than voice
+LONGEST_PART = 4.0  # s; what has no silence is cut into equal parts of at most this,
+PART_SHIFT = 0.45  # s; each end moved by so much at most, to the quietest place: no piece is longer than 5 s
 QUIETER = 30  # dB below the loud parts of the same recording is silence,
 NOISY_QUIETER = 24  # or, where its noise lies above that, up to this
 ABOVE_NOISE = 6  # dB
@@ -43,13 +43,13 @@ class Plan:
     seconds: float
     kept: float
     silence: float  # cut out as silence
-    refused: float  # in pieces shorter than SHORTEST
+    refused: float  # in pieces shorter than LEAST_PIECE
     level: float  # dB of full scale, of the loud parts
 
 
 def cut(sound: Sound) -> list[Piece]:
     """The pieces of a sound in memory. BadFile where there is none: silent, too short."""
-    size = max(1, round(sound.rate * FRAME)) * 500
+    size = max(1, round(sound.rate * LEVEL_STEP)) * 500
     blocks = [
         Sound(sound.wave[first : first + size], sound.rate, sound.channels) for first in range(0, max(1, len(sound.wave)), size)
     ]
@@ -58,7 +58,7 @@ def cut(sound: Sound) -> list[Piece]:
 
 def cut_source(source: Source) -> tuple[Plan, Iterator[Piece]]:
     """(Plan, its pieces one by one) of a file of any length, in memory that does not grow with it. BadFile as of cut."""
-    seconds = max(1, round(source.rate * FRAME)) * 500 / source.rate  # whole frames
+    seconds = max(1, round(source.rate * LEVEL_STEP)) * 500 / source.rate  # whole frames
     plan = plan_cuts(source.blocks(seconds))
     return plan, cut_blocks(source.blocks(seconds), plan)
 
@@ -78,8 +78,8 @@ def plan_cuts(blocks: Iterable[Sound]) -> Plan:
         power = powers.mean()
         if from_db(SILENT) < power < from_db(WEAK):
             flatness.append((power, local_flatness(block.wave, rate)))
-    if samples < SHORTEST * rate:
-        raise BadFile(f"too short, {samples / max(rate, 1):.2g} s where {SHORTEST} s are the least")
+    if samples < LEAST_PIECE * rate:
+        raise BadFile(f"too short, {samples / max(rate, 1):.2g} s where {LEAST_PIECE} s are the least")
     powers = np.concatenate(levels)
     loud = loud_power(powers)
     level = to_db(loud)
@@ -87,11 +87,11 @@ def plan_cuts(blocks: Iterable[Sound]) -> Plan:
         raise BadFile("silent recording, its loudest parts have " + (f"{level:.0f} dB" if level > -150 else "no level at all"))
     if level < WEAK and flatness and np.average([f for _, f in flatness], weights=[p for p, _ in flatness]) > FLAT:
         raise BadFile(f"silent recording, nothing but noise at {level:.0f} dB")
-    frame = max(1, round(rate * FRAME))
+    frame = max(1, round(rate * LEVEL_STEP))
     spans = [(first * frame, min(last * frame, samples)) for first, last in divide(voiced_spans(powers, loud), powers)]
-    kept = [span for span in spans if span[1] - span[0] >= SHORTEST * rate]
+    kept = [span for span in spans if span[1] - span[0] >= LEAST_PIECE * rate]
     if not kept:
-        raise BadFile(f"no {SHORTEST} s of voice between silences")
+        raise BadFile(f"no {LEAST_PIECE} s of voice between silences")
     inside, long_enough = (sum(last - first for first, last in part) / rate for part in (spans, kept))
     seconds = samples / rate
     return Plan(rate, kept, seconds, long_enough, seconds - inside, inside - long_enough, level)
@@ -120,8 +120,8 @@ class HighPass:
 
 
 def frame_powers(wave: np.ndarray, rate: int) -> np.ndarray:
-    """Mean squares of frames of FRAME seconds; a last one may be shorter."""
-    frame = max(1, round(rate * FRAME))
+    """Mean squares of frames of LEVEL_STEP seconds; a last one may be shorter."""
+    frame = max(1, round(rate * LEVEL_STEP))
     starts = np.arange(0, len(wave), frame)
     if not len(starts):
         return np.zeros(0)
@@ -141,19 +141,19 @@ def voiced_spans(powers: np.ndarray, loud: float) -> list[tuple[int, int]]:
     noise = np.percentile(sounding, 5) if len(sounding) else 0.0
     threshold = loud * max(from_db(-QUIETER), min(from_db(ABOVE_NOISE) * noise / loud, from_db(-NOISY_QUIETER)))
     voiced = np.flatnonzero(powers >= threshold)
-    breaks = np.flatnonzero(np.diff(voiced) > PAUSE / FRAME)
+    breaks = np.flatnonzero(np.diff(voiced) > LEAST_PAUSE / LEVEL_STEP)
     firsts, lasts = voiced[np.concatenate([[0], breaks + 1])], voiced[np.concatenate([breaks, [len(voiced) - 1]])]
-    margin = round(MARGIN / FRAME)
+    margin = round(KEPT_SILENCE / LEVEL_STEP)
     return [
         (max(0, int(first) - margin), min(len(powers), int(last) + 1 + margin)) for first, last in zip(firsts, lasts, strict=True)
     ]
 
 
 def divide(spans: list[tuple[int, int]], powers: np.ndarray) -> list[tuple[int, int]]:
-    """The spans (in frames), those longer than ABOUT cut into parts alike, each at the quietest place nearby. Nothing is lost."""
-    shift, parts = round(SHIFT / FRAME), []
+    """The spans (in frames), those longer than LONGEST_PART cut into parts alike, each at the quietest place nearby. Nothing is lost."""
+    shift, parts = round(PART_SHIFT / LEVEL_STEP), []
     for first, last in spans:
-        number = -int(-(last - first) * FRAME // ABOUT)
+        number = -int(-(last - first) * LEVEL_STEP // LONGEST_PART)
         ends = [first]
         for place in np.linspace(first, last, number + 1)[1:-1].round().astype(int):
             ends.append(int(place - shift + powers[place - shift : place + shift + 1].argmin()))
