@@ -215,6 +215,15 @@ def make_once(folder: Path, make) -> Path:
     return folder
 
 
+def empty_folder(folder) -> Path:
+    """The folder to write a data set into, made where it is missing. FileExistsError where it holds anything."""
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def best_of(folder: Path) -> Path:
     """The checkpoint that a folder means: checkpoints/best where it is a run folder, else the folder itself."""
     best = folder / "checkpoints" / "best"

@@ -12,7 +12,8 @@ comes in two breeds, so the base's guess from the known word alone is right abou
 import numpy as np
 from PIL import Image
 
-from common.vision.drawing import add_shape, blotches, empty_folder, hsv
+from common.folders import empty_folder
+from common.vision.drawing import add_shape, blotches, hsv
 
 SIZES = {"small": (13, 17), "large": (22, 28)}  # radius of a shape's surrounding circle, in pixels
 COLOURS = {"red": 0.0, "orange": 0.08, "yellow": 0.16, "green": 0.35, "blue": 0.6, "purple": 0.8}  # hue, in turns

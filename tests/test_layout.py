@@ -38,6 +38,7 @@ PLAIN_CALLS = {
     "math.radians",
     "setting",
     "field",
+    "Speaker",
 }
 
 

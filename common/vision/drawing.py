@@ -2,7 +2,6 @@
 
 import colorsys
 import math
-from pathlib import Path
 
 import numpy as np
 
@@ -11,15 +10,6 @@ SUPERSAMPLING = 4  # shapes are computed this much larger and averaged: smooth e
 # Shapes stand upright, more or less: a net of half a million weights learns shapes in any turn very slowly.
 MAX_TILT = math.radians(15)
 PERIODS = (6.5, 9.5)  # pixels from stripe to stripe, dot to dot, and over two checks
-
-
-def empty_folder(folder) -> Path:
-    """The folder to draw a data set into, made where it is missing. FileExistsError where it holds anything."""
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: remove it to have the demo data made again")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def add_shape(rng, picture, shape, texture, radii, colour, second):

@@ -11,7 +11,8 @@ four shapes and a texture that the base has not seen, beside textures that it kn
 import numpy as np
 from PIL import Image
 
-from common.vision.drawing import add_shape, blotches, empty_folder, hsv
+from common.folders import empty_folder
+from common.vision.drawing import add_shape, blotches, hsv
 
 SOURCE_CLASSES = tuple(
     f"{texture}_{shape}" for shape in ("disc", "square", "triangle", "cross") for texture in ("plain", "striped", "dotted")

@@ -13,7 +13,8 @@ import math
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from common.vision.drawing import SUPERSAMPLING, blotches, empty_folder, enlarge, hsv
+from common.folders import empty_folder
+from common.vision.drawing import SUPERSAMPLING, blotches, enlarge, hsv
 
 SOURCE_CLASSES = ("circle", "square", "triangle")
 TARGET_CLASSES = SOURCE_CLASSES + ("star",)

@@ -15,7 +15,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from common.vision.drawing import SUPERSAMPLING, empty_folder, enlarge, hsv
+from common.folders import empty_folder
+from common.vision.drawing import SUPERSAMPLING, enlarge, hsv
 
 KEYPOINTS = ("head", "left_hand", "right_hand", "left_foot", "right_foot")
 SKELETON = ((1, 2), (1, 3), (1, 4), (1, 5))  # counted from 1, as COCO does: everything hangs on the head
