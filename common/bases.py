@@ -4,6 +4,7 @@ import copy
 import os
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,11 @@ from common.checkpoint import (
 )
 from common.config import UserError
 from common.folders import best_of, newest_best
-from common.lora import is_finite, is_within
+from common.lora import adapted_layers, is_finite, is_within, merge_lora, settle_lora, unmerge_lora
+from common.lora_files import load_adapter, write_adapter
 from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files, whole_tensors
 from common.runtime import quiet, say
+from common.trial import keeps_answers
 
 CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
@@ -53,20 +56,42 @@ def fetch(name: str, download: bool = True, flag: str = "--model ", remedy: str 
     except (LocalEntryNotFoundError, OSError):
         folder = None
     if folder is None or not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        if not download:
-            raise UserError(f"the base {name} is not in the local cache, and it is fetched only where {flag.split()[0]} names it")
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
-            raise UserError(f"{flag}{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
-        try:
+        with fetching(name, download, flag, remedy):
             there = HfApi().model_info(name, timeout=8)  # one short question first: the download itself would retry for minutes
             if not any(file.rfilename.endswith(".safetensors") for file in there.siblings or ()):
                 files.append("pytorch_model*.bin*")
             say(f"fetching {name} from the hub")
             folder = Path(snapshot_download(name, allow_patterns=files))
-        except Exception as error:  # every network library has errors of its own, and all mean the same here
-            kind = type(error).__name__
-            raise UserError(f"{flag}{name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
     return name if any(folder.glob("*.safetensors")) else folder
+
+
+def fetch_file(name: str, download: bool = True, flag: str = "--model ", remedy: str = FETCH_REMEDY) -> Path:
+    """One file of a hub model, owner/repo/path/to/file, in the local cache; else as `fetch`."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    owner, repo, file = name.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        with fetching(name, download, flag, remedy):
+            HfApi().model_info(f"{owner}/{repo}", timeout=8)
+            say(f"fetching {name} from the hub")
+            return Path(hf_hub_download(f"{owner}/{repo}", file))
+
+
+@contextmanager
+def fetching(name: str, download: bool, flag: str, remedy: str):
+    """Turns whatever goes wrong in a download into a UserError of one line; download: whether there may be one at all."""
+    if not download:
+        raise UserError(f"the base {name} is not in the local cache, and it is fetched only where {flag.split()[0]} names it")
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        raise UserError(f"{flag}{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
+    try:
+        yield
+    except Exception as error:  # every network library has errors of its own, and all mean the same here
+        kind = type(error).__name__
+        raise UserError(f"{flag}{name} is not in the local cache and cannot be fetched ({kind}); {remedy}") from None
 
 
 def base_source(name: str, demo_base: Path, example: str, download: bool = True) -> Path | str:
@@ -211,12 +236,15 @@ def save_model(folder: Path, model, processor, origin: dict, card: str = "") -> 
 def save_lora(folder: Path, model, processor, origin: dict, card: str = "") -> None:
     """A PEFT adapter folder with the parts that trained whole in it, image processor, origin.json, the model card as README.md.
 
-    A model without adapters has head.safetensors with the parts alone in place of PEFT's two files.
+    The adapter is PEFT's, or one of common/lora.py, in the same format. A model without adapters has head.safetensors with the
+    parts alone in place of PEFT's two files.
     A model that needs more than its adapter to be built again has a method save_extra(folder), which writes it.
     """
     with atomic_folder(folder) as aside:
         plain = model.get_base_model() if is_adapted(model) else model
-        if plain is model:
+        if adapted_layers(model):
+            write_adapter(model, aside, origin["base"]["name"])
+        elif plain is model:
             save_trained(model, aside / TRAINED_PART)
         else:
             model.peft_config["default"].base_model_name_or_path = origin["base"]["name"]
@@ -328,14 +356,23 @@ def load_under(folder: Path, origin: dict, load_base, name: str = ""):
     return model, processor
 
 
-def with_saved_adapter(model, folder: Path, whole, merge: bool, answer):
+def with_saved_adapter(model, folder: Path, whole, merge: bool, answer, own_layers: bool = False):
     """The model with the adapter of `folder`, and the parts that trained `whole`, in its own class.
 
     merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B. answer: by
-    which that is checked, see common/trial.py. A folder without an adapter has the parts alone.
+    which that is checked, see common/trial.py. A folder without an adapter has the parts alone. own_layers: the adapter is of
+    common/lora.py, whose layers are exact where PEFT's are not.
     """
     if (folder / TRAINED_PART).is_file():
         return load_trained(model, folder / TRAINED_PART, whole)
+    if own_layers:
+        load_adapter(model, folder)
+        lacking = [n for n, _ in model.named_parameters() if is_within(n, whole) and n not in model.lora_whole]
+        if lacking:
+            raise UserError(f"{folder} is damaged: its adapter lacks {lacking[0]}, which trained whole beside it")
+        if merge and keeps_answers(model, answer, partial(merge_lora, model), partial(unmerge_lora, model)):
+            settle_lora(model)
+        return model
     model = load_adapter_files(model, folder, whole)
     return merged(model, answer) if merge else model.get_base_model()
 

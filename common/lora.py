@@ -168,7 +168,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[dict]:
         r = next((r for pattern, r in config.rank_pattern.items() if name_fits(pattern, name)), config.r)
         alpha = next((a for pattern, a in config.alpha_pattern.items() if name_fits(pattern, name)), config.lora_alpha)
         settings[name] = (r, alpha, config.lora_dropout, config.use_rslora)
-    add_lora(model, settings, whole)
+    put_lora(model, settings, whole)
     hits = Counter(chosen.values())
     say(f"LoRA on {len(chosen)} layers: " + ", ".join(f"{pattern} {n}" for pattern, n in hits.items()))
     return [{**row, "pattern": chosen[row["name"]]} for row in coverage(model)]
@@ -179,7 +179,7 @@ def adaptable_layers(model) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if name and type_before_parametrizations(m) in LORA_TYPES}
 
 
-def add_lora(model, settings: dict[str, tuple], whole) -> None:
+def put_lora(model, settings: dict[str, tuple], whole) -> None:
     """Adapters with (r, alpha, dropout, use_rslora) on the layers of these names; `whole`: names of tensors to train whole.
 
     The base's values of those are kept in model.lora_whole, so that another adapter can follow on the same base.
@@ -244,9 +244,13 @@ def merge_lora(model, inplace: bool = True):
         weight_home(layer.base_layer)
     for layer in layers:
         layer.merge()
-    if not inplace:
-        replace_modules(model, {layer: layer.base_layer for layer in adapted_layers(model).values()})
-        model.lora_whole = {}
+    return model if inplace else settle_lora(model)
+
+
+def settle_lora(model):
+    """The model without its adapters' layers, its weights as they are now: what was merged stays in them."""
+    replace_modules(model, {layer: layer.base_layer for layer in adapted_layers(model).values()})
+    model.lora_whole = {}
     return model
 
 

@@ -17,11 +17,11 @@ from common.lora import (
     LoRAConfig,
     adaptable_layers,
     adapted_layers,
-    add_lora,
     all_tensors,
     is_within,
     load_lora_state_dict,
     lora_state_dict,
+    put_lora,
     remove_lora,
 )
 from common.runtime import say
@@ -127,7 +127,7 @@ def put_adapter(model, config: dict, tensors: dict, strict: bool) -> list[str]:
     if doubly and strict:
         raise UserError(f"{doubly[0]} trained whole, and its layer has an adapter as well: only one can be")
     whole.difference_update(doubly)
-    add_lora(model, settings, sorted(whole))
+    put_lora(model, settings, sorted(whole))
     return faults + load_lora_state_dict(model, tensors, strict)
 
 

@@ -21,9 +21,8 @@ from common.fast_lora import conv_pays, lora_conv, lora_linear
 from common.lora import ADAPTER_FILE, is_finite, is_within
 from common.lora_files import HARMLESS_STARTS, plain_names
 from common.runtime import say, time_limit
-from common.trial import freeze_unused, in_short, try_out
+from common.trial import freeze_unused, in_short, keeps_answers
 
-MERGE_TOLERANCE = 1e-3  # of the largest output; rounding in float32 makes about 1e-5 of it
 PATTERN_SECONDS = 5  # for a regular expression of the user's; a good one needs milliseconds, (a+)+$ can take years
 SPLIT_STARTS = ("pissa", "olora")  # of init_lora_weights: A and B start as a part of the base's weights, which keep the rest
 MAX_ALPHA = 10**6  # beyond it an output overflows
@@ -262,13 +261,8 @@ def merged(model, answer):
     answer: as in common/trial.py; it is compared before and after. Else the model with its adapter beside it, and a line that
     says so: a weight-standardised convolution normalises its weight anew, and with it what was added.
     """
-    before = try_out(model, answer)
-    model.merge_adapter()
-    after = None if before is None else try_out(model, answer)
-    if after is not None and (after - before).abs().max() <= MERGE_TOLERANCE * before.abs().max():
+    if keeps_answers(model, answer, model.merge_adapter, model.unmerge_adapter):
         return model.unload()
-    model.unmerge_adapter()
-    say("the adapter is not merged: added into the weights it would change the answers; it goes on beside them")
     return model.get_base_model()
 
 

@@ -1,4 +1,4 @@
-"""One forward pass before training, on a small input: what the outputs depend on, and so what can learn at all.
+"""One forward pass on a small input: what can learn at all, before training; whether a merge keeps the answers, after it.
 
 answer: the task's, a model -> one tensor that its loss or its predictions are made of, for an input in the base's own size.
 No backward pass is needed: autograd's graph says which tensors would get a gradient. Nothing is left behind in the model.
@@ -14,6 +14,7 @@ from torch import nn
 from common.lora import is_within, replace_modules
 from common.runtime import say
 
+MERGE_TOLERANCE = 1e-3  # of the largest output; rounding in float32 makes about 1e-5 of it
 # What a PEFT layer says of the layer inside it. A model that asks for anything else (conv.stride) would find nothing.
 SEEN_THROUGH = ("weight", "bias", "in_features", "out_features")
 
@@ -58,6 +59,19 @@ def try_out(model, answer):
             reason = " ".join(str(error).split())[:200]
             say(f"note: a trial with a small input failed ({type(error).__name__}: {reason}), so the model was not looked over")
             return None
+
+
+@torch.no_grad()
+def keeps_answers(model, answer, merge, unmerge) -> bool:
+    """Whether the model answers as before after merge(), which puts its adapter into its weights; else unmerge() and a line."""
+    before = try_out(model, answer)
+    merge()
+    after = None if before is None else try_out(model, answer)
+    if after is not None and (after - before).abs().max() <= MERGE_TOLERANCE * before.abs().max():
+        return True
+    unmerge()
+    say("the adapter is not merged: added into the weights it would change the answers; it goes on beside them")
+    return False
 
 
 def reached(output) -> set[int]:

@@ -11,6 +11,7 @@ All random numbers come from torch's global generator.
 import math
 import typing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -18,8 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from common.checkpoint import write_json
 from common.config import Range, UserError, convert, field_kinds, shown
-from layers import LEAK, Coupling, Flip, ResBlock1, ResBlock2, Transformer, WaveNet, sequence_mask
+from layers import LEAK, Coupling, Flip, ResBlock1, ResBlock2, Transformer, WaveNet, sequence_mask, to_old_names
 
 PITCH_STEPS = 256  # of coarse pitch: 0 is nothing, 1 unvoiced, 255 the highest
 SINE_LEVEL = 0.1  # of the harmonic source
@@ -300,6 +302,15 @@ class Synthesizer(nn.Module):
         self.enc_q = PosteriorEncoder(config) if with_enc_q else None
         self.flow = Flow(config)
         self.emb_g = nn.Embedding(config.speakers, config.gin_channels)
+
+    def save_pretrained(self, folder, half: bool = False) -> None:
+        """config.json and model.safetensors, by the official names. half: in fp16, half the bytes."""
+        from safetensors.torch import save_file
+
+        state = {name: t.detach().cpu().contiguous() for name, t in to_old_names(self.state_dict()).items()}
+        state = {name: t.half() for name, t in state.items()} if half else state
+        write_json(Path(folder) / "config.json", self.config.to_json())
+        save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
     def speaker(self, sid):
         """(B,) rows -> g (B, gin, 1)."""

@@ -1,0 +1,371 @@
+"""A voice as a model: where bases come from, speakers' rows, where adapters go, saving and loading; its discriminator."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from common.bases import (
+    base_source,
+    fetch_file,
+    load_under,
+    make_origin,
+    open_checkpoint,
+    save_lora,
+    save_model,
+    take_over,
+    with_saved_adapter,
+)
+from common.checkpoint import check_holds, fingerprint, open_model_folder, read_json, write_json
+from common.config import UserError, shown
+from common.folders import best_of
+from common.lora import LoRAConfig, adaptable_layers, inject_lora, match_modules
+from common.peft_adapters import PATTERN_SECONDS
+from common.runtime import say, time_limit
+from common.trial import freeze_unused, in_short
+from discriminator import SMALL_PERIODS, V1_PERIODS, V2_PERIODS, Discriminator
+from layers import to_old_names
+from synthesizer import Synthesizer, VoiceConfig
+from voice_files import (
+    FILE_ENDINGS,
+    OUR_KEY,
+    VoiceFile,
+    check_tensors,
+    discriminator_of,
+    expected_shapes,
+    is_run_folder,
+    newest_pair,
+    read_discriminator,
+    read_tensors,
+    read_voice,
+)
+
+DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
+EXAMPLE = "lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth"
+VOICE_FILE = "voice.json"
+MODEL_FILE = "model.safetensors"
+VOICE_ROWS = "emb_g"  # the table with a row for each speaker, which trains whole beside the adapters
+MOST_SPEAKERS = 100_000  # of VoiceConfig
+# What --lora_targets may say -> a regular expression for full names of layers. The source's single weight and the last
+# convolution have fewer numbers than an adapter; noise_convs bring in the pitch, which no speaker owns.
+DECODER = r"dec\.(ups|resblocks)\..+"
+LORA_PRESETS = {
+    "decoder": DECODER,
+    "default": rf"{DECODER}|dec\.(conv_pre|cond)|flow\..+|enc_p\..+",
+    "attention": r"enc_p\.encoder\.attn_layers\..+",
+    "all": r"(?!dec\.(m_source|conv_post)).+",
+}
+# Applio's names of content models -> those on the hub. RVC knows the first alone, under the name hubert_base.pt.
+CONTENT_MODELS = {
+    "contentvec": "lengyue233/content-vec-best",
+    "chinese-hubert-base": "TencentGameMate/chinese-hubert-base",
+    "japanese-hubert-base": "rinna/japanese-hubert-base",
+    "korean-hubert-base": "team-lucid/hubert-base-korean",
+}
+
+
+@dataclass
+class Voice:
+    """What a voice is beside its weights.
+
+    content: what its content features come from, "dsp" or "hubert:<name>". f0_method: by which its pitch was tracked.
+    speakers: row i of the model's table is speakers[i]; empty where a file does not say. f0_medians: Hz, by speaker.
+    """
+
+    config: VoiceConfig
+    content: str
+    f0_method: str = "auto"
+    speakers: list[str] = field(default_factory=list)
+    f0_medians: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "config"}
+
+    @classmethod
+    def from_json(cls, data, config: VoiceConfig) -> "Voice":
+        """What to_json gave. UserError for what it never gives."""
+        data = data if isinstance(data, dict) else {}
+        names, medians = data.get("speakers"), data.get("f0_medians")
+        right = {
+            "content": isinstance(data.get("content"), str) and data["content"] != "",
+            "f0_method": isinstance(data.get("f0_method"), str),
+            "speakers": isinstance(names, list) and all(isinstance(name, str) for name in names),
+            "f0_medians": isinstance(medians, dict)
+            and all(type(hertz) in (int, float) and 0 < hertz < math.inf for hertz in medians.values()),
+        }
+        if wrong := [key for key, fits in right.items() if not fits]:
+            raise UserError(f"the description of a voice is damaged: its {wrong[0]} is {shown(data.get(wrong[0]))}")
+        if len(names) > config.speakers:
+            raise UserError(f"the description of a voice names {len(names)} speakers, and the model has {config.speakers} rows")
+        return cls(config, *(data[key] for key in right))
+
+    def save_pretrained(self, folder: Path) -> None:
+        write_json(Path(folder) / VOICE_FILE, self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path, config: VoiceConfig | None = None) -> "Voice":
+        """Of a checkpoint folder. config: that of the base, for an adapter's folder, which has none. UserError if damaged."""
+        folder = Path(folder)
+        try:
+            config = config or VoiceConfig.from_json(read_json(folder / "config.json"))
+            return cls.from_json(read_json(folder / VOICE_FILE), config)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+
+
+# ---- bases -----------------------------------------------------------------------------------------------------------
+
+
+def load_base(name: str, download: bool = True):
+    """(Synthesizer in eval mode, Voice, {"name", "sha256"}) of a base.
+
+    name: demo; a folder of ours; a .pth of RVC or Applio, for training or for conversion alone; a training folder of theirs; or
+    such a file on the hub, owner/repo/path/f0G40k.pth. UserError where it is none of these, or damaged.
+    """
+    file, folder = locate(name, download)
+    if folder is None:
+        found = read_voice(file)
+        voice = voice_of(found)
+    elif is_run_folder(folder):
+        _, found = newest_pair(folder)
+        voice = voice_of(found)
+    else:
+        found, voice = read_folder(folder)
+    model = Synthesizer(found.config, found.with_enc_q)
+    model.load_state_dict(found.tensors)  # torch's own hook takes the old names
+    model.eval().facts = {"speakers": voice.speakers}
+    kind = f"{'v1' if found.config.content_width == 256 else 'v2'}, " * (voice.content != "dsp")
+    about = f"{kind}{found.config.sample_rate} Hz, {'with' if found.config.f0 else 'without'} F0"
+    about += "" if found.with_enc_q else ", for conversion alone (no enc_q)"
+    say(f"base: {name}, RVC synthesizer ({about}), {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    return model, voice, {"name": name, "sha256": voice_fingerprint(model)}
+
+
+def voice_fingerprint(model: Synthesizer) -> str:
+    """sha256 of what converts: the same for a training file and the small one that was made of it, whatever names they use."""
+    return fingerprint({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("enc_q.")})
+
+
+def locate(name: str, download: bool) -> tuple[Path | None, Path | None]:
+    """(file, None) or (None, folder) of a base by its name; what is on the hub is fetched."""
+    path = Path(name).expanduser()
+    if path.is_dir() or not name.endswith(FILE_ENDINGS):
+        return None, Path(base_source(name, DEMO_BASE, EXAMPLE, download))
+    if path.is_file():
+        return path, None
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") < 2:
+        raise UserError(f"--model: there is no file {path}; give a .pth, a folder, a hub file ({EXAMPLE}) or demo")
+    return fetch_file(name, download), None
+
+
+def read_folder(folder: Path) -> tuple[VoiceFile, Voice]:
+    """A voice that was saved here: a run, its checkpoint, or the demo's base. UserError unless it is one, and whole."""
+    folder = best_of(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter, which is no base: --start_from goes on with it")
+    folder = open_model_folder(folder, MODEL_FILE) if (folder / "manifest.json").exists() else folder
+    check_holds(folder, MODEL_FILE)
+    voice = Voice.load(folder)
+    tensors, _ = read_tensors(folder / MODEL_FILE)
+    check_tensors(folder / MODEL_FILE, expected_shapes(voice.config, "enc_q.pre.weight" in tensors), tensors)
+    return VoiceFile(voice.config, {name: tensor.float() for name, tensor in tensors.items()}, {}), voice
+
+
+def voice_of(file: VoiceFile) -> Voice:
+    """What a file of others says of its voice; what is left unsaid is as RVC has it."""
+    if isinstance(file.facts.get(OUR_KEY), dict):
+        return Voice.from_json(file.facts[OUR_KEY].get("voice"), file.config)
+    embedder = file.facts.get("embedder_model")
+    embedder = embedder if isinstance(embedder, str) and embedder else "contentvec"
+    return Voice(file.config, f"hubert:{CONTENT_MODELS.get(embedder, embedder)}")
+
+
+def with_voices(base: Synthesizer, voice: Voice) -> Synthesizer:
+    """The base, to be trained on the speakers of `voice`: rows 0, 1, ... of its table are theirs.
+
+    A speaker whom the base knows by name brings the row along; others start between the speakers that it knows, at their mean,
+    or, where it names none, at the rows as they are. UserError for more speakers than rows, and for a base that cannot train.
+    """
+    if base.enc_q is None:
+        raise UserError(
+            "--model is a voice for conversion alone: it lacks the posterior encoder (enc_q), without which nothing trains; take "
+            "the G_*.pth that it was made of, or a pretrained f0G*.pth"
+        )
+    rows, known = base.emb_g.weight.data, base.facts.get("speakers", [])
+    if len(voice.speakers) > len(rows):
+        raise UserError(f"the data has {len(voice.speakers)} speakers, and the base has rows for {len(rows)}")
+    if known:
+        old = rows.clone()
+        places = {name: i for i, name in enumerate(known)}
+        for i, name in enumerate(voice.speakers):
+            rows[i] = old[places[name]] if name in places else old[: len(known)].mean(0)
+    base.facts = {"speakers": list(voice.speakers)}
+    base.new_layers = [VOICE_ROWS]
+    return base
+
+
+def load_discriminator(name: str, base: str, config: VoiceConfig) -> Discriminator:
+    """The discriminator that `name` says; "": the one beside the base (f0D40k.pth, D_100.pth), or else a new one."""
+    path = discriminator_file(name, base)
+    if path is None:
+        say("discriminator: new, since none lies beside the base; the first epochs teach it what a voice is")
+        small = config.hidden_channels < VoiceConfig.hidden_channels
+        return Discriminator(SMALL_PERIODS, 1 / 16) if small else Discriminator()
+    tensors = read_discriminator(path)
+    networks = len({name.split(".")[1] for name in tensors})
+    periods = next((known for known in (V1_PERIODS, SMALL_PERIODS) if len(known) + 1 == networks), V2_PERIODS)
+    widest = max(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)
+    model = Discriminator(periods, width=min(widest, 1024) / 1024)
+    expected = {key: tuple(tensor.shape) for key, tensor in to_old_names(model.state_dict()).items()}
+    check_tensors(path, expected, tensors)
+    model.load_state_dict(tensors)
+    say(f"discriminator: {path.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    return model
+
+
+def discriminator_file(name: str, base: str) -> Path | None:
+    """Where a discriminator is read from; None where there is none. UserError where the named one is missing."""
+    if name:
+        file, folder = locate(name, download=True)
+        if folder is not None:
+            raise UserError(f"--discriminator {name} is a folder; give a D_*.pth or f0D*.pth")
+        return file
+    path = Path(base).expanduser()
+    if path.is_dir() and is_run_folder(path):
+        path, _ = newest_pair(path)
+        return path.with_name(discriminator_of(path.name))
+    if path.is_file():
+        other = path.with_name(discriminator_of(path.name) or path.name)
+        return other if other != path and other.is_file() else None
+    other = discriminator_of(base)
+    return fetch_file(other) if other and base.count("/") >= 2 else None
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def lora_targets(model: Synthesizer, which: str, r: int = 1) -> list[str]:
+    """Full names of the layers that get adapters; none with r = 0.
+
+    which: a name of LORA_PRESETS, or a regular expression for full names or their ends. Layers on which an adapter could learn
+    nothing are left out, and named. UserError where nothing is hit, with what there is.
+    """
+    if not r:
+        return []
+    layers = {name: layer for name, layer in adaptable_layers(model).items() if not isinstance(layer, nn.Embedding)}
+    slow = f"--lora_targets: no layers found by {which!r} within {PATTERN_SECONDS} seconds; a simpler pattern is needed"
+    try:
+        with time_limit(PATTERN_SECONDS, slow):
+            names = list(match_modules("--lora_targets", LORA_PRESETS.get(which, [which]), layers, model))
+    except re.error as error:
+        raise UserError(f"--lora_targets is no valid regular expression: {error}") from None
+    idle = freeze_unused(model, answer, (VOICE_ROWS,), names)
+    if len(idle) == len(names):
+        raise UserError(f"--lora_targets {which}: no loss depends on {in_short(idle)}, so adapters there would learn nothing")
+    if idle:
+        say(f"left out: no loss depends on {in_short(idle)}")
+    return [name for name in names if name not in idle]
+
+
+def add_lora(model: Synthesizer, config) -> Synthesizer:
+    """The model with adapters as config.lora_* ask for, frozen but for these and the speakers' rows, which train whole."""
+    if config.lora_last_k or config.frozen_dtype != "fp32":
+        raise UserError("--lora_last_k and --frozen_dtype are not for voices: --lora_targets chooses, and weight_norm wants fp32")
+    names = set(lora_targets(model, config.lora_targets, config.lora_r))
+    model.whole = (VOICE_ROWS,)
+    if not names:
+        model.requires_grad_(False).emb_g.requires_grad_(True)
+        return model
+
+    def chosen(name, _layer):
+        return name in names
+
+    chosen.__name__ = config.lora_targets
+    lora = LoRAConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=chosen,
+        rank_pattern=read_ranks(getattr(config, "lora_rank_pattern", "")),
+        modules_to_save=[VOICE_ROWS],
+    )
+    inject_lora(model, lora)
+    return model
+
+
+def read_ranks(text: str) -> dict[str, int]:
+    """--lora_rank_pattern: "ups=12,resblocks=4" -> {"ups": 12, "resblocks": 4}. UserError for anything else."""
+    ranks = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, equals, rank = part.rpartition("=")
+        if not (equals and name and rank.isascii() and rank.isdigit() and len(rank) < 6):
+            raise UserError(f"--lora_rank_pattern: {shown(part)} is no name=rank, as in ups=12,resblocks=4")
+        ranks[name] = int(rank)
+    return ranks
+
+
+def answer(model: Synthesizer) -> torch.Tensor:
+    """All that the losses are made of, for a second's tenth of noise, in one row; for a voice without enc_q the wave alone."""
+    config, device, frames = model.config, next(model.parameters()).device, 10
+    torch.manual_seed(0)  # common/trial.py restores the generator
+    phone = torch.randn(1, frames, config.content_width).to(device)
+    spec = torch.rand(1, config.n_fft // 2 + 1, frames).to(device)
+    lengths, sid = torch.tensor([frames], device=device), torch.zeros(1, dtype=torch.long, device=device)
+    f0 = torch.full((1, frames), 200.0, device=device) if config.f0 else None
+    pitch = torch.full((1, frames), 100, device=device) if config.f0 else None
+    if model.enc_q is None:
+        return model.eval().infer(phone, lengths, pitch, f0, sid).flatten()
+    out = model.eval()(phone, lengths, pitch, f0, spec, sid)
+    return torch.cat([part.flatten() for part in (out.wave, out.z_p, out.m_p, out.logs_p, out.m_q, out.logs_q)])
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def origin(method: str, model: Synthesizer, base: dict, config, voice: Voice) -> dict:
+    """What origin.json says of a checkpoint; what the voice is stands in voice.json."""
+    return make_origin("voice_rvc", method, base, config, speakers=config.speakers, sample_rate=voice.config.sample_rate)
+
+
+def save_voice(folder: Path, model: Synthesizer, voice: Voice, about: dict, card: str = "") -> None:
+    """A checkpoint that is a base, too: model.safetensors by the official names, config.json, voice.json, origin.json, card."""
+    save_model(folder, model, voice, about, card)
+
+
+def save_voice_lora(folder: Path, model: Synthesizer, voice: Voice, about: dict, card: str = "") -> None:
+    """An adapter's folder in PEFT's format (of a run without adapters: head.safetensors), voice.json, origin.json, card."""
+    save_lora(folder, model, voice, about, card)
+
+
+def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+    """(Synthesizer in eval mode on the device, Voice, origin) of a checkpoint, full or an adapter, or of a .pth of others.
+
+    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
+    """
+    place = Path(folder).expanduser()
+    if place.is_file() or (place.is_dir() and is_run_folder(place)):
+        model, voice, facts = load_base(str(place))
+        return model.to(device), voice, {"task": "voice_rvc", "method": "full", "base": facts}
+    folder, about = open_checkpoint(folder, "voice_rvc")
+    model, voice = load_under(folder, about, load_base, base)
+    if about["method"] != "full":
+        voice = Voice.load(folder, model.config)
+        model = with_saved_adapter(model, folder, (VOICE_ROWS,), merge, answer, own_layers=True)
+    model.facts = {"speakers": voice.speakers}
+    return model.eval().to(device), voice, about
+
+
+def start_from(folder: str, model: Synthesizer) -> None:
+    """The weights of a checkpoint for `model`, as it is about to train; "": none. Rows, too, if the speakers are the same."""
+    if folder:
+        saved, voice, about = load_checkpoint(folder, merge=False)
+        same = voice.speakers == model.facts["speakers"]
+        take_over(model, saved, about, folder, () if same else (VOICE_ROWS,))
+
+
+def plain_code(about: dict) -> str:
+    """How the libraries alone load such a checkpoint, for its model card: not at all, the architecture is this project's own."""
+    return ""
