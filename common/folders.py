@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_type_hints
 
@@ -195,17 +195,24 @@ def lock_folder(folder: Path):
     return file
 
 
+@contextmanager
+def one_at_a_time(folder: Path):
+    """Of several processes that work on what a folder holds, or is to hold, one is inside at a time; the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        except ImportError:  # Windows: no lock
+            pass
+        yield
+
+
 def make_once(folder: Path, make) -> Path:
     """The folder, made by make(folder) if it is not there yet; of several processes that need it at once, one makes it."""
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-            try:
-                import fcntl
-
-                fcntl.lockf(file, fcntl.LOCK_EX)  # waits for whoever is at it
-            except ImportError:  # Windows: no lock
-                pass
+        with one_at_a_time(folder):
             if not folder.exists():
                 print(f"drawing the demo data into {folder}", flush=True)
                 aside = folder.with_name(f".{folder.name}.tmp")

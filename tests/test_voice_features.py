@@ -12,7 +12,7 @@ use_task(TASK)
 from common.config import UserError  # noqa: E402
 from common.samples import BadFile  # noqa: E402
 from content import REAL_CONTENT, align, load_content  # noqa: E402
-from f0 import F0_METHODS, PART, choose_f0, coarse_pitch, extract_f0, is_there, loud_f0  # noqa: E402
+from f0 import F0_METHODS, F0_PART, choose_f0, coarse_pitch, extract_f0, is_there, loud_f0  # noqa: E402
 
 METHODS = [method for method in F0_METHODS if method != "auto" and is_there(method)]
 
@@ -74,9 +74,9 @@ def test_neither_hum_nor_noise_nor_silence_is_taken_for_a_voice(method):
 def test_long_sounds_in_parts_have_the_f0_of_the_whole(method, monkeypatch):
     glide = sing(np.linspace(100, 300, 40000), 2.5)
     whole = extract_f0(glide, method)
-    monkeypatch.setattr("f0.PART", 12 * 1280)
+    monkeypatch.setattr("f0.F0_PART", 12 * 1280)
     parts = extract_f0(glide, method)
-    assert len(parts) == len(whole) == 251 and PART > len(glide)
+    assert len(parts) == len(whole) == 251 and F0_PART > len(glide)
     both = (parts > 0) & (whole > 0)
     assert np.mean(both) > 0.95 and np.mean(np.abs(parts / np.where(both, whole, 1) - 1)[both] > 0.02) < 0.01
 

@@ -31,6 +31,8 @@ def load_content(name: str, device: str = "cpu", width: int = 0):
     voice expects, 768 (RVC v2), 256 (v1) or 0 (the model's own). UserError where there is no such model.
     """
     if name == "dsp":
+        if width not in (0, CEPSTRA):
+            raise UserError(f"--content dsp is {CEPSTRA} wide, and the base expects {width}: take hubert:{REAL_CONTENT}")
         return DspContent()
     kind, _, source = name.partition(":")
     if kind != "hubert" or not source:
@@ -78,12 +80,12 @@ def mel_cepstra(wave) -> np.ndarray:
     wave = np.pad(np.asarray(wave, np.float32), (0, max(0, 1024 - len(wave))))  # reflecting needs more samples than the edge has
     wave = np.pad(wave, edge, mode="reflect")
     spectrum = np.abs(librosa.stft(wave, n_fft=1024, hop_length=CONTENT_HOP, win_length=800, center=False))[:, :frames]
-    mels = mel_filters() @ (spectrum / 200)  # 200: half the sum of the window, so that a full-scale sine is 1
+    mels = cepstral_filters() @ (spectrum / 200)  # 200: half the sum of the window, so that a full-scale sine is 1
     return dct(np.log(np.maximum(mels, MEL_FLOOR)), axis=0, norm="ortho")[:CEPSTRA].T
 
 
 @cache
-def mel_filters() -> np.ndarray:
+def cepstral_filters() -> np.ndarray:
     import librosa
 
     return librosa.filters.mel(sr=16000, n_fft=1024, n_mels=MEL_BANDS, fmin=80, fmax=7600, norm=None)

@@ -29,8 +29,8 @@ BEST_FIRST = ("swift", "harvest", "pyin")  # what "auto" takes the first of that
 F0_METHODS = ("auto", *PACKAGES)
 # Long recordings go through a tracker in parts, so that memory does not grow with them. Both are multiples of 10 ms and of
 # swift-f0's 16 ms, so that a part has the frames that the whole would have; the context is longer than any tracker looks.
-PART = 256 * 1280  # samples: 20.5 s
-CONTEXT = 12 * 1280  # 0.96 s on either side
+F0_PART = 256 * 1280  # samples: 20.5 s
+F0_CONTEXT = 12 * 1280  # 0.96 s on either side
 SILENT_DB = -45.0  # below the loudest: no voice, whatever a tracker makes of it (harvest finds F0 in silence)
 SILENT_AT_ALL = -69.0  # dB of full scale
 LOUD_DB = -25.0  # below the loudest: frames that count for a voice's range and median
@@ -74,10 +74,10 @@ def extract_f0(wave: np.ndarray, method: str, low: float = F0_LOW, high: float =
     method = choose_f0(method)
     frames = len(wave) // F0_HOP + 1
     f0, levels = np.zeros(frames, np.float32), np.full(frames, -np.inf, np.float32)
-    for start in range(0, frames * F0_HOP, PART):
-        left = max(0, start - CONTEXT)
-        part = without_hum(wave[left : start + PART + CONTEXT])
-        here = slice(start // F0_HOP, min(frames, (start + PART) // F0_HOP))
+    for start in range(0, frames * F0_HOP, F0_PART):
+        left = max(0, start - F0_CONTEXT)
+        part = without_hum(wave[left : start + F0_PART + F0_CONTEXT])
+        here = slice(start // F0_HOP, min(frames, (start + F0_PART) // F0_HOP))
         own = slice((start - left) // F0_HOP, (start - left) // F0_HOP + here.stop - here.start)
         f0[here] = TRACKERS[method](part, low, high)[own]
         levels[here] = frame_levels(part)[own]

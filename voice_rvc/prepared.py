@@ -1,0 +1,261 @@
+"""Recordings as a voice trains on them, kept on disk: clips of a few seconds with their content features and F0.
+
+    clips = prepare(recordings, voice, prepared_folder(data_dir), workers=0, faults=faults)
+    wave, content, f0 = clips[0].load(voice.config.hop)
+
+A recording's clips are in files named by the hash of its bytes and of all settings, written whole or not at all: so what is
+there is never prepared twice and never taken for other settings, and a stopped run goes on where it was. prepared.json in the
+folder, written last, makes it one that train takes as it is.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+# needs: safetensors
+from common.checkpoint import read_json, write_json
+from common.config import UserError, project_root
+from common.folders import one_at_a_time
+from common.runtime import choose_device, say
+from common.samples import BadFile, Faults, attempt
+from content import align, content_version
+from f0 import F0_HIGH, F0_LOW, choose_f0
+from preparing import OUTLINE, PREPARED_FORMAT, Job, facts_of_all, known_facts
+from recordings import Recording
+
+PREPARED = "prepared.json"
+ALIKE_SECONDS = 0.3  # by which two copies of a sound may differ, once cut
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A piece of a recording, ready to train on. frames: of 10 ms; speaker: a row; split: as its folder says, or None.
+
+    recording: clips of the same stay on one side of a split; copies of one sound share it. start, stop: seconds in the file.
+    """
+
+    name: str
+    recording: str
+    speaker: int
+    frames: int
+    split: str | None
+    start: float
+    stop: float
+    file: Path
+    number: int  # of its tensors in the file
+
+    def load(self, hop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(wave (frames * hop,), content (frames, C), f0 (frames,) in Hz), float32. BadFile where the file is damaged."""
+        wave, content, f0 = read_tensors_of(self.file, self.number)
+        if len(wave) != self.frames * hop:
+            raise BadFile(f"prepared for another rate, {len(wave) // self.frames} samples a frame where the voice has {hop}")
+        return wave, *align(content, f0, self.frames)
+
+
+def read_tensors_of(file: Path, number: int) -> list[np.ndarray]:
+    """wave, content (at 50 Hz) and F0 of a clip."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "np") as tensors:
+            return [tensors.get_tensor(f"{number}.{kind}") for kind in ("wave", "content", "f0")]
+    except (OSError, SafetensorError) as error:
+        raise BadFile(f"prepared file that is damaged or gone, {file.name}: delete it and prepare again") from error
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------------
+
+
+def prepared_folder(data_dir) -> Path:
+    """Where the clips of a data folder are kept if nobody names a place: the same one for every script."""
+    place = Path(data_dir).expanduser().resolve()
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    return project_root() / "outputs" / "voice_rvc" / "prepared" / f"{place.name[:60]}-{digest}"
+
+
+def is_prepared(folder: Path) -> bool:
+    return (Path(folder) / PREPARED).is_file()
+
+
+def open_prepared(folder: Path, voice=None) -> tuple[list[Clip], list[str]]:
+    """(clips, names of the speakers) of a folder that preprocess.py wrote. UserError where it does not suit the voice."""
+    folder = Path(folder)
+    about = read_json(folder / PREPARED)
+    if not (isinstance(about, dict) and about.get("finished") is True and about.get("format") == PREPARED_FORMAT):
+        raise UserError(f"{folder} was not prepared to the end, or by another version: run preprocess.py on its recordings again")
+    if voice is not None:
+        check_suits(folder, about["settings"], voice)
+    clips = []
+    for entry in about["recordings"]:
+        recording = Recording(folder / entry["name"], *(entry[key] for key in ("name", "speaker", "split", "group")))
+        facts = known_facts(folder, entry["key"])
+        if facts is None:
+            raise UserError(f"{folder}: the files of {entry['name']} are damaged or gone; run preprocess.py again")
+        clips += clips_of(recording, facts, folder)
+    return clips, about["speakers"]
+
+
+def check_suits(folder: Path, settings: dict, voice) -> None:
+    """UserError where clips were prepared for another kind of voice."""
+    version = content_version(voice.content)
+    pairs = (
+        ("rate", settings["rate"], voice.config.sample_rate, "Hz"),
+        ("content", settings["content"], voice.content, ""),
+        ("content", settings["content_version"], version, ""),
+        ("content width", settings["width"], voice.config.content_width, ""),
+    )
+    for what, found, wanted, unit in pairs:
+        if found != wanted and not (what == "content" and settings["content_version"] == version):
+            raise UserError(
+                f"{folder} was prepared with {what} {found} {unit}".rstrip()
+                + f", and this base takes {wanted}: run preprocess.py for this --model, or train on the recordings"
+            )
+    if voice.f0_method not in ("auto", settings["f0_method"]):
+        say(f"F0: by {settings['f0_method']}, as {folder.name} was prepared, not by {voice.f0_method}")
+
+
+def clips_of(recording: Recording, facts: dict, folder: Path) -> list[Clip]:
+    several = len(facts["clips"]) > 1
+    return [
+        Clip(
+            f"{recording.name} ({clip['start']:.1f} s)" if several else recording.name,
+            recording.group or recording.name,
+            recording.speaker,
+            clip["frames"],
+            recording.split,
+            clip["start"],
+            clip["stop"],
+            Path(folder) / Path(clip["file"]).name,
+            clip["number"],
+        )
+        for clip in facts["clips"]
+    ]
+
+
+# ---- all recordings --------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    recordings: list[Recording],
+    voice,
+    folder: Path,
+    workers: int,
+    faults: Faults,
+    f0_range: tuple[float, float] = (F0_LOW, F0_HIGH),
+    speakers: list[str] | None = None,
+    device: str = "auto",
+) -> list[Clip]:
+    """The clips of recordings, in their order; only those that the folder does not have are made, `workers` at a time (0: cores).
+
+    voice (model.Voice): rate, kind of content and F0 method. faults is told what was left out, in order of the recordings.
+    UserError where nothing is left; the folder is then none that train takes.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    method, config = choose_f0(voice.f0_method), voice.config
+    device = choose_device(device) if voice.content != "dsp" else "cpu"
+    version = content_version(voice.content)
+    job = Job(folder, config.sample_rate, voice.content, version, config.content_width, method, *map(float, f0_range), device)
+    with one_at_a_time(folder / "clips"):
+        write_json(folder / PREPARED, {"format": PREPARED_FORMAT, "finished": False})
+        recordings, keys = tell_copies_apart(recordings, job, faults)
+        found = facts_of_all(recordings, keys, job, workers)
+        kept, reasons = [], Counter()
+        for recording, key, (facts, fault) in zip(recordings, keys, found, strict=True):
+            if fault:
+                faults.add_error(fault, recording.name)
+                reasons[fault.partition(", ")[0]] += 1
+                continue
+            note_recording(facts, recording.name, faults)
+            kept.append((recording, key, facts))
+        if not kept:
+            (folder / PREPARED).unlink()
+            why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+            raise UserError(f"no voice found in {len(recordings)} recordings: {why}")
+        kept = group_copies(kept, folder, faults)
+        entries = [
+            {"name": r.name, "speaker": r.speaker, "split": r.split, "group": r.group or r.name, "key": key} for r, key, _ in kept
+        ]
+        speakers = speakers or [str(row) for row in range(1 + max(recording.speaker for recording, _, _ in kept))]
+        about = {"format": PREPARED_FORMAT, "finished": True, "settings": job.settings, "speakers": speakers}
+        write_json(folder / PREPARED, about | {"recordings": entries})
+    return [clip for recording, _, facts in kept for clip in clips_of(recording, facts, folder)]
+
+
+def tell_copies_apart(recordings: list[Recording], job: Job, faults: Faults) -> tuple[list[Recording], list[str]]:
+    """(recordings, their keys) without those whose bytes another recording of that voice and split has."""
+    kept, keys, first = [], [], {}
+    for recording in recordings:
+        key, _, _ = attempt(job.key, recording.path)
+        same = first.setdefault((key, recording.speaker, recording.split), recording) if key else recording
+        if same is not recording:
+            faults.add("copy of another recording", f"{recording.name} ({same.name})")
+            continue
+        kept.append(recording)
+        keys.append(key or "")
+    return kept, keys
+
+
+def note_recording(facts: dict, name: str, faults: Faults) -> None:
+    """What is worth knowing of a recording that is used."""
+    for note in facts["notes"]:
+        what, _, detail = note.partition(", ")
+        faults.note(what, f"{name} ({detail})" if detail else name)
+    if not facts["f0"]:
+        faults.note("recording without a voiced frame, which no F0 statistics count", name)
+
+
+# ---- copies of one sound ---------------------------------------------------------------------------------------------------
+
+
+def group_copies(kept: list[tuple], folder: Path, faults: Faults) -> list[tuple]:
+    """The same (recording, key, facts), where those of one sound are in one group: encoded again, quieter, cut anew.
+
+    What is about as long and has the same F0 is compared by its sound.
+    """
+    groups = list(range(len(kept)))  # the place of the first recording with the same sound
+    spectra = cache(lambda key: outline_spectrum(folder / f"{key}-0.safetensors"))
+    order = sorted(groups, key=lambda place: kept[place][2]["kept"])
+    for number, place in enumerate(order):
+        _, key, facts = kept[place]
+        for other in reversed(order[:number]):
+            _, its_key, its_facts = kept[other]
+            if facts["kept"] - its_facts["kept"] > ALIKE_SECONDS:
+                break
+            if alike_f0(facts["f0"], its_facts["f0"]) and same_sound(spectra(key), spectra(its_key)):
+                groups[place] = groups[other]
+                break
+    names, grouped = {}, []
+    for group, (recording, key, facts) in zip(groups, kept, strict=True):
+        name = names.setdefault(group, recording.group or recording.name)
+        if name != (recording.group or recording.name):
+            faults.note("recordings of one sound, which stay on one side of a split", f"{recording.name} ({name})")
+        grouped.append((replace(recording, group=name), key, facts))
+    return grouped
+
+
+def alike_f0(points: list[float], others: list[float]) -> bool:
+    """Whether 21 points of the F0 of two recordings, but for the extremes, are within 3 %."""
+    if not points or not others:
+        return points == others
+    inner = slice(2, -2)
+    return bool(np.all(np.abs(np.divide(points, others) - 1)[inner] < 0.03))
+
+
+def outline_spectrum(file: Path) -> np.ndarray:
+    """The Fourier transform of a recording's outline, its energy 1, padded so that shifts do not wrap."""
+    from safetensors import safe_open
+
+    with safe_open(file, "np") as tensors:
+        outline = tensors.get_tensor("outline").astype(np.float32)
+    return np.fft.rfft(outline / max(float(np.linalg.norm(outline)), 1e-9), 2 * OUTLINE)
+
+
+def same_sound(spectrum: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two outlines are one sound, shifted and scaled: 1 is the most that their correlation can be."""
+    return bool(np.abs(np.fft.irfft(spectrum * other.conj())).max() > 0.9)
