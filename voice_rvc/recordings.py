@@ -1,12 +1,14 @@
 """The recordings of a folder: which files, whose voice, which split, which of them are one sound."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from audio_files import AUDIO_ENDINGS, check_file, is_audio
+from audio_files import AUDIO_ENDINGS, is_audio
 from common.config import UserError
 from common.runtime import say
-from common.samples import BadFile, Faults, data_folder, files_below, readable, short_names, split_of, visible_entries
+from common.samples import Faults, data_folder, files_below, readable, short_names, split_of, visible_entries
+from common.scan import Scan
+from copies import exact_copies, near_copies, sound_reader
 
 SPEAKERS = ("auto", "one", "folders")  # --speakers: numbered folders are voices, all is one voice, every folder is a voice
 
@@ -23,39 +25,87 @@ class Recording:
     speaker: int
     split: str | None = None
     group: str = ""
+    seconds: float = 0.0
 
 
 def find_recordings(data_dir, faults: Faults, speakers: str = "auto") -> tuple[list[Recording], list[str]]:
     """(recordings in order of their paths, names of the voices: Recording.speaker is a place in it) of a folder or of one file.
 
-    Folders named like a split (train, val ...) give the split. speakers: of SPEAKERS; with "auto" numbered folders are voices
-    as in Applio, and what lies beside them is voice 0. UserError where there is no recording.
+    Every file is decoded once, and what is known of it kept for the next start: what cannot be read, and copies of a sound,
+    are left out and named in faults. Folders named like a split (train, val ...) give the split. speakers: of SPEAKERS; with
+    "auto" numbered folders are voices as in Applio, and what lies beside them is voice 0. UserError where nothing is left.
     """
     root = Path(data_dir).expanduser()
     if not root.exists():
         raise UserError(f"--data_dir: there is no folder or file {root}")
-    if not root.is_dir():
-        files, root = [root], root.parent
-        voice = files[0].stem
-    else:
+    if root.is_dir():
         root = data_folder(root, lambda folder: any(map(shows_layout, visible_entries(folder))))
         files, voice = sound_files(root, faults), root.name
+    else:
+        files, voice, root = [root], root.stem, root.parent
     if not files:
         raise UserError(f"--data_dir {data_dir}: no recording in it (looked for {', '.join(AUDIO_ENDINGS)})")
     splits, owners = zip(*(place_of(path.relative_to(root).parts[:-1]) for path in files), strict=True)
     voices = name_voices(list(owners), speakers, readable(voice))
-    found = []
-    for path, name, split, owner in zip(files, map(readable, short_names(files)), splits, owners, strict=True):
-        try:
-            check_file(path)
-            speaker = voices.index(owner) if owner in voices else 0
-            found.append(Recording(path, name, speaker, split, group=name))
-        except (BadFile, OSError) as error:
-            faults.add_error(str(error), name)
+    rows = [voices.index(owner) if owner in voices else 0 for owner in owners]
+    names = [printable(name) for name in short_names(files)]
+    every = [Recording(*facts) for facts in zip(files, names, rows, splits, strict=True)]
+    found = one_of_each_sound(*read_all(every, faults), faults)
     if not found:
-        raise UserError(f"--data_dir {data_dir}: none of its {len(files)} recordings can be used")
-    say(f"{len(found)} recordings of {len(voices)} {'voice' if len(voices) == 1 else 'voices: ' + ', '.join(voices)}")
+        alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
+        raise UserError(f"--data_dir {data_dir}: none of its {len(every)} recordings can be used{alike}")
+    minutes = sum(recording.seconds for recording in found) / 60
+    many = "one voice" if len(voices) == 1 else f"{len(voices)} voices: {', '.join(voices)}"
+    say(f"recordings: {len(found)}, {minutes:.1f} minutes, of {many}")
     return found, voices
+
+
+def read_all(recordings: list[Recording], faults: Faults) -> tuple[list[Recording], list]:
+    """(those that can be decoded, what look_at_sound found in each)."""
+    scan = Scan([recording.path for recording in recordings], sound_reader())
+    try:
+        scan.look("reading recordings")
+    finally:
+        scan.save()
+    good, known = [], []
+    for recording, (_, _, facts, fault, _) in zip(recordings, scan.entries, strict=True):
+        if fault:
+            faults.add_error(fault, recording.name)
+        else:
+            good.append(replace(recording, seconds=facts[0] / facts[1]))
+            known.append(facts)
+    return good, known
+
+
+def one_of_each_sound(recordings: list[Recording], facts: list, faults: Faults) -> list[Recording]:
+    """The recordings without copies of the same samples, and with a group for each sound; none is trained on and held out.
+
+    Held-out ones come first: a copy of them is not trained on.
+    """
+    order = sorted(range(len(recordings)), key=lambda place: recordings[place].split in (None, "train"))
+    recordings, facts = [recordings[place] for place in order], [facts[place] for place in order]
+    kept = []
+    for place, original in enumerate(exact_copies(facts)):
+        if original == place:
+            kept.append(place)
+        else:
+            faults.add_error(f"copy of another recording, {recordings[original].name}", recordings[place].name)
+    recordings, facts = [recordings[place] for place in kept], [facts[place] for place in kept]
+    found = []
+    for recording, original in zip(recordings, near_copies([r.path for r in recordings], facts), strict=True):
+        first = recordings[original]
+        if first is not recording and first.split != recording.split:
+            faults.add_error(f"nearly the same as a recording of another split, {first.name}", recording.name)
+            continue
+        if first is not recording:
+            faults.note("nearly the same as another recording, on its side of the split", f"{recording.name} ({first.name})")
+        found.append(replace(recording, group=first.name))
+    return sorted(found, key=lambda recording: recording.path.parts)
+
+
+def printable(name: str) -> str:
+    """A name as one line of text that tells files apart: line feeds and bytes that are no text are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in readable(name))
 
 
 def shows_layout(entry) -> bool:
@@ -68,7 +118,7 @@ def sound_files(root: Path, faults: Faults) -> list[Path]:
     paths = files_below(root, faults)
     for path in paths:
         if not is_audio(path):
-            faults.add("file that is no recording", readable(str(Path(path).relative_to(root))))
+            faults.add("file that is no recording", printable(str(Path(path).relative_to(root))))
     return [Path(path) for path in paths if is_audio(path)]
 
 

@@ -150,7 +150,7 @@ def voiced_spans(powers: np.ndarray, loud: float) -> list[tuple[int, int]]:
 
 
 def divide(spans: list[tuple[int, int]], powers: np.ndarray) -> list[tuple[int, int]]:
-    """The spans (in frames), those longer than LONGEST_PART cut into parts alike, each at the quietest place nearby. Nothing is lost."""
+    """The spans (in frames); those longer than LONGEST_PART in parts about alike, cut at quiet places. Nothing is lost."""
     shift, parts = round(PART_SHIFT / LEVEL_STEP), []
     for first, last in spans:
         number = -int(-(last - first) * LEVEL_STEP // LONGEST_PART)
