@@ -6,6 +6,7 @@ features = content(wave)                                            # (n // 320,
 """
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 
@@ -52,20 +53,24 @@ class DspContent:
     def __call__(self, wave, statistics=None):
         """statistics: of the whole utterance, where wave is a part of it; its own where not given."""
         cepstra = mel_cepstra(wave)
-        mean, deviation = self.statistics([cepstra]) if statistics is None else statistics
+        mean, deviation = self.statistics([moments(cepstra)]) if statistics is None else statistics
         return ((cepstra - mean) / deviation).astype(np.float32)
 
     def statistics(self, parts):
-        """(mean (13,), deviation) over the mel_cepstra of all parts of an utterance."""
-        cepstra = np.concatenate([*parts, np.zeros((0, CEPSTRA))])
-        if not len(cepstra):
-            return np.zeros(CEPSTRA), 1.0
-        mean = cepstra.mean(0)
-        return mean, max(float(np.sqrt(np.mean((cepstra - mean) ** 2))), 1e-3)  # silence has none
+        """(mean (13,), deviation) over all parts of an utterance, by what `describe` says of each."""
+        count, *total, square = sum(parts, np.zeros(CEPSTRA + 2))
+        mean = np.array(total) / max(count, 1)
+        variance = square / max(count, 1) - np.square(mean).sum()
+        return mean, max(math.sqrt(max(variance, 0) / CEPSTRA), 1e-3)  # silence has none
 
     def describe(self, wave):
-        """What `statistics` takes of a part of an utterance."""
-        return mel_cepstra(wave)
+        """What `statistics` takes of a part of an utterance; so much of a long one, too."""
+        return moments(mel_cepstra(wave))
+
+
+def moments(cepstra) -> np.ndarray:
+    """(15,) of (n, 13): n, the sums over frames, and the sum of all squares."""
+    return np.array([len(cepstra), *cepstra.sum(0), np.square(cepstra).sum()])
 
 
 def mel_cepstra(wave) -> np.ndarray:

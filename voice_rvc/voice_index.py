@@ -80,7 +80,7 @@ def read_index(path: Path | str, width: int):
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror}") from None
-    check_header(path, content, width)
+    check_index_header(path, content, width)
     try:
         index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
     except Exception as error:  # faiss's own words are a C++ assertion
@@ -90,7 +90,7 @@ def read_index(path: Path | str, width: int):
     return index
 
 
-def check_header(path: Path, content: bytes, width: int) -> None:
+def check_index_header(path: Path, content: bytes, width: int) -> None:
     """UserError unless the header is that of a trained index with vectors of this width, and the file has room for them."""
     if not content:
         raise UserError(f"the index {path} is empty (0 bytes): copy it again")
