@@ -15,14 +15,16 @@ sys.path.insert(0, "path/to/the/task")  # its folder in LoRA Workshop, the one t
 from predictor import Predictor
 
 predictor = Predictor("path/to/this/folder"{base})
-print(predictor.predict("photo.jpg"))
+{use}
 """
+ON_A_PICTURE = 'print(predictor.predict("photo.jpg"))'
 
 
-def model_card(task: str, method: str, described: dict, best: dict, config, device, code: str) -> str:
+def model_card(task: str, method: str, described: dict, best: dict, config, device, code: str, use: str = ON_A_PICTURE) -> str:
     """Markdown: what the checkpoint is, of which base and data, how good on how many samples, how to load and to repeat it.
 
     described: base, data, parameters as in summary.json. best: the metrics of its epoch. code: how libraries alone load it.
+    use: Python that asks the task's Predictor, by the name `predictor`.
     """
     base, data, parameters = (described.get(key) or {} for key in ("base", "data", "parameters"))
     kind = {"full": "A model with every weight fine-tuned", "head": "A new head"}.get(method, f"An adapter ({method})")
@@ -30,7 +32,7 @@ def model_card(task: str, method: str, described: dict, best: dict, config, devi
     ran = environment(device, 1)
     versions = ", ".join(f"{name} {ran[name]}" for name in ("python", "torch", "transformers", "peft") if ran[name])
     lines = [
-        *front_matter(task, method, str(base.get("name"))),
+        *front_matter(task, method, str(base.get("name")), code),
         f"# {task}: {spoken(data.get('name'))}, {method}",
         "",
         f"{kind} for {task}, trained with LoRA Workshop. {parameters.get('trainable', 0):,} of {parameters.get('total', 0):,} "
@@ -44,26 +46,30 @@ def model_card(task: str, method: str, described: dict, best: dict, config, devi
         *left_out,
         *("", "## Measured", "", f"On the {data.get('val')} validation samples, which also chose this epoch:", ""),
         *metric_table(best),
-        *("", "## Load it", "", *loading(method, str(base.get("name")), code)),
+        *("", "## Load it", "", *loading(method, str(base.get("name")), code, use)),
         *("", "## Repeat it", "", "```", command(method, config), "```"),
         *("", f"It was made with {versions} on {ran['device']}.", ""),
     ]
     return "\n".join(lines)
 
 
-def loading(method: str, base: str, code: str) -> list[str]:
-    """Python that loads it: with the libraries alone where `code` says how, and with this project."""
+def loading(method: str, base: str, code: str, use: str) -> list[str]:
+    """Python that loads it: with the libraries alone where `code` says how, and with this project, which `use` asks."""
     needs_base = "" if method == "full" else ', base="path/to/the/base"'
-    ours = ["```python", PREDICTOR.format(base=needs_base).strip(), "```"]
+    ours = ["```python", PREDICTOR.format(base=needs_base, use=use).strip(), "```"]
     if not code:
         return ours
     code = code if is_hub_name(base) else code.replace(f'"{base}"', '"path/to/the/base"')
     return ["With the libraries alone:", "", "```python", code.strip(), "```", "", "With this project:", "", *ours]
 
 
-def front_matter(task: str, method: str, base: str) -> list[str]:
-    """What the hub reads: of which base it is, by which library. A base on a disk is not named, as no one else finds it there."""
-    lines = ["---", f"library_name: {'peft' if method not in ('full', 'head') else 'transformers'}"]
+def front_matter(task: str, method: str, base: str, code: str) -> list[str]:
+    """What the hub reads: of which base it is, by which library. A base on a disk is not named, as no one else finds it there.
+
+    code: how libraries alone load it; where it is empty none does, and none is named.
+    """
+    library = "transformers" if method in ("full", "head") else "peft"
+    lines = ["---", f"library_name: {library}"] if code else ["---"]
     if is_hub_name(base):
         lines.append(f"base_model: {base}")
     return [*lines, f"tags: [{task}, {method}, lora-workshop]", "---", ""]

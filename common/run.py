@@ -376,12 +376,15 @@ class Run:
         say(f"epoch {self.progress.epoch}/{self.config.epochs}: {in_words(record)}{mark}")
         return is_best and self.is_main
 
-    def card(self, code: str = "") -> str:
-        """The model card of the best epoch, for its checkpoint folder. code: how it is loaded with the libraries alone."""
+    def card(self, code: str = "", **how) -> str:
+        """The model card of the best epoch, for its checkpoint folder. code: how it is loaded with the libraries alone.
+
+        how: `use`, where a picture is not what the task's Predictor takes; see common/card.py.
+        """
         with self.guard("the model card"):
             from common.card import model_card
 
-            return model_card(self.task, self.method, self.described, self.progress.best, self.config, self.device, code)
+            return model_card(self.task, self.method, self.described, self.progress.best, self.config, self.device, code, **how)
         return ""
 
     def guard(self, what: str):

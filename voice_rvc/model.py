@@ -14,8 +14,6 @@ from common.bases import (
     load_under,
     make_origin,
     open_checkpoint,
-    save_lora,
-    save_model,
     take_over,
     with_saved_adapter,
 )
@@ -125,15 +123,15 @@ def load_base(name: str, download: bool = True):
     name: demo; a folder of ours; a .pth of RVC or Applio, for training or for conversion alone; a training folder of theirs; or
     such a file on the hub, owner/repo/path/f0G40k.pth. UserError where it is none of these, or damaged.
     """
-    file, folder = locate(name, download)
-    if folder is None:
-        found = read_voice(file)
+    place = Path(name).expanduser()
+    if place.is_dir() and is_run_folder(place):
+        _, found = newest_pair(place)
         voice = voice_of(found)
-    elif is_run_folder(folder):
-        _, found = newest_pair(folder)
+    elif place.is_file() or (name.endswith(FILE_ENDINGS) and not place.is_dir()):
+        found = read_voice(locate(name, download))
         voice = voice_of(found)
     else:
-        found, voice = read_folder(folder)
+        found, voice = read_folder(Path(base_source(name, DEMO_BASE, EXAMPLE, download)))
     model = Synthesizer(found.config, found.with_enc_q)
     model.load_state_dict(found.tensors)  # torch's own hook takes the old names
     model.eval().facts = {"speakers": voice.speakers}
@@ -149,16 +147,14 @@ def voice_fingerprint(model: Synthesizer) -> str:
     return fingerprint({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("enc_q.")})
 
 
-def locate(name: str, download: bool) -> tuple[Path | None, Path | None]:
-    """(file, None) or (None, folder) of a base by its name; what is on the hub is fetched."""
+def locate(name: str, download: bool, flag: str = "--model ") -> Path:
+    """The file of a voice by its name; one on the hub, owner/repo/path/file, is fetched. UserError where there is none."""
     path = Path(name).expanduser()
-    if path.is_dir() or not name.endswith(FILE_ENDINGS):
-        return None, Path(base_source(name, DEMO_BASE, EXAMPLE, download))
     if path.is_file():
-        return path, None
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") < 2:
-        raise UserError(f"--model: there is no file {path}; give a .pth, a folder, a hub file ({EXAMPLE}) or demo")
-    return fetch_file(name, download), None
+        return path
+    if path.is_dir() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") < 2:
+        raise UserError(f"{flag}{name}: there is no file of that name; give a .pth, or one on the hub ({EXAMPLE})")
+    return fetch_file(name, download, flag)
 
 
 def read_folder(folder: Path) -> tuple[VoiceFile, Voice]:
@@ -229,10 +225,7 @@ def load_discriminator(name: str, base: str, config: VoiceConfig) -> Discriminat
 def discriminator_file(name: str, base: str) -> Path | None:
     """Where a discriminator is read from; None where there is none. UserError where the named one is missing."""
     if name:
-        file, folder = locate(name, download=True)
-        if folder is not None:
-            raise UserError(f"--discriminator {name} is a folder; give a D_*.pth or f0D*.pth")
-        return file
+        return locate(name, download=True, flag="--discriminator ")
     path = Path(base).expanduser()
     if path.is_dir() and is_run_folder(path):
         path, _ = newest_pair(path)
@@ -330,16 +323,6 @@ def origin(method: str, model: Synthesizer, base: dict, config, voice: Voice) ->
     return make_origin("voice_rvc", method, base, config, speakers=config.speakers, sample_rate=voice.config.sample_rate)
 
 
-def save_voice(folder: Path, model: Synthesizer, voice: Voice, about: dict, card: str = "") -> None:
-    """A checkpoint that is a base, too: model.safetensors by the official names, config.json, voice.json, origin.json, card."""
-    save_model(folder, model, voice, about, card)
-
-
-def save_voice_lora(folder: Path, model: Synthesizer, voice: Voice, about: dict, card: str = "") -> None:
-    """An adapter's folder in PEFT's format (of a run without adapters: head.safetensors), voice.json, origin.json, card."""
-    save_lora(folder, model, voice, about, card)
-
-
 def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
     """(Synthesizer in eval mode on the device, Voice, origin) of a checkpoint, full or an adapter, or of a .pth of others.
 
@@ -366,6 +349,11 @@ def start_from(folder: str, model: Synthesizer) -> None:
         take_over(model, saved, about, folder, () if same else (VOICE_ROWS,))
 
 
-def plain_code(about: dict) -> str:
-    """How the libraries alone load such a checkpoint, for its model card: not at all, the architecture is this project's own."""
-    return ""
+def card_code(about: dict) -> dict:
+    """What a model card says of loading, for Run.card: no library alone does it; RVC and Applio take what is exported."""
+    base = "" if about["method"] == "full" else " --model path/to/the/base"
+    return {
+        "use": f"""wave, rate = predictor.predict("speech.wav")
+
+# For RVC WebUI and Applio: python scripts/rvc_checkpoint.py export path/to/this/folder voice.pth{base}"""
+    }

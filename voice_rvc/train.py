@@ -42,6 +42,7 @@ class Config(TrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import save_model
     from common.lora import count_parameters
     from common.optim import build_optimizer
     from common.run import Run
@@ -50,12 +51,11 @@ def main(argv=None):
     from metrics import evaluate
     from model import (
         VOICE_ROWS,
+        card_code,
         load_base,
         load_checkpoint,
         load_discriminator,
         origin,
-        plain_code,
-        save_voice,
         start_from,
         with_voices,
     )
@@ -83,8 +83,7 @@ def main(argv=None):
         model, optimizer, scheduler, *rivals = run.prepare(model, optimizer, scheduler, *rivals)
 
         # 2. Train; keep the model whose conversions come closest to the held-out recordings.
-        sounds = run.folder / "predictions"  # what a few held-out clips sound like before, and after the epoch that was last
-        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader, sounds / "before")):
+        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader)):
             model.train()
             for batch in run.batches(train_loader, epoch):
                 out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
@@ -99,8 +98,8 @@ def main(argv=None):
                     parts = voice_losses(out, real, voice.config)
                 run.backward(sum(parts.values()), name="gen", **parts)
                 run.step_optimizer(optimizer, scheduler)
-            if run.end_epoch(evaluate(run.unwrap(model), val_loader, sounds / "last"), best="mcd", higher_is_better=False):
-                save_voice(run.best, run.unwrap(model), voice, about, run.card(plain_code(about)))
+            if run.end_epoch(evaluate(run.unwrap(model), val_loader), best="mcd", higher_is_better=False):
+                save_model(run.best, run.unwrap(model), voice, about, run.card(**card_code(about)))
 
         # 3. What it sounds like with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:

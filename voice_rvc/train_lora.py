@@ -44,6 +44,7 @@ class Config(LoraTrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.bases import save_lora
     from common.lora import count_parameters
     from common.optim import build_optimizer
     from common.run import Run
@@ -53,12 +54,11 @@ def main(argv=None):
     from model import (
         VOICE_ROWS,
         add_lora,
+        card_code,
         load_base,
         load_checkpoint,
         load_discriminator,
         origin,
-        plain_code,
-        save_voice_lora,
         start_from,
         with_voices,
     )
@@ -87,8 +87,7 @@ def main(argv=None):
         model, optimizer, scheduler, *rivals = run.prepare(model, optimizer, scheduler, *rivals)
 
         # 2. Train; keep the adapter whose conversions come closest to the held-out recordings.
-        sounds = run.folder / "predictions"  # what a few held-out clips sound like before, and after the epoch that was last
-        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader, sounds / "before")):
+        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader)):
             model.train()
             for batch in run.batches(train_loader, epoch):
                 out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
@@ -103,8 +102,8 @@ def main(argv=None):
                     parts = voice_losses(out, real, voice.config)
                 run.backward(sum(parts.values()), name="gen", **parts)
                 run.step_optimizer(optimizer, scheduler)
-            if run.end_epoch(evaluate(run.unwrap(model), val_loader, sounds / "last"), best="mcd", higher_is_better=False):
-                save_voice_lora(run.best, run.unwrap(model), voice, about, run.card(plain_code(about)))
+            if run.end_epoch(evaluate(run.unwrap(model), val_loader), best="mcd", higher_is_better=False):
+                save_lora(run.best, run.unwrap(model), voice, about, run.card(**card_code(about)))
 
         # 3. What it sounds like with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:

@@ -148,7 +148,7 @@ def look_at(path: Path) -> str:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the .pth file in it")
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"{path} is no file, or not there")
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -227,7 +227,7 @@ def unpickle(path: Path, kind: str):
                 warnings.simplefilter("ignore")
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=kind == "zip")
     except Exception as error:
-        found = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
+        found = re.search(r"(?:GLOBAL|class) ([\w.]+\.\w+)", str(error))
         code = [found[1]] if found else []
     if code:
         names = ", ".join(shown(name).strip("'") for name in code[:3])
@@ -286,8 +286,10 @@ def read_config(path: Path, tensors: dict, facts: dict) -> VoiceConfig:
         if beside.is_file():
             return full_config(sizes, *from_run_config(beside))
         return official_config(path, sizes, tensors)
-    except (UserError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path}: its architecture cannot be told: {' '.join(str(error).split())[:300]}") from None
+    except UserError as error:
+        raise UserError(f"{path}: its architecture cannot be told: {error}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{path}: its architecture cannot be told: a list, text or number is missing where it belongs") from None
 
 
 def full_config(sizes: dict, rate, n_fft, rates, dilations, win=None, mels=None) -> VoiceConfig:
