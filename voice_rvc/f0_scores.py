@@ -82,27 +82,31 @@ def peaks(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def f0_sums(asked: np.ndarray, got: np.ndarray) -> dict[str, np.ndarray | float]:
     """What `f0_scores` needs of a sound, as sums over its frames, so that those of several sounds add up.
 
-    asked, got: 100 values a second, cut to the shorter one. f0: of the frames voiced in both, how many and the squared cents,
-    and the sums of log F0 that a correlation is made of. vuv: frames, and those voiced in one alone.
+    asked, got: 100 values a second, cut to the shorter one. f0: of the frames voiced in both, how many, the squared cents, and
+    the squares and products of log F0 around the sound's own means, of which a correlation is made. vuv: frames, and those
+    voiced in one alone.
     """
     many = min(len(asked), len(got))
     asked, got = asked[:many], got[:many]
     both = (asked > 0) & (got > 0)
-    x, y = (np.log2(f0[both] / 150) for f0 in (asked, got))  # octaves around 150 Hz: small numbers, exact sums
-    moments = [len(x), np.square(1200 * (x - y)).sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+    x, y = (np.log2(f0[both]) for f0 in (asked, got))  # octaves
+    cents = np.square(1200 * (x - y)).sum()
+    x, y = (octaves - octaves.mean() if len(octaves) else octaves for octaves in (x, y))
+    moments = [len(x), cents, (x * x).sum(), (y * y).sum(), (x * y).sum()]
     return {"f0": np.array(moments), "vuv": np.array([many, ((asked > 0) != (got > 0)).sum()], dtype=float)}
 
 
 def f0_scores(f0: np.ndarray, vuv: np.ndarray) -> dict[str, float | None]:
-    """f0_rmse_cents, f0_correlation (of log F0) over frames voiced in both, and vuv_error, the share voiced in one alone.
+    """f0_rmse_cents and f0_correlation over frames voiced in both, and vuv_error, the share voiced in one alone.
+
+    The correlation is that of log F0 within sounds: that one is higher than another, as asked, is no merit of its melody.
 
     f0, vuv: sums of `f0_sums`. None where there is nothing to say it of: no such frame, or an F0 that does not move.
     """
-    many, squares, x, y, xx, yy, xy = f0
-    spreads = [sums * many - mean**2 for sums, mean in ((xx, x), (yy, y))]
-    moves = many > 2 and min(spreads) > 1e-9 * many**2
+    many, squares, xx, yy, xy = f0
+    moves = many > 2 and min(xx, yy) > 1e-9 * many
     return {
         "f0_rmse_cents": float(np.sqrt(squares / many)) if many else None,
-        "f0_correlation": float((xy * many - x * y) / np.sqrt(spreads[0] * spreads[1])) if moves else None,
+        "f0_correlation": float(xy / np.sqrt(xx * yy)) if moves else None,
         "vuv_error": float(vuv[1] / vuv[0]) if vuv[0] else None,
     }

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 
 from audio import write_wave
-from common.batches import number_from, to_device
+from common.batches import number_from, seed_everything, to_device
 from common.record import write_samples
 from common.runtime import gather_lists, process_index, progress_bar
 from distances import frame_distortions, frames_that_count, long_term_distance, loudness_by_band, stft_distances
@@ -28,20 +28,19 @@ def sound_sums(truth: np.ndarray | None, given: np.ndarray, asked: np.ndarray, r
     truth: what it ought to be, at the same `rate`; None: unknown, and only the F0 and the long-term spectrum are measured.
     asked: the F0 that it was to have, in Hz at 100 a second, 0 where unvoiced. align: truth and sound differ in timing.
     """
-    sums = {"clips": 1.0, "given": loudness_by_band(given, rate), **f0_sums(asked, quick_f0(given, rate))}
+    sums = {"given": loudness_by_band(given, rate), **f0_sums(asked, quick_f0(given, rate))}
     if truth is None:
         return sums
     counts = frames_that_count(quick_f0(truth, rate) if align else asked, truth, rate)
     distortions = frame_distortions(truth, given, rate, counts, align)
     sums |= {"mcd": np.array([len(distortions), distortions.sum()]), "truth": loudness_by_band(truth, rate)}
-    return sums if align else sums | {"stft": np.array(stft_distances(truth, given, rate))}
+    return sums if align else sums | {"stft": np.array([1, *stft_distances(truth, given, rate)])}
 
 
-def added(rows: list[dict], times=None) -> dict:
-    """The sums of several sounds, of those keys that all of them have; times: how often each counts, (n,) whole numbers."""
-    times = np.ones(len(rows)) if times is None else times
-    keys = [key for key in rows[0] if all(key in row for row in rows)]
-    return {key: sum(row[key] * n for row, n in zip(rows, times, strict=True)) for key in keys}
+def added(rows: list[dict]) -> dict:
+    """The sums of several sounds; of what only some have, over those."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return {key: np.sum([row[key] for row in rows if key in row], axis=0) for key in keys}
 
 
 def sound_scores(sums: dict) -> dict[str, float | None]:
@@ -49,17 +48,24 @@ def sound_scores(sums: dict) -> dict[str, float | None]:
 
     mcd: mel-cepstral distortion in dB, the mean over voiced frames. f0_rmse_cents, f0_correlation, vuv_error: against the F0
     that was asked for. stft_distance, spectral_convergence: means over clips. ltas_distance: of all of them joined, in dB.
+    speaker_similarity: the mean of what speaker_encoder.py gave, if it was asked.
     """
     scores = {}
     if "mcd" in sums:
-        frames, total = sums["mcd"]
-        scores["mcd"] = float(total / frames) if frames else None
+        scores["mcd"] = mean_of(sums["mcd"], 1)
     scores |= f0_scores(sums["f0"], sums["vuv"])
     if "stft" in sums:
-        scores |= dict(zip(("stft_distance", "spectral_convergence"), (sums["stft"] / sums["clips"]).tolist(), strict=True))
+        scores |= {name: mean_of(sums["stft"], place) for place, name in enumerate(("stft_distance", "spectral_convergence"), 1)}
     if "truth" in sums:
         scores["ltas_distance"] = long_term_distance(sums["truth"], sums["given"])
+    if "likeness" in sums:
+        scores["speaker_similarity"] = mean_of(sums["likeness"], 1)
     return scores
+
+
+def mean_of(sums: np.ndarray, place: int) -> float | None:
+    """The sum at `place` divided by the count, which comes first; None where nothing was counted."""
+    return float(sums[place] / sums[0]) if sums[0] else None
 
 
 # ---- a model on held-out clips ---------------------------------------------------------------------------------------
@@ -86,15 +92,28 @@ def speak(model, batch: dict, row: int) -> torch.Tensor:
     return model.infer(phone[:, :frames], lengths, pitch, f0, sid, excitation=noise)[0, 0].float()
 
 
-def measure(model, batches):
-    """Yields for each clip {"index", "sums", "wave" (n,) as the model says it}; one after the other, whatever the batches."""
+@torch.no_grad()
+def resynthesize(model, batch: dict, row: int) -> torch.Tensor:
+    """The wave (frames * hop,) of one clip through the posterior and back: the best that the decoder can do."""
+    frames = int(batch["lengths"][row])
+    lengths, sid = (batch[key][row : row + 1] for key in ("lengths", "sid"))
+    f0 = batch["f0"][row : row + 1, :frames] if model.config.f0 else None
+    seed_everything("resynthesis", int(batch["index"][row]))
+    return model.resynthesize(batch["spec"][row : row + 1, :, :frames], lengths, f0, sid)[0, 0].float()
+
+
+def measure(model, batches, by=speak):
+    """Yields for each clip {"index", "sums", "wave" (n,) as the model says it}; one after the other, whatever the batches.
+
+    by: `speak` or `resynthesize`.
+    """
     model = extract_model_from_parallel(model).eval()
     device, config = next(model.parameters()).device, model.config
     for batch in batches:
         on_device = to_device(batch, device)
         for row, index in enumerate(batch["index"].tolist()):
             frames = int(batch["lengths"][row])
-            wave = speak(model, on_device, row)
+            wave = by(model, on_device, row)
             truth = on_device["wave"][row, : frames * config.hop]
             mels = [mel_spectrogram(each[None], config) for each in (wave, truth)]
             loss = (mels[0] - mels[1]).abs().mean().item()
@@ -103,10 +122,10 @@ def measure(model, batches):
             yield {"index": index, "sums": sums, "wave": wave}
 
 
-def predict(model, loader) -> list[dict]:
+def predict(model, loader, by=speak) -> list[dict]:
     """What `measure` gives of the clips of all processes, in order; the waves only of those that are heard."""
     heard, found = heard_clips(loader.dataset), []
-    for item in measure(model, progress_bar(loader, "evaluating")):
+    for item in measure(model, progress_bar(loader, "evaluating"), by):
         found.append(item if item["index"] in heard else item | {"wave": None})
     found = {item["index"]: item for item in gather_lists(found)}  # processes repeat a batch to have equally many
     return [found[index] for index in sorted(found)]
@@ -152,8 +171,13 @@ def save_sounds(model, dataset, found: list[dict], folder: Path) -> None:
     waves = {item["index"]: item["wave"] for item in found}
     folder.mkdir(parents=True, exist_ok=True)
     for number, index in enumerate(heard_clips(dataset), start=1):
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(dataset.name(index)).stem)[:60]
-        write_wave(folder / f"{number}_{name}.wav", np.nan_to_num(waves[index]), model.config.sample_rate)
+        path = folder / f"{number}_{plain_name(dataset.name(index))}.wav"
+        write_wave(path, np.nan_to_num(waves[index]), model.config.sample_rate)
+
+
+def plain_name(name: str) -> str:
+    """What a file may be called after a recording, whatever that is called."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)[:60]
 
 
 def save_samples(dataset, found: list[dict], path: Path) -> None:

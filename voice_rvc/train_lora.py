@@ -87,7 +87,8 @@ def main(argv=None):
         model, optimizer, scheduler, *rivals = run.prepare(model, optimizer, scheduler, *rivals)
 
         # 2. Train; keep the adapter whose conversions come closest to the held-out recordings.
-        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader)):
+        sounds = run.folder / "predictions"  # what a few held-out clips sound like before, and after the epoch that was last
+        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader, sounds / "before")):
             model.train()
             for batch in run.batches(train_loader, epoch):
                 out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
@@ -102,7 +103,7 @@ def main(argv=None):
                     parts = voice_losses(out, real, voice.config)
                 run.backward(sum(parts.values()), name="gen", **parts)
                 run.step_optimizer(optimizer, scheduler)
-            if run.end_epoch(evaluate(run.unwrap(model), val_loader), best="mcd", higher_is_better=False):
+            if run.end_epoch(evaluate(run.unwrap(model), val_loader, sounds / "last"), best="mcd", higher_is_better=False):
                 save_lora(run.best, run.unwrap(model), voice, about, run.card(**card_code(about)))
 
         # 3. What it sounds like with the best adapter as read back from disk; then the record to compare with train.py's.
