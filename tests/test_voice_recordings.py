@@ -96,13 +96,14 @@ def test_copies_of_a_sound_count_once_and_takes_of_it_stay_together(tmp_path):
     write_wave(tmp_path / "upside down.wav", -take, 16000)
     soundfile.write(tmp_path / "export.flac", soundfile.read(tmp_path / "take.wav")[0], 16000)
     soundfile.write(tmp_path / "small.mp3", take, 16000)
+    write_wave(tmp_path / "silence before.wav", np.pad(take, (9000, 100)), 16000)
     soundfile.write(tmp_path / "other rate.flac", resample(take, 16000, 22050), 22050)
     faults = Faults()
     found, _ = find_recordings(tmp_path, faults)
     assert faults.counts() == {"copy of another recording": 2}
-    assert len({r.group for r in found}) == 2 and len(found) == 6
+    assert len({r.group for r in found}) == 2 and len(found) == 7
     assert [r.name for r in found if r.group == "other.wav"] == ["other.wav"]
-    assert sum(map(len, faults.notes.values())) == 4
+    assert sum(map(len, faults.notes.values())) == 5
 
 
 def test_no_sound_is_trained_on_and_held_out(tmp_path):

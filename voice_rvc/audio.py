@@ -71,15 +71,16 @@ class Source:
     def blocks(self, seconds: float) -> Iterator[Sound]:
         """The sound in pieces of `seconds` each; may be asked for several times."""
         size = max(1, round(seconds * self.rate))
-        rest = np.zeros(0, np.float32)
+        parts, held = [], 0
         for block in self.mono_blocks():
-            rest = np.concatenate([rest, block])
-            whole = len(rest) // size * size
-            for first in range(0, whole, size):
-                yield self.sound(rest[first : first + size])
-            rest = rest[whole:]
-        if len(rest):
-            yield self.sound(rest)
+            parts, held = [*parts, block], held + len(block)
+            if held >= size:
+                wave = np.concatenate(parts)
+                for first in range(0, held // size * size, size):
+                    yield self.sound(wave[first : first + size])
+                parts, held = [wave[held // size * size :]], held % size
+        if held:
+            yield self.sound(np.concatenate(parts))
 
     def mono_blocks(self) -> Iterator[np.ndarray]:
         for block in self.kept if self.kept is not None else self.decode_again():
@@ -123,22 +124,26 @@ def open_audio(path) -> Source:
                 raise
             fault = fault or error
             continue
-        if best:
-            source.told = best.told and round(best.told / best.rate * source.rate)
+        if source.told == 0 == source.samples:
+            raise BadFile("file without a single sample")
+        if best and best.told:
+            source.told = round(best.told / best.rate * source.rate)
         best = source if best is None or source.seconds > best.seconds else best
-        if not source.is_short():
+        if source.samples and not source.is_short():
             break
     if best is None:
         advice = "; PyAV (pip install av) or an ffmpeg on the path reads more formats" if "PyAV" in missing else ""
         raise BadFile(f"{fault}{advice}") from fault
+    if not best.samples:
+        raise BadFile(best.damage or "file without a single sample")
     if best.is_short():
         promised = f" of {best.told / best.rate:.1f}" if best.told else ""
-        best.notes.append(f"file that ends early, {best.seconds:.1f}{promised} s")
+        best.notes.append(f"file with a part missing, {best.seconds:.1f}{promised} s")
     return best
 
 
 def survey(path: Path, name: str, opener) -> Source:
-    """The first pass by one decoder. BadFile, also where nothing comes out; ImportError where it is not installed."""
+    """The first pass by one decoder, which may end at damage, or before the first sample. ImportError: it is not installed."""
     with opener(path) as stream:
         tally, kept, damage = Tally(stream.rate, stream.channels), [], ""
         try:
@@ -149,10 +154,6 @@ def survey(path: Path, name: str, opener) -> Source:
                     kept = kept if tally.samples * stream.channels <= KEPT_NUMBERS else None
         except BadFile as error:
             damage = str(error)
-            if not tally.samples:
-                raise
-    if not tally.samples:
-        raise BadFile("file without a single sample")
     if tally.faulty > tally.samples * stream.channels / 2:
         raise BadFile("samples that are no numbers (NaN, infinity), more than half of them")
     column, offset, scale, notes = tally.judge()
@@ -186,7 +187,7 @@ class Tally:
         columns = channels + (channels > 1)
         self.samples, self.faulty, self.last = 0, 0, np.zeros(channels, np.float32)
         self.sum, self.low, self.high = np.zeros(columns), np.full(columns, np.inf), np.full(columns, -np.inf)
-        self.energies = []  # a row a second: the variance of each column
+        self.energies = []  # a row for each second or less: the variance of each column
 
     def add(self, block: np.ndarray) -> np.ndarray:
         """Counts the next block and gives it mended."""
@@ -201,6 +202,8 @@ class Tally:
 
     def judge(self) -> tuple[int, float, float, list[str]]:
         """(column to use, offset, scale, notes)."""
+        if not self.samples:
+            return 0, 0.0, 1.0, []
         column, notes = self.choose_column()
         mean = float(self.sum[column] / self.samples)
         low, high = float(self.low[column]), float(self.high[column])
@@ -216,7 +219,7 @@ class Tally:
         return column, offset, scale, notes
 
     def choose_column(self) -> tuple[int, list[str]]:
-        """(the column that loses least loudness, second by second, notes): the mean, unless a channel alone keeps 4 dB more.
+        """(the column that loses least loudness, moment by moment, notes): the mean, unless a channel alone keeps 4 dB more.
 
         So neither do channels of opposite phase cancel out, nor is a voice that only the centre has divided by six; and two
         people on a channel each are both kept.
@@ -227,7 +230,7 @@ class Tally:
         loudest = energies[:, :-1].max(axis=1)
         kept = 10 * np.log10(np.clip(energies / np.maximum(loudest, 1e-30)[:, None], 1e-4, 1))  # dB, not below -40
         score = np.average(kept, axis=0, weights=loudest + 1e-30)
-        best = int(score[:-1].argmax())
+        best = int((score[:-1] > score[:-1].max() - 0.1).argmax())  # of channels alike the first
         if score[best] <= score[-1] + 4:
             return self.channels, []
         opposite = self.channels == 2 and score[-1] < -9  # the mean of a voice and of silence has -6

@@ -26,13 +26,13 @@ from mp3_frames import count_frames
 SNDFILE_ENDINGS = (".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff",
                    ".aifc", ".caf", ".au", ".snd")
 FFMPEG_ENDINGS = (".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".aac", ".wma", ".webm", ".weba", ".mka", ".mkv", ".avi", ".3gp",
-                  ".amr", ".ac3", ".ape", ".wv", ".tta", ".mpg", ".ts")
+                  ".amr", ".ac3", ".ape", ".wv", ".tta", ".mpg")
 # fmt: on
 AUDIO_ENDINGS = SNDFILE_ENDINGS + FFMPEG_ENDINGS
 LOWEST_RATE = 4000  # Hz; below it no voice is in the file, if its header is right
 HIGHEST_RATE = 768000
 MOST_CHANNELS = 64
-AT_ONCE = 2**20  # numbers that are decoded at once, of all channels together
+AT_ONCE = 2**17  # numbers that are decoded at once, of all channels together
 
 # What a file that is no sound begins with -> what to call it.
 STRANGERS = {
@@ -79,11 +79,22 @@ def check_file(path: Path) -> None:
     if not facts.st_size:
         raise BadFile("empty file, 0 bytes")
     with open(path, "rb") as file:
-        head = file.read(64)
-    known = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        head = file.read(512)
+    if what := stranger(head):
+        raise BadFile(f"not sound, {what}")
+
+
+def stranger(head: bytes) -> str:
+    """What a file is that begins with `head` and is known to be no sound; "" for others."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for mark, what in STRANGERS.items():
-        if head.startswith(mark) or known.startswith(mark):
-            raise BadFile(f"not sound, {what}")
+        if head.startswith(mark) or text.startswith(mark):
+            return what
+    if not head.strip(b"\0"):
+        return "nothing but zeros, as a download that failed leaves"
+    if len(head) > 16 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        return "text"
+    return ""
 
 
 def check_recording(rate: int, channels: int) -> None:
@@ -203,8 +214,8 @@ def mend_wave(file):
         return file, None
     start, there = place + 8, size - place - 8
     length = long_size if length == 0xFFFFFFFF and long_size else length
-    if length in (0, 0xFFFFFFFF) and not (length == 0 and is_chunk_list(file, start, size)):
-        length = there
+    if (length == 0 and not is_chunk_list(file, start, size)) or (length > there and length >= 0x7FFFF000):
+        length = there  # nobody knew it when the header was written
     channels, rate, _, align, _ = struct.unpack("<HIIHH", fmt[2:16])
     check_recording(rate, channels)
     told = length // align if align else None

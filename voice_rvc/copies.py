@@ -8,12 +8,13 @@ import numpy as np
 
 from audio import open_audio, read_audio, resample
 from common.scan import FileReader
+from slices import LEVEL_STEP, QUIETER, frame_powers, from_db, loud_power
 
 READER = 1  # goes up when look_at_sound finds something else in some file: scans of before are not believed
-STEPS = 40  # of an outline: the level in so many equal parts of a recording, five to a number of the scan
+STEPS = 40  # of an outline: the level in so many equal parts of what sounds in a recording, five to a number of the scan
 DEEPEST = 60  # dB below its loudest part, where an outline ends
 ALIKE = 4  # dB between outlines, root mean square: closer ones are listened to
-SAME_LENGTH = 0.2  # s; coders add silence of up to about 0.1 s
+SAME_LENGTH = 0.2  # s, from the first to the last that sounds
 SAME_WAVE = 0.7  # correlation of two waves: an mp3 of a take has 0.9 and more, another take of the same words below 0.3
 COMPARED_RATE = 8000  # Hz
 COMPARED_SECONDS = 600
@@ -23,35 +24,41 @@ def sound_reader() -> FileReader:
     """look_at_sound, for a scan."""
     import soundfile
 
-    outline = tuple(f"outline{number}" for number in range(STEPS // 5))
+    facts = ("samples", "rate", "sounding", "digest", *(f"outline{number}" for number in range(STEPS // 5)))
     version = f"soundfile {soundfile.__version__} ({soundfile.__libsndfile_version__})"
-    return FileReader(f"sounds, reader {READER} with {version}", ("samples", "rate", "digest", *outline), look_at_sound)
+    return FileReader(f"sounds, reader {READER} with {version}", facts, look_at_sound)
 
 
 def look_at_sound(path: Path) -> tuple[int, ...]:
-    """(samples, rate, digest of what is decoded, outline ...) of a recording, whole numbers above 0. BadFile as of open_audio."""
+    """(samples, rate, frames that sound, digest of what is decoded, outline ...) of a recording, whole numbers above 0.
+
+    BadFile as of open_audio.
+    """
     source = open_audio(path)
-    digest, energies, place = hashlib.sha256(), np.zeros(STEPS), 0
-    for block in source.mono_blocks():
-        digest.update(block.tobytes())
-        steps = (np.arange(place, place + len(block)) * STEPS) // source.samples
-        energies += np.bincount(steps, np.square(block, dtype=np.float64), STEPS)
-        place += len(block)
-    levels = 10 * np.log10(np.maximum(energies, 1e-20) / max(energies.max(), 1e-20))
+    digest, powers = hashlib.sha256(), []
+    for sound in source.blocks(500 * max(1, round(source.rate * LEVEL_STEP)) / source.rate):  # whole frames
+        digest.update(sound.wave.tobytes())
+        powers.append(frame_powers(sound.wave, source.rate))
+    powers = np.concatenate(powers)
+    sounding = np.flatnonzero(powers > loud_power(powers) * from_db(-QUIETER))
+    first, last = (sounding[0], sounding[-1] + 1) if len(sounding) else (0, len(powers))
+    energy = np.interp(np.linspace(first, last, STEPS + 1), np.arange(len(powers) + 1), np.concatenate([[0], np.cumsum(powers)]))
+    energies = np.maximum(np.diff(energy), 1e-20)
+    levels = 10 * np.log10(energies / energies.max())
     outline = np.round((levels.clip(-DEEPEST, 0) + DEEPEST) * 4).astype(int) + 1  # quarters of a dB, 1 to 241
     numbers = [int.from_bytes(bytes(outline[first : first + 5].tolist()), "big") for first in range(0, STEPS, 5)]
-    return source.samples, source.rate, int.from_bytes(digest.digest()[:5], "big") + 1, *numbers
+    return source.samples, source.rate, int(last - first), int.from_bytes(digest.digest()[:5], "big") + 1, *numbers
 
 
-def outline_of(facts) -> np.ndarray:
+def outline_of_sound(facts) -> np.ndarray:
     """The levels (STEPS,) in dB that look_at_sound found."""
-    return np.frombuffer(b"".join(int(number).to_bytes(5, "big") for number in facts[3:]), np.uint8) / 4.0
+    return np.frombuffer(b"".join(int(number).to_bytes(5, "big") for number in facts[4:]), np.uint8) / 4.0
 
 
 def exact_copies(facts: list) -> list[int]:
     """For each recording the place of the first that has the same samples at the same rate: its own where there is none."""
     first = {}
-    return [first.setdefault(tuple(own[:3]), place) for place, own in enumerate(facts)]
+    return [first.setdefault(tuple(own[:4]), place) for place, own in enumerate(facts)]
 
 
 def near_copies(paths: list[Path], facts: list) -> list[int]:
@@ -59,8 +66,8 @@ def near_copies(paths: list[Path], facts: list) -> list[int]:
 
     Of like lengths and outlines the waves are correlated, whose peak neither level nor delay changes.
     """
-    seconds = np.array([own[0] / own[1] for own in facts])
-    outlines = np.array([outline_of(own) for own in facts]).reshape(-1, STEPS)
+    seconds = np.array([own[2] * LEVEL_STEP for own in facts])
+    outlines = np.array([outline_of_sound(own) for own in facts]).reshape(-1, STEPS)
     coarse = outlines.reshape(-1, STEPS // 5, 5).mean(axis=2)
     load = lru_cache(maxsize=64)(compared_wave)
     first = list(range(len(paths)))

@@ -67,6 +67,8 @@ def count_frames(content: bytes) -> Counted | None:
         frames = frames[1:]
         told = told if flags & 1 else None
     samples = sum(frame[2] for frame in frames)
+    if frames and told and told > len(frames):  # the end of the file is missing
+        return Counted(told * frames[0][2], b"", 0)
     if not frames or told == len(frames) or first[1] >> 1 & 3 != 1:  # layers 1 and 2 have no such frame
         return Counted(samples, b"", 0)
     return Counted(samples, counting_frame(first, len(frames)), frames[0][0])

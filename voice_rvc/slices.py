@@ -129,10 +129,15 @@ def frame_powers(wave: np.ndarray, rate: int) -> np.ndarray:
 
 
 def loud_power(powers: np.ndarray) -> float:
-    """The power of the loud parts: half of all the energy is in frames above it, however much silence is around them."""
-    order = np.sort(powers)[::-1]
+    """The power of the loud parts: half of all the energy is in frames above it, however much silence is around them.
+
+    Medians of five frames are taken, so that a click of a moment is not the level of a recording.
+    """
+    from scipy.ndimage import median_filter
+
+    order = np.sort(median_filter(powers, 5))[::-1]
     total = np.cumsum(order)
-    return float(order[np.searchsorted(total, total[-1] / 2)]) if total[-1] > 0 else 0.0
+    return float(order[np.searchsorted(total, total[-1] / 2)]) if len(order) and total[-1] > 0 else 0.0
 
 
 def voiced_spans(powers: np.ndarray, loud: float) -> list[tuple[int, int]]:
@@ -205,7 +210,7 @@ def measures(wave: np.ndarray, rate: int) -> dict[str, float]:
     noise, total = noise_power(spectra), float(spectra.sum(axis=1).max(initial=0))
     mean = spectra.mean(axis=0)
     above = np.flatnonzero(mean > mean.max(initial=0) * from_db(-75))
-    loud = loud_power(frame_powers(wave, rate)) if len(wave) else 0.0
+    loud = loud_power(frame_powers(wave, rate))
     return {
         "seconds": len(wave) / rate,
         "rms": power**0.5,
