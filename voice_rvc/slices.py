@@ -68,24 +68,21 @@ def cut_source(source: Source) -> tuple[Plan, Iterator[Piece]]:
 
 def plan_cuts(blocks: Iterable[Sound]) -> Plan:
     """Where to cut a sound that comes in blocks of whole frames. BadFile where it is silent, or nothing long enough is left."""
-    levels, flatness, samples, rate = [], [], 0, 0
-    high_pass = None
+    powers, flatness, samples, rate, high_pass = [], [], 0, 0, None
     for block in blocks:
         high_pass = high_pass or HighPass(block.rate)
         rate, samples = block.rate, samples + len(block.wave)
-        powers = frame_powers(high_pass(block.wave), rate)
-        levels.append(powers)
-        power = powers.mean()
-        if from_db(SILENT) < power < from_db(WEAK):
-            flatness.append((power, local_flatness(block.wave, rate)))
-    if samples < LEAST_PIECE * rate:
+        powers.append(frame_powers(high_pass(block.wave), rate))
+        if len(block.wave) and from_db(SILENT) < powers[-1].mean() < from_db(WEAK):
+            flatness.append(local_flatness(block.wave, rate))
+    if samples < LEAST_PIECE * rate or not samples:
         raise BadFile(f"too short, {samples / max(rate, 1):.2g} s where {LEAST_PIECE} s are the least")
-    powers = np.concatenate(levels)
+    powers = np.concatenate(powers)
     loud = loud_power(powers)
     level = to_db(loud)
     if level < SILENT:
         raise BadFile("silent recording, its loudest parts have " + (f"{level:.0f} dB" if level > -150 else "no level at all"))
-    if level < WEAK and flatness and np.average([f for _, f in flatness], weights=[p for p, _ in flatness]) > FLAT:
+    if level < WEAK and min(flatness, default=0) > FLAT:
         raise BadFile(f"silent recording, nothing but noise at {level:.0f} dB")
     frame = max(1, round(rate * LEVEL_STEP))
     spans = [(first * frame, min(last * frame, samples)) for first, last in divide(voiced_spans(powers, loud), powers)]
@@ -113,8 +110,10 @@ class HighPass:
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         from scipy.signal import sosfilt
 
+        if not len(wave):
+            return wave
         if self.state is None:  # as if the first sample had been there for ever: no thump at the start
-            self.state = self.start * float(wave[0] if len(wave) else 0)
+            self.state = self.start * float(wave[0])
         filtered, self.state = sosfilt(self.sections, wave, zi=self.state)
         return filtered.astype(np.float32)
 
@@ -279,11 +278,14 @@ def noise_power(spectra: np.ndarray) -> float:
 
 
 def local_flatness(wave: np.ndarray, rate: int) -> float:
-    """How much like noise the bands below 4 kHz are, the loud ones above all: geometric mean of their bins by arithmetic mean."""
+    """How much like noise a sound below 4 kHz is where it is least so: a tenth of its frames are less.
+
+    Of a frame: geometric mean of the bins of a band by their arithmetic mean, over all bands by their power.
+    """
     spectra, width = spectra_of(wave, rate)
     parts = in_bands(spectra[:, int(100 / width) : int(4000 / width)]) + 1e-30
     flat = np.exp(np.log(parts).mean(axis=2)) / parts.mean(axis=2)
-    return float(np.average(flat, weights=parts.sum(axis=2)))
+    return float(np.percentile(np.average(flat, axis=1, weights=parts.sum(axis=2)), 10))
 
 
 def to_db(power: float) -> float:
