@@ -1,11 +1,14 @@
 """The index of a voice's content: what is built, what is found, and what each wrong file is told."""
 
+from types import SimpleNamespace
+
 import faiss
 import numpy as np
 import pytest
 from conftest import VOICE, use_task
 
 from common.config import UserError
+from common.samples import BadFile
 
 TASK = VOICE
 use_task(VOICE)
@@ -144,8 +147,15 @@ def test_a_run_has_every_second_frame_of_its_clips_in_its_index(tmp_path):
     best.mkdir(parents=True)
     assert index_of(best) is None
     contents = [np.repeat(vectors(30, seed=seed), 2, axis=0) for seed in range(2)]
-    save_index(tmp_path / "voice.index", contents)
+    clips = [SimpleNamespace(load=lambda hop, content=content: (None, content, None)) for content in contents]
+    clips.insert(1, SimpleNamespace(load=broken))
+    voice = SimpleNamespace(config=SimpleNamespace(hop=160))
+    save_index(tmp_path / "voice.index", SimpleNamespace(clips=clips, voice=voice))
     assert index_of(best) == index_of(tmp_path) == tmp_path / "voice.index"
     found = read_index(index_of(best), 16)
     assert found.ntotal == 60
     np.testing.assert_array_equal(found.reconstruct_n(30, 1)[0], contents[1][0])
+
+
+def broken(hop):
+    raise BadFile("damaged")

@@ -19,6 +19,7 @@ import torch
 from audio import read_blocks
 from common.checkpoint import fsync
 from common.config import Range, Share, UserError, convert, field_kinds, shown
+from common.runtime import progress_bar
 from content import load_content
 from f0 import choose_f0, coarse_pitch
 from original import Original, SampleFile, moving_power, quiet_cuts, read_original, runs, silent_frames, track_f0
@@ -30,6 +31,7 @@ HEARD = 100  # frames more that they hear on either side
 FADE = 20  # frames over which one block's encoding gives way to the next's
 CHUNK = 1000  # frames that the decoder makes at a time: memory and speed alone depend on it
 NOISE_FRAMES = 100  # are drawn at once, by a generator of their own
+LONG = 6000  # frames; above, progress is shown
 READ_SECONDS = 30
 SILENCE_KEPT = 50  # frames of silence that the clips of training have
 ENVELOPE = 100  # frames that a volume envelope is an RMS over (RVC)
@@ -66,12 +68,17 @@ class Conversion:
 
 @dataclass
 class Converted:
-    """What became of a recording. rate: Hz; shift: semitones; scale: what the peak was divided by, 1.0 below full scale."""
+    """What became of a recording. seconds: its length; rate: Hz of the result; shift: semitones up.
+
+    scale: what the result was divided by for its peak, 1.0 where that was within full scale; loudness: dB of full scale of all
+    but silence; notes: sentences for the user.
+    """
 
     seconds: float
     rate: int
     shift: float
     scale: float
+    loudness: float
     notes: list[str] = field(default_factory=list)
 
 
@@ -98,8 +105,15 @@ def convert_file(model, voice, path: Path, to: Path, options: Conversion, conten
 
     The file gets its name when it is whole. BadFile where the recording cannot be read, UserError as in convert_wave.
     """
-    original = read_original((sound.wave, sound.rate) for sound in read_blocks(path, READ_SECONDS))
-    result, pieces = convert_original(model, voice, original, options, content)
+    notes = []
+
+    def blocks():
+        for sound in read_blocks(path, READ_SECONDS):
+            notes[:] = sound.notes
+            yield sound.wave, sound.rate
+
+    result, pieces = convert_original(model, voice, read_original(blocks()), options, content)
+    result.notes[:0] = notes
     write_pieces(to, pieces, result.rate)
     return result
 
@@ -141,7 +155,9 @@ def convert_original(model, voice, original: Original, options: Conversion, cont
         notes.append(f"made quieter by {20 * math.log10(scale):.1f} dB: the peak was {scale:.2f}, and 1 is full scale")
     length = round(original.length / original.rate * config.sample_rate)
     pieces = finish(samples, gains / scale, length, config.hop)
-    return Converted(original.seconds, config.sample_rate, shift, scale, notes), pieces
+    power = np.square(level[~silent] * gains[~silent] / scale)
+    loudness_db = 10 * math.log10(max(float(power.mean()), 1e-12)) if len(power) else -120.0
+    return Converted(original.seconds, config.sample_rate, shift, scale, loudness_db, notes), pieces
 
 
 def check_speaker(speaker: int, model, voice) -> None:
@@ -261,7 +277,8 @@ def decode(model, latents: Iterable[torch.Tensor], f0, silent, options: Conversi
     turns = None if f0 is None else source_turns(torch.from_numpy(f0)[None], config.hop, config.sample_rate)[0]
     samples, level, peaks = SampleFile(), np.zeros(frames, np.float32), np.zeros(frames, np.float32)
     latents, held, held_from, held_to = iter(latents), [], 0, 0
-    for start in range(0, frames, chunk):
+    starts = range(0, frames, chunk)
+    for start in progress_bar(starts, "converting") if frames > LONG else starts:
         stop = min(start + chunk, frames)
         first, last = max(0, start - margin), min(stop + margin, frames)
         while held_to < last:

@@ -6,7 +6,6 @@ The files are those of RVC and Applio (added_*.index), either way.
 import math
 import os
 import struct
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 from common.checkpoint import disk_fault, fsync
 from common.config import UserError
 from common.runtime import say
+from common.samples import attempt
 
 INDEX_FILE = "voice.index"
 NEIGHBOURS = 8
@@ -128,10 +128,13 @@ def retrieve(index, content: np.ndarray, rate: float) -> np.ndarray:
     return np.where(total > 0, (1 - rate) * content + rate * near, content).astype(np.float32)
 
 
-def save_index(path: Path | str, contents: Iterable[np.ndarray]) -> None:
-    """voice.index of a run: built of the content of its training clips, each (frames, C) at 100 Hz, every frame twice."""
-    rows = np.concatenate([np.asarray(content, dtype=np.float32)[::2] for content in contents])
-    index = build_index(rows)
+def save_index(path: Path | str, data) -> None:
+    """voice.index of a run. data: .clips with load(hop) -> (wave, content (frames, C) at 100 Hz, f0), and .voice, whose they are.
+
+    Content has each frame twice at 100 Hz; clips that cannot be read any more are left out.
+    """
+    loaded = (attempt(clip.load, data.voice.config.hop)[0] for clip in data.clips)
+    index = build_index(np.concatenate([clip[1][::2] for clip in loaded if clip]))
     write_index(path, index)
     say(f"index: {index.ntotal:,} frames of content in {path}")
 
@@ -139,5 +142,7 @@ def save_index(path: Path | str, contents: Iterable[np.ndarray]) -> None:
 def index_of(checkpoint: Path | str) -> Path | None:
     """Where a checkpoint has its index: beside its weights, or in the folder of its run; None where it has none."""
     folder = Path(checkpoint).expanduser().resolve()
+    if folder.is_file():  # a voice of others, whose index may have any name
+        return None
     places = [folder, folder.parents[1]] if folder.parent.name == "checkpoints" else [folder, folder / "checkpoints" / "best"]
     return next((place / INDEX_FILE for place in places if (place / INDEX_FILE).is_file()), None)
