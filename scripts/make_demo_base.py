@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse  # noqa: E402
 
-TASKS = ("classification", "clip", "detection", "pose")
+TASKS = ("classification", "clip", "detection", "pose", "voice")
 
 
 def recipe(task):
@@ -33,9 +33,13 @@ def recipe(task):
         from base_detection import DetectionConfig, make_detection
 
         return DetectionConfig, make_detection
-    from base_pose import PoseConfig, make_pose
+    if task == "pose":
+        from base_pose import PoseConfig, make_pose
 
-    return PoseConfig, make_pose
+        return PoseConfig, make_pose
+    from base_voice import VoiceBaseConfig, make_voice
+
+    return VoiceBaseConfig, make_voice
 
 
 def main(argv=None):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, Script, run_script
+from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, VOICE, Script, run_script
 
 
 def differing(one: dict, other: dict) -> list[str]:
@@ -25,6 +25,7 @@ def differing(one: dict, other: dict) -> list[str]:
         ("clip", CLIP, "zero-shot accuracy"),
         ("detection", DETECTION, "mAP50"),
         ("pose", POSE, "pixels error"),
+        ("voice", VOICE, "dB distortion"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
