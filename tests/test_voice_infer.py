@@ -10,6 +10,7 @@ import soundfile
 import torch
 from conftest import VOICE, use_task
 
+from common.bases import save_lora, save_model
 from common.config import UserError
 from common.samples import BadFile
 
@@ -19,7 +20,7 @@ use_task(VOICE)
 import predictor as predictor_module  # noqa: E402
 from infer import main  # noqa: E402
 from layers import to_old_names  # noqa: E402
-from model import Voice, add_lora, load_base, origin, save_voice, save_voice_lora, with_voices  # noqa: E402
+from model import Voice, add_lora, load_base, origin, with_voices  # noqa: E402
 from predictor import Predictor  # noqa: E402
 from synthesizer import Synthesizer, VoiceConfig  # noqa: E402
 from voice_index import build_index, write_index  # noqa: E402
@@ -41,7 +42,7 @@ def voices(tmp_path_factory):
     torch.manual_seed(0)
     voice = Voice(SMALL, "dsp", "auto", ["ann", "bob"], {"ann": 200.0, "bob": 100.0})
     model = Synthesizer(SMALL).eval()
-    save_voice(root / "whole", model, voice, origin("full", model, {"name": "nothing", "sha256": "0"}, RUN, voice))
+    save_model(root / "whole", model, voice, origin("full", model, {"name": "nothing", "sha256": "0"}, RUN, voice))
     for name, run in {"one": RUN, "two": RUN, "rows": SimpleNamespace(**{**vars(RUN), "lora_r": 0})}.items():
         base, _, facts = load_base(str(root / "whole"))
         tuned = add_lora(with_voices(base, voice), run)
@@ -49,7 +50,7 @@ def voices(tmp_path_factory):
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.3)
         method = "lora" if run.lora_r else "head"
-        save_voice_lora(root / name, tuned, voice, origin(method, tuned, facts, run, voice))
+        save_lora(root / name, tuned, voice, origin(method, tuned, facts, run, voice))
     return root
 
 

@@ -40,7 +40,7 @@ class InferConfig(LoadConfig):
 
 
 def find_sounds(pattern: str, faults) -> list[Path]:
-    """The audio files that a path names: a file, a folder (its recordings), or a glob in quotes. UserError where none is there."""
+    """The audio files that a path names: a file, a folder (its recordings), or a glob in quotes. UserError for none."""
     import glob
 
     from audio_files import AUDIO_ENDINGS, is_audio
@@ -96,6 +96,32 @@ def note_what_does_nothing(config, predictor) -> None:
         say(f"note: --content {config.content} in place of {tuned.voice.content}, on which the voice was trained")
 
 
+def convert_all(predictor, names: list[str], sounds: list[Path], root: Path, ending: str, settings: dict, faults) -> list[dict]:
+    """Converts each recording into each voice, into files in `root`; the rows of predictions.json. Faults go to `faults`."""
+    from common.runtime import progress_bar, say
+    from common.samples import short_names
+
+    rows = []
+    jobs = [(number, *pair) for number, pair in enumerate(zip(sounds, short_names(sounds), strict=True), start=1)]
+    for number, path, shown in progress_bar(jobs, "converting"):
+        for name in names:
+            to = root / f"{number:04d}_{path.stem[:60]}{name}.{ending}"
+            began = time.perf_counter()
+            try:
+                made = predictor.convert(path, to, name, **settings)
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # one file's fault costs the others nothing
+                faults.add_error(str(error) or type(error).__name__, shown)
+                break
+            factor = (time.perf_counter() - began) / made.seconds
+            say(f"{shown} -> {to.name}: {made.seconds:.2f} s at {made.rate} Hz, real-time factor {factor:.2f}")
+            for note in made.notes:
+                say(f"  {note}")
+            facts = {"seconds": made.seconds, "rate": made.rate, "pitch_shift": made.shift, "scale": made.scale}
+            facts |= {"loudness_db": made.loudness, "real_time_factor": factor, "checkpoint": str(predictor.voices[name].folder)}
+            rows.append({"file_name": str(path), "output": to.name, **facts, "settings": settings})
+    return rows
+
+
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
     if not config.input:
@@ -103,8 +129,8 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
     from common.folders import predictions_folder
-    from common.runtime import progress_bar, say, start_accelerator
-    from common.samples import Faults, short_names
+    from common.runtime import start_accelerator
+    from common.samples import Faults
     from convert import check_speaker
 
     faults = Faults()
@@ -120,25 +146,8 @@ def main(argv=None, method="full", doc=None):
     note_what_does_nothing(config, predictor)
     root = predictions_folder(config, predictor.origin)
 
-    rows = []
-    jobs = [(number, *pair) for number, pair in enumerate(zip(sounds, short_names(sounds), strict=True), start=1)]
-    for number, path, shown in progress_bar(jobs, "converting"):
-        for name in names:
-            to = root / f"{number:04d}_{path.stem[:60]}{name}.{config.format}"
-            began = time.perf_counter()
-            try:
-                with accelerator.autocast():
-                    made = predictor.convert(path, to, name, **settings)
-            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # one file's fault costs the others nothing
-                faults.add_error(str(error) or type(error).__name__, shown)
-                break
-            factor = (time.perf_counter() - began) / made.seconds
-            say(f"{shown} -> {to.name}: {made.seconds:.2f} s at {made.rate} Hz, real-time factor {factor:.2f}")
-            for note in made.notes:
-                say(f"  {note}")
-            facts = {"seconds": made.seconds, "rate": made.rate, "pitch_shift": made.shift, "scale": made.scale}
-            facts |= {"loudness_db": made.loudness, "real_time_factor": factor, "checkpoint": str(predictor.voices[name].folder)}
-            rows.append({"file_name": str(path), "output": to.name, **facts, "settings": settings})
+    with accelerator.autocast():
+        rows = convert_all(predictor, names, sounds, root, config.format, settings, faults)
     faults.report()
     if not rows:
         if not config.output_dir:

@@ -76,7 +76,8 @@ class Predictor:
         """(wave (n,) float32 within -1..1, rate in Hz) of an audio file, or of (wave (n,) of floats, rate), as long to 10 ms.
 
         voice: a name given to `add`; empty: the first checkpoint. pitch: semitones up, or "auto". settings: of
-        convert.Conversion; index: a file; empty: the checkpoint's own. BadFile for a file that cannot be read, UserError for what does not fit.
+        convert.Conversion; index: a file; empty: the checkpoint's own. BadFile for a file that cannot be read, UserError for
+        what does not fit.
         """
         if isinstance(source, (tuple, list)) and len(source) == 2:
             blocks = cut_up(np.asarray(source[0]), source[1])
