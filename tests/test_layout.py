@@ -36,6 +36,7 @@ PLAIN_CALLS = {
     "range",
     "enumerate",
     "math.radians",
+    "threading.Lock",
     "setting",
     "field",
     "Speaker",

@@ -36,7 +36,8 @@ ALIKE_SECONDS = 0.3  # by which two copies of a sound may differ, once cut
 class Clip:
     """A piece of a recording, ready to train on. frames: of 10 ms; speaker: a row; split: as its folder says, or None.
 
-    recording: clips of the same stay on one side of a split; copies of one sound share it. start, stop: seconds in the file.
+    recording: clips of the same stay on one side of a split; copies of one sound share it. start, stop: seconds in it.
+    path: of the file of clips that it is in.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Clip:
     split: str | None
     start: float
     stop: float
-    file: Path
+    path: Path
     number: int  # of its tensors in the file
 
     def load(self, hop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(wave (frames * hop,), content (frames, C), f0 (frames,) in Hz), float32. BadFile where the file is damaged."""
-        wave, content, f0 = read_tensors_of(self.file, self.number)
+        wave, content, f0 = read_tensors_of(self.path, self.number)
         if len(wave) != self.frames * hop:
             raise BadFile(f"prepared for another rate, {len(wave) // self.frames} samples a frame where the voice has {hop}")
         return wave, *align(content, f0, self.frames)
