@@ -27,6 +27,14 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
+from benchmark_voice import (  # noqa: E402
+    adapt_voice,
+    build_voice,
+    convert_clip,
+    seconds_of_sound,
+    train_voice,
+    voice_loader,
+)
 from common.config import BatchSizeOrZero, Count, UserError, cli, parse  # noqa: E402
 
 MEASURED = "<!-- measured: begin -->"  # where the tables go
@@ -51,7 +59,7 @@ PARTS = ("steps", "memory", "start")
 class BenchmarkConfig:
     """Settings; the comment of a line is its help text."""
 
-    tasks: str = "classification,detection,pose,clip"  # with commas between
+    tasks: str = "classification,detection,pose,clip,voice,voice_no_gan"  # with commas between
     sizes: str = "real,demo"  # real: from configurations, with random weights; demo: the bases that come along
     variants: str = "full,lora,peft,trainer,last_k,bf16,frozen_bf16"  # what is timed; full and lora always are
     rounds: Count = 5  # turns
@@ -162,8 +170,22 @@ def pose_loader(config):
     return build_loaders(config, Preprocess(processor, input_size(base, 0)), tables)[0]
 
 
+# A voice has no PEFT model beside it to compare with: PEFT has no exact layers for what it is made of.
+VOICE = {
+    "folder": "voice_rvc",
+    "build": build_voice,
+    "targets": ("default",),
+    "batch": {"real": 1, "demo": 8},
+    "loader": voice_loader,
+    "variants": ("full", "lora", "bf16"),
+    "adapt": adapt_voice,
+    "train": train_voice,
+    "answer": convert_clip,
+    "sound": seconds_of_sound,
+}
 # A new task joins with a row: its folder, what it trains, of --lora_targets what is measured (the script's own first), samples in
-# a batch by size, and settings -> the demo's train loader.
+# a batch by size, and settings -> the demo's train loader. Where it goes other ways: variants that it has, flags, and functions
+# for adapters (adapt), the training loop (train), an answer, and the seconds of sound in a sample.
 TASKS = {
     "classification": {
         "folder": "image_tasks/classification",
@@ -193,6 +215,8 @@ TASKS = {
         "batch": {"real": 8, "demo": 32},
         "loader": labelled_loader,
     },
+    "voice": {**VOICE, "flags": ("--gan",)},
+    "voice_no_gan": {**VOICE, "flags": ("--no_gan",)},
 }
 
 
@@ -216,6 +240,50 @@ def stack(items: list[dict]) -> dict:
     import torch
 
     return {key: torch.stack([i[key] for i in items]) if key != "labels" else [dict(i[key]) for i in items] for key in items[0]}
+
+
+def adapt_by_peft(model, config, heads):
+    from peft import LoraConfig
+
+    from common.peft_adapters import add_adapter
+    from model import lora_targets
+
+    names = lora_targets(model, config.lora_targets, config.lora_last_k)
+    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names)
+    return add_adapter(model, lora, heads, frozen_dtype=config.frozen_dtype)
+
+
+def train_one(bench, run, model, config, loader) -> None:
+    """The loop of a train script with one model, with a tick before each step and after the last."""
+    from common.bases import train_mode
+    from common.optim import build_optimizer
+
+    optimizer, scheduler = build_optimizer(model, config, run.total_steps(loader))
+    model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
+    train_mode(model)
+    for batch in run.batches(loader, 1):
+        bench.tick()
+        run.backward(bench.loss(model, batch))
+        run.step_optimizer(optimizer, scheduler)
+    bench.tick()
+
+
+def answer_picture(model, batch):
+    return model(batch["pixel_values"])
+
+
+def write_adapter_of(model, folder: Path) -> None:
+    """The adapter's files alone, of PEFT's layers or of ours."""
+    from common.lora_files import save_adapter
+    from common.peft_adapters import save_adapter_files
+
+    (save_adapter_files if hasattr(model, "peft_config") else save_adapter)(model, folder)
+
+
+def merged_copy(model):
+    from common.lora import merge_lora
+
+    return copy.deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else merge_lora(model, inplace=False)
 
 
 # ---- one process's work ----------------------------------------------------------------------------------------------
@@ -251,21 +319,14 @@ class Bench:
             flags += ["--lora_dropout", "0", "--lora_targets", self.job["targets"]]
             flags += ["--lora_last_k", str(LAST_K[self.job["size"]])] if variant == "last_k" else []
             flags += ["--frozen_dtype", "bf16"] if variant == "frozen_bf16" else []
-        return parse(kind, flags)
+        return parse(kind, [*flags, *self.row.get("flags", ())])
 
     def adapted(self, variant: str, config):
         """The model of a variant."""
-        from peft import LoraConfig
-
-        from common.peft_adapters import add_adapter
-        from model import lora_targets
-
         model = copy.deepcopy(self.model)
         if variant == "full":
             return model.requires_grad_(True)
-        names = lora_targets(model, config.lora_targets, config.lora_last_k)
-        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=names)
-        model = add_adapter(model, lora, self.heads, frozen_dtype=config.frozen_dtype)
+        model = self.row.get("adapt", adapt_by_peft)(model, config, self.heads)
         for module in model.modules():
             if variant in ("peft", "trainer") and hasattr(module, "lora_A"):
                 del module.forward  # back to PEFT's own
@@ -291,22 +352,13 @@ class Bench:
         return [after - before for before, after in zip(self.stamps[WARM_UP:], self.stamps[WARM_UP + 1 :], strict=False)]
 
     def by_our_loop(self, model, config, _) -> None:
-        from common.bases import train_mode
         from common.batches import EpochBatches, build_loader
-        from common.optim import build_optimizer
         from common.run import Run
 
         data = Copies(self.sample, self.batch * self.count)
         loader = build_loader(data, EpochBatches(len(data), self.batch, config.seed), stack)
         with Run(config, task="benchmark", method="benchmark") as run:
-            optimizer, scheduler = build_optimizer(model, config, run.total_steps(loader))
-            model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
-            train_mode(model)
-            for batch in run.batches(loader, 1):
-                self.tick()
-                run.backward(self.loss(model, batch))
-                run.step_optimizer(optimizer, scheduler)
-            self.tick()
+            self.row.get("train", train_one)(self, run, model, config, loader)
 
     def by_trainer(self, model, config, folder: str) -> None:
         """The same model, batches and optimizer in HF's Trainer, its settings as they are."""
@@ -346,32 +398,45 @@ class Bench:
         return {"seconds": seconds, "batch": self.batch, "machine": machine, **self.answering()}
 
     def answering(self) -> dict:
-        """Parameters and bytes of both checkpoints; seconds of a forward pass of one sample, unmerged and merged."""
+        """Parameters and bytes of both checkpoints; seconds of an answer to one sample, unmerged and merged."""
         import torch
 
         from common.lora import count_parameters
-        from common.peft_adapters import save_adapter_files
 
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             config = self.settings("lora", folder)
             model = self.adapted("lora", config).eval()
-            save_adapter_files(model, Path(folder) / "adapter")
+            write_adapter_of(model, Path(folder) / "adapter")
             size = sum(file.stat().st_size for file in (Path(folder) / "adapter").iterdir())
         total = count_parameters(self.adapted("full", config))["total"]
         facts = {"parameters": [total, count_parameters(model)["trainable"]], "bytes": [4 * total, size]}
         device = "cuda" if self.cuda else "cpu"
-        pixels = self.sample["pixel_values"][None].to(device)
-        models = {"unmerged": model.to(device), "merged": copy.deepcopy(model).merge_and_unload().to(device)}
-        found = {name: [] for name in models}
-        with torch.no_grad():
+        batch = {key: value[None].to(device) for key, value in self.sample.items() if isinstance(value, torch.Tensor)}
+        answer, found = self.row.get("answer", answer_picture), {}
+        models = {"unmerged": model.to(device), "merged": merged_copy(model).to(device)}
+        with torch.inference_mode():
             for _ in range(2 + 5 * self.job["rounds"]):
                 for name, each in models.items():
                     self.stamps = []
                     self.tick()
-                    each(pixels)
+                    answer(each, batch)
                     self.tick()
-                    found[name].append(self.stamps[1] - self.stamps[0])
-        return {**facts, "latency": {name: statistics.median(values[2:]) for name, values in found.items()}}
+                    found.setdefault(name, []).append(self.stamps[1] - self.stamps[0])
+            facts |= {"latency": {name: statistics.median(values[2:]) for name, values in found.items()}}
+            return {**facts, **(self.real_time(lambda: answer(models["merged"], batch)) if "sound" in self.row else {})}
+
+    def real_time(self, answer) -> dict:
+        """Seconds of wall time for a second of sound on two threads, the fastest of a few; below 1 keeps up with a speaker."""
+        import torch
+
+        threads, found = torch.get_num_threads(), []
+        torch.set_num_threads(2)
+        for _ in range(2 + self.job["rounds"]):
+            began = time.perf_counter()
+            answer()
+            found.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        return {"real_time": min(found) / self.row["sound"](self.model, self.sample)}
 
     def memory(self) -> dict:
         """Peak of the process (CPU) or of the device's allocator in bytes, over a few steps of one variant."""
@@ -390,7 +455,7 @@ class Bench:
             loader = self.row["loader"](config)
             self.tick()
             loader.batch_sampler.set_range(1, 0, None)
-            samples = sum(len(batch["pixel_values"]) for batch in loader)
+            samples = sum(len(next(iter(batch.values()))) for batch in loader)
             self.tick()
         return {"ready": self.stamps[1] - self.stamps[0], "sample": (self.stamps[2] - self.stamps[1]) / samples}
 
@@ -447,9 +512,10 @@ def measure_all(config):
             for targets in TASKS[task]["targets"]:
                 row = {"task": task, "size": size, "targets": targets}
                 print(f"measuring {task}, {size}, {targets}", flush=True)
-                row |= measure(config, part="steps", variants=variants, **row)
+                there = TASKS[task].get("variants", VARIANTS)
+                row |= measure(config, part="steps", variants=[v for v in variants if v in there], **row)
                 if "memory" in parts:
-                    both = ("full", "lora", "peft")
+                    both = [v for v in ("full", "lora", "peft") if v in there]
                     row["memory"] = {v: measure(config, part="memory", variants=[v], **row)["bytes"] for v in both}
                 if "start" in parts and size == "demo" and targets == TASKS[task]["targets"][0]:
                     row["start"] = measure(config, part="start", **row)
@@ -483,7 +549,7 @@ def tables(rows: list[dict]) -> str:
     sizes = []
     for name, r in named:
         (total, trained), (whole, adapter), latency = r["parameters"], r["bytes"], r["latency"]
-        memory = [f"{r['memory'][v] / 1e6:.0f} MB" if "memory" in r else "" for v in ("full", "lora", "peft")]
+        memory = [f"{r['memory'][v] / 1e6:.0f} MB" if v in r.get("memory", ()) else "" for v in ("full", "lora", "peft")]
         answer = [f"{latency[kind] * 1e3:.1f} ms" for kind in ("unmerged", "merged")]
         sizes.append([name, f"{trained:,} of {total:,}", f"{adapter / 1e6:.2f} of {whole / 1e6:.2f} MB", *memory, *answer])
     head = ["task, size, layers", "batch", VARIANTS["full"], *(VARIANTS[o] for o in others), "HF Trainer / LoRA here"]
@@ -499,6 +565,10 @@ def tables(rows: list[dict]) -> str:
         "merged",
     ]
     blocks += ["What trains and is saved, memory of a training process, and a forward pass of one sample.", table(head, sizes)]
+    sounds = [[name, f"{r['real_time']:.2f}"] for name, r in named if "real_time" in r]
+    if sounds:
+        blocks += ["Seconds that a second of converted sound takes from content and F0 on, merged, two threads, wall time."]
+        blocks += [table(["task, size, layers", "real-time factor"], sounds)]
     starts = [
         [
             r["task"],

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 MAGNITUDE_FLOOR = 1e-6  # under the root of the magnitude, whose slope is infinite at 0; newest RVC: 2e-7
-MEL_FLOOR = 1e-5  # below it a mel band is silent; newest RVC: 2e-6. Losses are comparable where both are the same
+QUIETEST_MEL = 1e-5  # below it a mel band is silent; newest RVC: 2e-6. Losses are comparable where both are the same
 
 
 def magnitudes(wave, n_fft: int, hop: int, win: int) -> torch.Tensor:
@@ -43,7 +43,7 @@ def spec_to_mel(spec, config) -> torch.Tensor:
     """A linear spectrogram (B, F, T) -> its log mel (B, mels, T), natural logarithm."""
     with torch.autocast(spec.device.type, enabled=False):
         filters = mel_filters(config.sample_rate, config.n_fft, config.mels, spec.device)
-        return (filters @ spec.float()).clamp(min=MEL_FLOOR).log()
+        return (filters @ spec.float()).clamp(min=QUIETEST_MEL).log()
 
 
 def mel_spectrogram(wave, config) -> torch.Tensor:
