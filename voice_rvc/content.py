@@ -21,7 +21,7 @@ from common.samples import BadFile
 CONTENT_HOP = 320  # samples at 16 kHz: 20 ms
 MEL_BANDS = 24  # of the dsp features
 CEPSTRA = 13  # of which c0 to c12 are kept
-MEL_FLOOR = 1e-3  # of a full-scale sine, -60 dB: what lies below is silence, and all silence is alike
+SILENCE_FLOOR = 1e-3  # of a full-scale sine, -60 dB: what lies below is silence, and all silence is alike
 REAL_CONTENT = "lengyue233/content-vec-best"
 
 
@@ -86,7 +86,7 @@ def mel_cepstra(wave) -> np.ndarray:
     wave = np.pad(wave, edge, mode="reflect")
     spectrum = np.abs(librosa.stft(wave, n_fft=1024, hop_length=CONTENT_HOP, win_length=800, center=False))[:, :frames]
     mels = cepstral_filters() @ (spectrum / 200)  # 200: half the sum of the window, so that a full-scale sine is 1
-    return dct(np.log(np.maximum(mels, MEL_FLOOR)), axis=0, norm="ortho")[:CEPSTRA].T
+    return dct(np.log(np.maximum(mels, SILENCE_FLOOR)), axis=0, norm="ortho")[:CEPSTRA].T
 
 
 @cache
