@@ -55,7 +55,7 @@ class Source:
     rate: int
     channels: int
     samples: int
-    column: int  # the channel that is used; `channels`: the mean of all
+    mix: np.ndarray  # (channels,) float32: the share of each channel in the sound
     offset: float
     scale: float
     kept: list[np.ndarray] | None
@@ -84,8 +84,7 @@ class Source:
 
     def mono_blocks(self) -> Iterator[np.ndarray]:
         for block in self.kept if self.kept is not None else self.decode_again():
-            mono = block.mean(axis=1) if self.column == self.channels else block[:, self.column]
-            yield ((mono - np.float32(self.offset)) / np.float32(self.scale)).clip(-1, 1)
+            yield ((block @ self.mix - np.float32(self.offset)) * np.float32(1 / self.scale)).clip(-1, 1)
 
     def decode_again(self) -> Iterator[np.ndarray]:
         last, left = np.zeros(self.channels, np.float32), self.samples
@@ -156,10 +155,10 @@ def survey(path: Path, name: str, opener) -> Source:
             damage = str(error)
     if tally.faulty > tally.samples * stream.channels / 2:
         raise BadFile("samples that are no numbers (NaN, infinity), more than half of them")
-    column, offset, scale, notes = tally.judge()
+    mix, offset, scale, notes = tally.judge()
     facts = {"decoder": name, "scale": scale, "offset": offset, "mended": tally.faulty}
     return Source(
-        path, opener, stream.rate, stream.channels, tally.samples, column, offset, scale, kept, stream.told, damage, notes, facts
+        path, opener, stream.rate, stream.channels, tally.samples, mix, offset, scale, kept, stream.told, damage, notes, facts
     )
 
 
@@ -168,9 +167,9 @@ def mend(block: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, int]:
 
     A line from the sample before (last, of the block before) to the one after takes their place.
     """
-    good = np.abs(block) < LOUDEST  # False for NaN, too
-    if good.all():
+    if block.min() > -LOUDEST and block.max() < LOUDEST:  # False for NaN, too
         return block, 0
+    good = np.abs(block) < LOUDEST
     block = block.copy()
     for channel in range(block.shape[1]):
         places = np.flatnonzero(good[:, channel])
@@ -192,18 +191,22 @@ class Tally:
     def add(self, block: np.ndarray) -> np.ndarray:
         """Counts the next block and gives it mended."""
         block, faulty = mend(block, self.last)
-        columns = block if self.channels == 1 else np.column_stack([block, block.mean(axis=1)])
         self.last, self.samples, self.faulty = block[-1], self.samples + len(block), self.faulty + faulty
-        self.sum += columns.sum(axis=0, dtype=np.float64)
-        self.low, self.high = np.minimum(self.low, columns.min(axis=0)), np.maximum(self.high, columns.max(axis=0))
+        columns = np.ascontiguousarray(block.T)  # (columns, n)
         if self.channels > 1:
-            self.energies += [columns[first : first + self.rate].var(axis=0) for first in range(0, len(block), self.rate)]
+            columns = np.concatenate([columns, columns.mean(axis=0, keepdims=True)])
+        self.sum += columns.sum(axis=1)
+        self.low, self.high = np.minimum(self.low, columns.min(axis=1)), np.maximum(self.high, columns.max(axis=1))
+        if self.channels > 1:
+            parts = (columns[:, first : first + self.rate] for first in range(0, len(block), self.rate))
+            self.energies += [np.einsum("ij,ij->i", part, part) / part.shape[1] - part.mean(axis=1) ** 2 for part in parts]
         return block
 
-    def judge(self) -> tuple[int, float, float, list[str]]:
-        """(column to use, offset, scale, notes)."""
+    def judge(self) -> tuple[np.ndarray, float, float, list[str]]:
+        """(mix, offset, scale, notes) as of a Source."""
+        alone, mean_of_all = np.eye(self.channels, dtype=np.float32), np.full(self.channels, 1 / self.channels, np.float32)
         if not self.samples:
-            return 0, 0.0, 1.0, []
+            return mean_of_all, 0.0, 1.0, []
         column, notes = self.choose_column()
         mean = float(self.sum[column] / self.samples)
         low, high = float(self.low[column]), float(self.high[column])
@@ -216,7 +219,7 @@ class Tally:
             notes.append(f"offset (DC), taken out, {offset:.3g}")
         if max(high, -low) > 1.25:  # decoders of lossy formats overshoot by less
             notes.append(f"peak above full scale, scaled down, {max(high, -low):.3g}")
-        return column, offset, scale, notes
+        return [*alone, mean_of_all][column], offset, scale, notes
 
     def choose_column(self) -> tuple[int, list[str]]:
         """(the column that loses least loudness, moment by moment, notes): the mean, unless a channel alone keeps 4 dB more.
