@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from common.samples import Faults
 TASK = VOICE
 use_task(TASK)
 
-from data import build_loaders, find_voice, load_for_eval  # noqa: E402
+from data import build_loaders, choose_content, find_voice, load_for_eval  # noqa: E402
 from experiments import ExperimentClip, Unfit, read_experiment  # noqa: E402
 from model import Voice  # noqa: E402
 from spectrum import spectrogram  # noqa: E402
@@ -443,3 +444,69 @@ def test_eval_finds_the_split_and_the_rows_of_the_training(experiment):
 def test_all_speakers_are_one_voice_if_asked(experiment):
     _, _, voice, _ = build_loaders(settings(), VOICE_OF_8, find_voice(str(experiment), "one", 0))
     assert len(voice.speakers) == 1 and 110 <= voice.f0_medians[voice.speakers[0]] <= 210
+
+
+# ---- recordings ------------------------------------------------------------------------------------------------------
+
+DSP = Voice(replace(SMALL, content_width=13), "dsp", "swift")
+
+
+def write_recording(path, hertz=150.0, seconds=1.2, rate=16000):
+    """Twelve harmonics that swell and fade."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = np.arange(round(seconds * rate)) / rate
+    tones = sum(np.sin(2 * np.pi * hertz * k * times) / k for k in range(1, 13))
+    soundfile.write(path, 0.2 * tones * np.sin(np.pi * times / seconds), rate)
+
+
+@pytest.fixture
+def kept_here(tmp_path, monkeypatch):
+    """What is prepared on the way goes to this folder."""
+    monkeypatch.setattr("data.prepared_folder", lambda folder: tmp_path / "prepared" / folder.name)
+    return tmp_path
+
+
+def load_sound(folder, **changes):
+    return build_loaders(settings(f0_method="swift", **changes), DSP, find_voice(str(folder), "auto", 0))
+
+
+def test_recordings_are_prepared_on_the_way_and_a_broken_one_is_named_and_counted(kept_here, capsys):
+    folder = kept_here / "voice"
+    for split, number in (("train", 0), ("train", 1), ("train", 2), ("val", 3)):
+        write_recording(folder / split / f"{split}_{number}.wav", 120.0 + 20 * number)
+    broken = folder / "train" / "train_1.wav"
+    broken.write_bytes(broken.read_bytes()[:100])
+    train, val, voice, facts = load_sound(folder)
+    assert (facts["train"], facts["val"], facts["format"]) == (2, 1, "audio") and list(facts["left_out"].values()) == [1]
+    (fault,) = facts["left_out"]
+    assert f"left out, {fault} (1): train_1.wav" in capsys.readouterr().out
+    assert voice.f0_method == "swift" and voice.f0_medians["voice"] == pytest.approx(140, abs=5)
+    assert [c.recording for c in val.dataset.clips] == ["val_3.wav"]
+    batch = next(iter(val))
+    assert batch["phone"].shape[2] == 13 and batch["wave"].shape[1] == 160 * batch["phone"].shape[1]
+    prepared = kept_here / "prepared" / "voice"
+    again, ready = load_sound(folder)[3], load_sound(prepared)[3]
+    assert again == facts
+    assert ready["format"] == "prepared" and all(ready[key] == facts[key] for key in ("sha256", "train", "val", "minutes"))
+    write_recording(folder / "train" / "train_2.wav", 170.0)
+    assert load_sound(folder)[3]["sha256"] != facts["sha256"]
+
+
+def test_the_slices_of_an_experiment_for_another_voice_are_prepared_anew(kept_here, capsys):
+    folder = kept_here / "other"
+    for number, name in enumerate(("0_0", "0_1", "1_0", "1_1")):
+        write_slice(folder, name, rate=32000)
+        write_recording(folder / "0_gt_wavs" / f"{name}.wav", 120.0 + 20 * number, rate=32000)
+    train, val, _, facts = load_sound(folder)
+    assert "other: the data is 32k, the voice 16k; its slices are prepared anew" in capsys.readouterr().out
+    assert facts["format"] == "audio" and facts["train"] == facts["val"] == 2
+    assert len({c.recording for c in train.dataset.clips}) == len({c.recording for c in val.dataset.clips}) == 1
+
+
+def test_a_base_keeps_to_the_content_that_it_was_trained_on(capsys):
+    assert choose_content("", DSP) == choose_content("dsp", DSP) == "dsp" and capsys.readouterr().out == ""
+    assert choose_content("hubert:some/name", DSP) == "dsp" and "instead of hubert:some/name" in capsys.readouterr().out
+    assert choose_content("dsp", VOICE_OF_8) == "hubert:some/model"
+    capsys.readouterr()
+    assert choose_content("hubert:my/folder", VOICE_OF_8) == "hubert:my/folder"
+    assert "the base was trained on hubert:some/model, and knows no other" in capsys.readouterr().out
