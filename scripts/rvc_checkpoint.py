@@ -191,14 +191,13 @@ def say_what_for(voice) -> None:
 def import_voice(file: str, folder: Path) -> Path:
     """Saves a voice of others as a folder of ours, for --checkpoint and --model. UserError where it is none."""
     from common.bases import save_model
-    from model import load_base
+    from model import load_base, origin_of_others
 
     folder = Path(folder).expanduser()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already, and not empty; name a new folder")
     model, voice, base = load_base(file)
-    origin = {"task": "voice_rvc", "method": "full", "base": base, "data_dir": "", "batch_size": 1, "seed": 0}
-    save_model(folder, model, voice, origin, f"# {Path(file).stem}\n\nA voice from {Path(file).name}, imported.\n")
+    save_model(folder, model, voice, origin_of_others(base), f"# {Path(file).stem}\n\nA voice from {Path(file).name}, imported.\n")
     return folder
 
 

@@ -17,13 +17,12 @@ from common.config import UserError
 TASK = VOICE
 use_task(TASK)
 
-from voice_toys import applio_file, converted, narrow, old_weights, rvc_file, small_voice, training_state  # noqa: E402
-
 from discriminator import Discriminator  # noqa: E402
 from layers import to_new_names  # noqa: E402
 from model import load_base, load_discriminator  # noqa: E402
 from synthesizer import Synthesizer, VoiceConfig  # noqa: E402
 from voice_files import read_voice  # noqa: E402
+from voice_toys import applio_file, converted, narrow, old_weights, rvc_file, small_voice, training_state  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +104,8 @@ def test_where_weights_fit_two_rates_the_name_or_the_run_says_which(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(run))
     config = read_voice(tmp_path / "G_5.pth").config
     assert (config.sample_rate, config.hop, config.mels) == (48000, 480, 128)
-    (tmp_path / "config.json").write_text(json.dumps({"data": {}}))
-    assert "sampling_rate" in refusal(tmp_path / "G_5.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "another"}))
+    assert "32k or 48k" in refusal(tmp_path / "G_5.pth")
 
 
 def test_what_weights_say_counts_more_than_what_a_file_says(model, tmp_path, capsys):

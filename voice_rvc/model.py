@@ -124,6 +124,8 @@ def load_base(name: str, download: bool = True):
     such a file on the hub, owner/repo/path/f0G40k.pth. UserError where it is none of these, or damaged.
     """
     place = Path(name).expanduser()
+    if place.name == MODEL_FILE and (place.parent / VOICE_FILE).is_file():
+        name, place = str(place.parent), place.parent
     if place.is_dir() and is_run_folder(place):
         _, found = newest_pair(place)
         voice = voice_of(found)
@@ -323,6 +325,11 @@ def origin(method: str, model: Synthesizer, base: dict, config, voice: Voice) ->
     return make_origin("voice_rvc", method, base, config, speakers=config.speakers, sample_rate=voice.config.sample_rate)
 
 
+def origin_of_others(base: dict) -> dict:
+    """The same for a voice that other programs made, of which nothing more is known. base: what load_base says of it."""
+    return {"task": "voice_rvc", "method": "full", "base": base, "data_dir": "", "batch_size": 1, "seed": 0}
+
+
 def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
     """(Synthesizer in eval mode on the device, Voice, origin) of a checkpoint, full or an adapter, or of a .pth of others.
 
@@ -331,7 +338,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
     place = Path(folder).expanduser()
     if place.is_file() or (place.is_dir() and is_run_folder(place)):
         model, voice, facts = load_base(str(place))
-        return model.to(device), voice, {"task": "voice_rvc", "method": "full", "base": facts}
+        return model.to(device), voice, origin_of_others(facts)
     folder, about = open_checkpoint(folder, "voice_rvc")
     model, voice = load_under(folder, about, load_base, base)
     if about["method"] != "full":

@@ -10,6 +10,7 @@ import re
 import warnings
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -261,6 +262,7 @@ def check_tensors(path: Path, expected: dict, tensors: dict) -> None:
 # ---- architecture ----------------------------------------------------------------------------------------------------
 
 
+@cache
 def expected_shapes(config: VoiceConfig, with_enc_q: bool) -> dict[str, tuple]:
     """Old official name -> shape of each tensor of a voice. No memory is taken, whatever the sizes are."""
     with torch.device("meta"):
@@ -283,8 +285,11 @@ def read_config(path: Path, tensors: dict, facts: dict) -> VoiceConfig:
             if listed[15] != sizes["speakers"]:
                 say(f"note: {path.name} says {shown(listed[15])} speakers and has weights of {sizes['speakers']}: those count")
             return full_config(sizes, listed[17], 2 * (listed[0] - 1), listed[12], listed[11])
-        if beside.is_file():
-            return full_config(sizes, *from_run_config(beside))
+        beside = read_json(beside) if beside.is_file() else None
+        if isinstance(beside, dict) and beside.keys() == vars(VoiceConfig()).keys():  # of a checkpoint of ours
+            return VoiceConfig.from_json(beside)
+        if rest := from_run_config(beside):
+            return full_config(sizes, *rest)
         return official_config(path, sizes, tensors)
     except UserError as error:
         raise UserError(f"{path}: its architecture cannot be told: {error}") from None
@@ -362,20 +367,16 @@ def official_config(path: Path, sizes: dict, tensors: dict) -> VoiceConfig:
     return VoiceConfig(**{**vars(known), **sizes, "resblock_dilations": dilations})
 
 
-def from_run_config(file: Path) -> tuple:
-    """What the config.json in a training folder of RVC or Applio says that shapes do not, as `full_config` takes it."""
-    content = read_json(file)
+def from_run_config(content) -> tuple | None:
+    """What the config.json in a training folder of RVC or Applio says that shapes do not, as `full_config` takes it.
+
+    None for a config.json of anything else.
+    """
     parts = [content.get(key) if isinstance(content, dict) else None for key in ("data", "model")]
     data, model = (part if isinstance(part, dict) else {} for part in parts)
-    needed = {
-        "sampling_rate": data.get("sampling_rate", data.get("sample_rate")),
-        "filter_length": data.get("filter_length"),
-        "upsample_rates": model.get("upsample_rates"),
-        "resblock_dilation_sizes": model.get("resblock_dilation_sizes"),
-    }
-    if missing := [key for key, value in needed.items() if value is None]:
-        raise UserError(f"{file} does not say its {missing[0]}")
-    return *needed.values(), data.get("win_length"), data.get("n_mel_channels")
+    rate = data.get("sampling_rate", data.get("sample_rate"))
+    needed = (rate, data.get("filter_length"), model.get("upsample_rates"), model.get("resblock_dilation_sizes"))
+    return None if None in needed else (*needed, data.get("win_length"), data.get("n_mel_channels"))
 
 
 # ---- training folders of RVC and Applio ------------------------------------------------------------------------------
