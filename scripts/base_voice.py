@@ -14,6 +14,7 @@ from common.config import BatchSize, Count, Rate, Seed
 
 VOICE = Path(__file__).resolve().parents[1] / "voice_rvc"
 CROP = 64  # frames of 10 ms that a step sees of a sentence
+KL_WARMUP = 0.4  # share of the steps over which the KL loss grows to its full weight
 NEW_ROWS = 8  # the first rows of the speakers' table are left to new voices, who start at the mean of the known ones
 
 
@@ -48,10 +49,13 @@ def make_voice(config):
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=1e-4)
 
-    def loss_of(_, rows):
+    def loss_of(step, rows):
         batch = crops_of([clips[row] for row in rows], generator, architecture.hop)
         out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
-        return sum(voice_losses(out, real_slice(batch["wave"], out, architecture), architecture).values())
+        losses = voice_losses(out, real_slice(batch["wave"], out, architecture), architecture)
+        # Before the latent has anything to say, KL would empty it, and it fills but slowly again.
+        losses["kl"] = losses["kl"] * min(step / (KL_WARMUP * config.steps), 1)
+        return sum(losses.values())
 
     train(model, optimizer, config, len(clips), generator, loss_of)
     rows = model.emb_g.weight.data

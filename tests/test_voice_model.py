@@ -398,6 +398,13 @@ def test_padding_adds_nothing_to_the_losses():
     assert out.wave[1, 0, 4 * SMALL.hop :].abs().max() == 0
 
 
+def test_a_loud_offset_costs_more_than_half_of_it():
+    """In logarithms alone the one bin of an offset has hardly a slope, and a voice keeps the one that it starts with."""
+    real = 0.1 * torch.randn(1, 1, 3200)
+    offsets = [stft_loss(real + offset, real) for offset in (0.0, 0.2, 0.4)]
+    assert offsets[1] - offsets[0] > 0.5 and offsets[2] - offsets[1] > 0.5
+
+
 def test_the_critic_loss_hears_both_as_one_batch():
     critic = Discriminator(SMALL_PERIODS, width=1 / 16)
     real, fake = torch.randn(2, 1, 1280), torch.randn(2, 1, 1280)

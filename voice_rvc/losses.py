@@ -56,11 +56,16 @@ def mel_loss(fake, real, config) -> torch.Tensor:
 
 
 def stft_loss(fake, real) -> torch.Tensor:
-    """Mean distance of the log magnitudes of two waves (B, 1, N), averaged over windows of STFT_SIZES (arXiv:1910.11480)."""
+    """Multi-resolution STFT distance of two waves (B, 1, N), averaged over windows of STFT_SIZES (arXiv:1910.11480).
+
+    Of each the mean |difference| of the log magnitudes, and |A - B| / |A| of the magnitudes themselves: in logarithms what is
+    far too loud, an offset say, has hardly a slope.
+    """
     distances = []
     for size in STFT_SIZES:
         hop = min(size // 4, real.shape[-1])
-        distances.append(F.l1_loss(*(magnitudes(wave.squeeze(1), size, hop, size).log() for wave in (fake, real))))
+        made, true = (magnitudes(wave.squeeze(1), size, hop, size) for wave in (fake, real))
+        distances.append(F.l1_loss(made.log(), true.log()) + (made - true).norm() / true.norm())
     return sum(distances) / len(distances)
 
 
