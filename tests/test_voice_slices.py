@@ -55,8 +55,7 @@ def test_a_sound_without_a_pause_is_cut_by_length_and_loses_nothing(tmp_path):
         assert plan.kept == plan.seconds == pytest.approx(seconds) and plan.silence == plan.refused == 0
         assert pieces[0].start == 0 and pieces[-1].stop == pytest.approx(seconds)
         assert all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
-        assert all(0.5 <= piece.stop - piece.start <= 5 for piece in pieces)
-    assert len(planned(tmp_path, vowel(24))[1]) >= 6
+        assert all(0.5 <= piece.stop - piece.start <= 5 for piece in pieces) and len(pieces) >= seconds / 4
 
 
 def test_blocks_of_a_file_give_the_pieces_that_the_whole_gives(tmp_path):

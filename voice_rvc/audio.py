@@ -154,7 +154,7 @@ def survey(path: Path, name: str, opener) -> Source:
         except BadFile as error:
             damage = str(error)
     if tally.faulty > tally.samples * stream.channels / 2:
-        raise BadFile("samples that are no numbers (NaN, infinity), more than half of them")
+        raise BadFile("samples that are no numbers (NaN or infinity), more than half of them")
     mix, offset, scale, notes = tally.judge()
     facts = {"decoder": name, "scale": scale, "offset": offset, "mended": tally.faulty}
     return Source(
@@ -214,7 +214,7 @@ class Tally:
         peak = max(high - offset, offset - low)
         scale = max(1.0, peak)
         if self.faulty:
-            notes.append(f"samples that are no numbers (NaN, infinity), mended, {self.faulty}")
+            notes.append(f"samples that are no numbers (NaN or infinity), mended, {self.faulty}")
         if offset:
             notes.append(f"offset (DC), taken out, {offset:.3g}")
         if max(high, -low) > 1.25:  # decoders of lossy formats overshoot by less

@@ -1,16 +1,18 @@
-"""Which recordings are one sound: the same samples in another file, or the same take quieter, as mp3, at another rate."""
+"""Which recordings are one sound: copies of a file, and the same take in another format, quieter, as mp3, at another rate."""
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from audio import open_audio, read_audio, resample
+from common.checkpoint import sha256_of
 from common.scan import FileReader
 from slices import LEVEL_STEP, QUIETER, frame_powers, from_db, loud_power
 
-READER = 1  # goes up when look_at_sound finds something else in some file: scans of before are not believed
+READER = 2  # goes up when look_at_sound finds something else in some file: scans of before are not believed
 STEPS = 40  # of an outline: the level in so many equal parts of what sounds in a recording, five to a number of the scan
 DEEPEST = 60  # dB below its loudest part, where an outline ends
 ALIKE = 4  # dB between outlines, root mean square: closer ones are listened to
@@ -30,24 +32,23 @@ def sound_reader() -> FileReader:
 
 
 def look_at_sound(path: Path) -> tuple[int, ...]:
-    """(samples, rate, frames that sound, digest of what is decoded, outline ...) of a recording, whole numbers above 0.
+    """(samples, rate, frames that sound, digest of the file, outline ...) of a recording, whole numbers above 0.
 
     BadFile as of open_audio.
     """
     source = open_audio(path)
-    digest, powers = hashlib.sha256(), []
-    for sound in source.blocks(500 * max(1, round(source.rate * LEVEL_STEP)) / source.rate):  # whole frames
-        digest.update(sound.wave.tobytes())
-        powers.append(frame_powers(sound.wave, source.rate))
-    powers = np.concatenate(powers)
+    whole_frames = 500 * max(1, round(source.rate * LEVEL_STEP)) / source.rate  # s
+    powers = np.concatenate([frame_powers(sound.wave, source.rate) for sound in source.blocks(whole_frames)])
     sounding = np.flatnonzero(powers > loud_power(powers) * from_db(-QUIETER))
     first, last = (sounding[0], sounding[-1] + 1) if len(sounding) else (0, len(powers))
+    # Silent files are no copies: each is refused under its own name.
+    digest = sha256_of(path) if len(sounding) else hashlib.sha256(os.fsencode(path)).hexdigest()
     energy = np.interp(np.linspace(first, last, STEPS + 1), np.arange(len(powers) + 1), np.concatenate([[0], np.cumsum(powers)]))
     energies = np.maximum(np.diff(energy), 1e-20)
     levels = 10 * np.log10(energies / energies.max())
     outline = np.round((levels.clip(-DEEPEST, 0) + DEEPEST) * 4).astype(int) + 1  # quarters of a dB, 1 to 241
     numbers = [int.from_bytes(bytes(outline[first : first + 5].tolist()), "big") for first in range(0, STEPS, 5)]
-    return source.samples, source.rate, int(last - first), int.from_bytes(digest.digest()[:5], "big") + 1, *numbers
+    return source.samples, source.rate, int(last - first), int(digest[:10], 16) + 1, *numbers
 
 
 def outline_of_sound(facts) -> np.ndarray:
@@ -56,13 +57,13 @@ def outline_of_sound(facts) -> np.ndarray:
 
 
 def exact_copies(facts: list) -> list[int]:
-    """For each recording the place of the first that has the same samples at the same rate: its own where there is none."""
+    """For each recording the place of the first whose file is the same, byte for byte: its own where there is none."""
     first = {}
     return [first.setdefault(tuple(own[:4]), place) for place, own in enumerate(facts)]
 
 
 def near_copies(paths: list[Path], facts: list) -> list[int]:
-    """For each recording the place of the first that it is a take of: quieter, coded with loss, at another rate; else its own.
+    """For each recording the place of the first that has its sound: in another format, quieter, at another rate; else its own.
 
     Of like lengths and outlines the waves are correlated, whose peak neither level nor delay changes.
     """

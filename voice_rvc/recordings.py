@@ -17,7 +17,7 @@ SPEAKERS = ("auto", "one", "folders")  # --speakers: numbered folders are voices
 class Recording:
     """A file with sound. name: unique in its data; speaker: a row of `speakers`; split: as its folder says, or None.
 
-    group: recordings of one sound (copies, quieter ones, an mp3 of it) have the same, and belong on one side of a split.
+    group: recordings of one sound (in two formats, quieter, an mp3 of it) have the same, and belong on one side of a split.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Recording:
 def find_recordings(data_dir, faults: Faults, speakers: str = "auto") -> tuple[list[Recording], list[str]]:
     """(recordings in order of their paths, names of the voices: Recording.speaker is a place in it) of a folder or of one file.
 
-    Every file is decoded once, and what is known of it kept for the next start: what cannot be read, and copies of a sound,
+    Every file is decoded once, and what is known of it kept for the next start: what cannot be read, and copies of a file,
     are left out and named in faults. Folders named like a split (train, val ...) give the split. speakers: of SPEAKERS; with
     "auto" numbered folders are voices as in Applio, and what lies beside them is voice 0. UserError where nothing is left.
     """
@@ -78,7 +78,7 @@ def read_all(recordings: list[Recording], faults: Faults) -> tuple[list[Recordin
 
 
 def one_of_each_sound(recordings: list[Recording], facts: list, faults: Faults) -> list[Recording]:
-    """The recordings without copies of the same samples, and with a group for each sound; none is trained on and held out.
+    """The recordings without copies of a file, and with a group for each sound; none is trained on and held out.
 
     Held-out ones come first: a copy of them is not trained on.
     """
@@ -95,10 +95,10 @@ def one_of_each_sound(recordings: list[Recording], facts: list, faults: Faults) 
     for recording, original in zip(recordings, near_copies([r.path for r in recordings], facts), strict=True):
         first = recordings[original]
         if first is not recording and first.split != recording.split:
-            faults.add_error(f"nearly the same as a recording of another split, {first.name}", recording.name)
+            faults.add_error(f"same sound as a recording of another split, {first.name}", recording.name)
             continue
         if first is not recording:
-            faults.note("nearly the same as another recording, on its side of the split", f"{recording.name} ({first.name})")
+            faults.note("same sound as another recording, on its side of the split", f"{recording.name} ({first.name})")
         found.append(replace(recording, group=first.name))
     return sorted(found, key=lambda recording: recording.path.parts)
 
