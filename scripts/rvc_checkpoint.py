@@ -197,7 +197,8 @@ def import_voice(file: str, folder: Path) -> Path:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already, and not empty; name a new folder")
     model, voice, base = load_base(file)
-    save_model(folder, model, voice, origin_of_others(base), f"# {Path(file).stem}\n\nA voice from {Path(file).name}, imported.\n")
+    card = f"# {Path(file).stem}\n\nA voice of RVC or Applio, imported from {Path(file).name}.\n"
+    save_model(folder, model, voice, origin_of_others(base), card)
     return folder
 
 
@@ -218,7 +219,8 @@ def info(file: str) -> list[str]:
         "trains": "yes" if model.enc_q is not None else "no: it lacks the posterior encoder (enc_q)",
         "sha256": base["sha256"],
     }
-    told |= {f"its {key}": str(value)[:100] for key, value in facts.items() if isinstance(value, (str, int, float))}
+    facts = {key: value for key, value in facts.items() if isinstance(value, (str, int, float)) and key != "optimizer"}
+    told |= {f"its {key}": str(value)[:100] for key, value in facts.items()}
     return [f"{key}: {value}" for key, value in told.items()]
 
 

@@ -159,6 +159,11 @@ def test_new_speakers_start_between_those_that_the_base_knows():
     assert model.new_layers == [VOICE_ROWS] and model.facts == {"speakers": ["new", "b"]}
 
 
+def test_the_optimizer_of_another_program_is_not_taken_and_that_is_said(base, capsys):
+    model_for(base)
+    assert "the optimizer's state in it is not taken" in capsys.readouterr().out
+
+
 def test_rows_of_a_base_that_names_none_are_taken_as_they_are(base):
     model, voice, _ = load_base(base)
     rows = model.emb_g.weight.detach().clone()

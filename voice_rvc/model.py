@@ -136,11 +136,12 @@ def load_base(name: str, download: bool = True):
         found, voice = read_folder(Path(base_source(name, DEMO_BASE, EXAMPLE, download)))
     model = Synthesizer(found.config, found.with_enc_q)
     model.load_state_dict(found.tensors)  # torch's own hook takes the old names
-    model.eval().facts = {"speakers": voice.speakers}
+    model.eval().facts = {"speakers": voice.speakers, "optimizer": found.facts.get("optimizer", False)}
     kind = f"{'v1' if found.config.content_width == 256 else 'v2'}, " * (voice.content != "dsp")
     about = f"{kind}{found.config.sample_rate} Hz, {'with' if found.config.f0 else 'without'} F0"
     about += "" if found.with_enc_q else ", for conversion alone (no enc_q)"
     say(f"base: {name}, RVC synthesizer ({about}), {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    name = str(place.resolve()) if name != "demo" and place.exists() else name  # an adapter finds its base from any folder
     return model, voice, {"name": name, "sha256": voice_fingerprint(model)}
 
 
@@ -192,6 +193,8 @@ def with_voices(base: Synthesizer, voice: Voice) -> Synthesizer:
             "--model is a voice for conversion alone: it lacks the posterior encoder (enc_q), without which nothing trains; take "
             "the G_*.pth that it was made of, or a pretrained f0G*.pth"
         )
+    if base.facts.get("optimizer"):
+        say("note: the optimizer's state in it is not taken, for programs order it differently: training starts with a new one")
     rows, known = base.emb_g.weight.data, base.facts.get("speakers", [])
     if len(voice.speakers) > len(rows):
         raise UserError(f"the data has {len(voice.speakers)} speakers, and the base has rows for {len(rows)}")

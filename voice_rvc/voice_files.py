@@ -25,7 +25,7 @@ from synthesizer import Synthesizer, VoiceConfig
 
 FILE_ENDINGS = (".pth", ".pt", ".safetensors")
 NO_SIZE = 1 << 40  # more bytes than any file here has
-PLAIN_KINDS = (str, int, float, bool, list, tuple, dict)
+PLAIN_KINDS = (str, int, float, bool, list, tuple)
 OUR_KEY = "lora_workshop"  # in a voice that was exported here: {"config", "voice"}, what other programs do not ask about
 # What a file that is no voice begins with -> what it is.
 BEGINNINGS = {
@@ -138,7 +138,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise UserError(f"{path} holds {shown(odd)} among its weights, which is no plain tensor of numbers")
     if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
         raise UserError(f"{path} claims more numbers than it has bytes")
-    facts = {key: value for key, value in content.items() if isinstance(value, PLAIN_KINDS) and value is not state}
+    facts = {key: value for key, value in content.items() if isinstance(value, PLAIN_KINDS) or key == OUR_KEY}
+    facts["optimizer"] = "optimizer" in content
     # Of a model that was compiled, or trained by several processes.
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
     return to_old_names(state), facts
