@@ -50,6 +50,9 @@ def test_other_folders_are_one_voice_unless_asked(tmp_path):
     found, voices = find_recordings(tmp_path, Faults())
     assert len({r.name for r in found}) == 3 and voices == [tmp_path.name]
     assert find_recordings(tmp_path, Faults(), "folders")[1] == ["Disc 1", "Disc 2"]
+    write_wave(tmp_path / "beside.wav", speech_like(9), 16000)
+    found, voices = find_recordings(tmp_path, Faults(), "folders")
+    assert voices == ["Disc 1", "Disc 2", tmp_path.name] and [r.speaker for r in found] == [0, 0, 1, 2]
 
 
 def test_folders_named_like_splits_give_them(tmp_path):

@@ -51,7 +51,7 @@ class Source:
     """A file after its first pass: how its blocks (n, channels) become mono. kept: the blocks themselves, if they are few."""
 
     path: Path
-    open: Callable
+    opener: Callable  # of DECODERS
     rate: int
     channels: int
     samples: int
@@ -88,7 +88,7 @@ class Source:
 
     def decode_again(self) -> Iterator[np.ndarray]:
         last, left = np.zeros(self.channels, np.float32), self.samples
-        with self.open(self.path) as stream:
+        with self.opener(self.path) as stream:
             for block in stream.blocks:
                 block, _ = mend(block, last)
                 last, left = block[-1], left - len(block)
@@ -123,7 +123,7 @@ def open_audio(path) -> Source:
                 raise
             fault = fault or error
             continue
-        if source.told == 0 == source.samples:
+        if source.told == 0:
             raise BadFile("file without a single sample")
         if best and best.told:
             source.told = round(best.told / best.rate * source.rate)

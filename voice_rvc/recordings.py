@@ -46,8 +46,7 @@ def find_recordings(data_dir, faults: Faults, speakers: str = "auto") -> tuple[l
     if not files:
         raise UserError(f"--data_dir {data_dir}: no recording in it (looked for {', '.join(AUDIO_ENDINGS)})")
     splits, owners = zip(*(place_of(path.relative_to(root).parts[:-1]) for path in files), strict=True)
-    voices = name_voices(list(owners), speakers, readable(voice))
-    rows = [voices.index(owner) if owner in voices else 0 for owner in owners]
+    voices, rows = name_voices(owners, speakers, voice)
     names = [printable(name) for name in short_names(files)]
     every = [Recording(*facts) for facts in zip(files, names, rows, splits, strict=True)]
     found = one_of_each_sound(*read_all(every, faults), faults)
@@ -128,12 +127,19 @@ def place_of(folders: tuple[str, ...]) -> tuple[str | None, str]:
     return split, next((folder for folder in folders if split_of(folder) is None), "")
 
 
-def name_voices(owners: list[str], speakers: str, single: str) -> list[str]:
-    """The voices' names, in order of their numbers or names; owners: each recording's folder, "" for those beside folders."""
+def name_voices(owners: tuple[str, ...], speakers: str, single: str) -> tuple[list[str], list[int]]:
+    """(names of the voices, the place in it of each recording's) by the recordings' folders, "" for those beside folders.
+
+    single: what the voice is called where there is one, and that of the recordings beside folders.
+    """
     numbers = sorted({owner for owner in owners if owner.isdecimal()}, key=lambda name: (int(name), name))
     if speakers == "folders":
-        return sorted(set(owners) - {""}) or [single]
-    if speakers == "one" or len(numbers) < 2:
-        return [single]
-    beside = any(owner not in numbers for owner in owners)
-    return ["0", *numbers] if beside and int(numbers[0]) > 0 else numbers
+        voices = [*sorted(set(owners) - {""}), *([""] if "" in owners else [])]
+    elif speakers == "one" or len(numbers) < 2:
+        voices = [""]
+    else:
+        beside = any(owner not in numbers for owner in owners) and int(numbers[0]) > 0
+        voices = ["0", *numbers] if beside else numbers
+    last = voices.index("") if "" in voices else 0
+    rows = [voices.index(owner) if owner in voices else last for owner in owners]
+    return [printable(voice or single) for voice in voices], rows
