@@ -64,8 +64,8 @@ def draw_f0(sounds: list[dict[str, np.ndarray]], asked: list[np.ndarray], labels
             axis.plot(np.arange(len(found)) / 100, voiced_only(found), color=colors[name], lw=1.4)
         axis.set_yscale("log", base=2)
         low, high = f0_range([wanted, *(line.get_ydata() for line in axis.lines)])
-        ticks = [hertz for hertz in (50, 70, 100, 140, 200, 280, 400, 560, 800) if low <= hertz <= high]
-        axis.set_yticks(ticks, [str(hertz) for hertz in ticks])
+        ticks = [hertz for hertz in (50, 60, 70, 85, 100, 120, 140, 170, 200, 240, 280, 340, 400, 560, 800) if low <= hertz <= high]
+        axis.set_yticks(ticks, [str(hertz) for hertz in ticks], fontsize=7)
         axis.minorticks_off()
         axis.set(ylabel="F0 (Hz)", ylim=(low, high), xlim=(0, frames / 100))
         axis.set_title(plot_text(label, 60), fontsize=9)
