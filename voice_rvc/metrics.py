@@ -16,7 +16,7 @@ from f0_scores import f0_scores, f0_sums, quick_f0
 from spectrum import mel_spectrogram
 from synthesizer import Excitation
 
-HEARD = 3  # held-out clips whose sound is kept
+SOUNDS_KEPT = 3  # held-out clips whose sound is kept
 
 
 # ---- from waves to numbers -------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def heard_clips(dataset) -> list[int]:
     for index, clip in enumerate(dataset.clips):
         turns.append((seen[clip.speaker], index))
         seen[clip.speaker] += 1
-    return [index for _, index in sorted(turns)[:HEARD]]
+    return [index for _, index in sorted(turns)[:SOUNDS_KEPT]]
 
 
 def save_sounds(model, dataset, found: list[dict], folder: Path) -> None:

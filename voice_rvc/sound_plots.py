@@ -10,6 +10,7 @@ from f0_scores import quick_f0
 from spectrum import mel_spectrogram
 
 HERTZ = (250, 500, 1000, 2000, 4000, 8000, 16000)  # marked, where the bands reach so far
+F0_TICKS = (50, 60, 70, 85, 100, 120, 140, 170, 200, 240, 280, 340, 400, 560, 800)  # Hz
 SHOWN_SECONDS = 8  # of a longer sound: its beginning
 
 
@@ -64,7 +65,7 @@ def draw_f0(sounds: list[dict[str, np.ndarray]], asked: list[np.ndarray], labels
             axis.plot(np.arange(len(found)) / 100, voiced_only(found), color=colors[name], lw=1.4)
         axis.set_yscale("log", base=2)
         low, high = f0_range([wanted, *(line.get_ydata() for line in axis.lines)])
-        ticks = [hertz for hertz in (50, 60, 70, 85, 100, 120, 140, 170, 200, 240, 280, 340, 400, 560, 800) if low <= hertz <= high]
+        ticks = [hertz for hertz in F0_TICKS if low <= hertz <= high]
         axis.set_yticks(ticks, [str(hertz) for hertz in ticks], fontsize=7)
         axis.minorticks_off()
         axis.set(ylabel="F0 (Hz)", ylim=(low, high), xlim=(0, frames / 100))
