@@ -17,7 +17,7 @@ use_task(VOICE)
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from distances import loudness_by_band  # noqa: E402
-from listening import card, leave_page, score_table, write_page  # noqa: E402
+from listening import card, leave_page, system_table, write_page  # noqa: E402
 from metrics import sound_sums  # noqa: E402
 from recordings import Recording  # noqa: E402
 from speaker_encoder import likeness_to, load_encoder  # noqa: E402
@@ -196,7 +196,7 @@ def test_the_page_is_one_file_that_escapes_names_and_says_what_it_leaves_out(tmp
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG")
     page = tmp_path / "page.html"
-    assert write_page(page, "A <voice>", ["a & b"], [score_table(systems, {"mcd": "MCD", "x": "X"})], cards, {"it": picture}) == (
+    assert write_page(page, "A <voice>", ["a & b"], [system_table(systems, {"mcd": "MCD", "x": "X"})], cards, {"it": picture}) == (
         3,
         3,
     )

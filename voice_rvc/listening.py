@@ -66,7 +66,7 @@ def scored(systems: dict[str, dict], metrics) -> list[str]:
     return [key for key in metrics if any((row.get(key) or {}).get("value") is not None for row in systems.values())]
 
 
-def score_table(systems: dict[str, dict], metrics: dict[str, str]) -> str:
+def system_table(systems: dict[str, dict], metrics: dict[str, str]) -> str:
     """systems: name -> {metric: {"value", "interval"}, "n": how many}; metrics: key -> title, those that some system has."""
     shown = {key: metrics[key] for key in scored(systems, metrics)}
     head = "".join(f"<th>{html.escape(text)}</th>" for text in ["", *shown.values(), "n"])
@@ -111,7 +111,7 @@ def write_page(path: Path, title: str, notes: list[str], tables: list[str], card
 # ---- what an evaluation leaves ---------------------------------------------------------------------------------------
 
 SHOWN = 3  # recordings in the pictures
-KEPT = 8  # whose sound is kept as WAV
+SAVED_SOUNDS = 8  # whose sound is kept as WAV
 TITLES = {
     "mcd": "MCD (dB, lower is better)",
     "f0_rmse_cents": "F0 RMSE (cents)",
@@ -131,7 +131,7 @@ def leave_page(folder: Path, config, about: dict, dataset, held_out, trials: lis
     rate, voice = dataset.voice.config.sample_rate, dataset.voice
     own = [held_sounds(dataset, held_out, index) for index in heard_clips(dataset)]
     names = [dataset.name(index) for index in heard_clips(dataset)]
-    for number, trial in enumerate(trials[:KEPT], start=1):
+    for number, trial in enumerate(trials[:SAVED_SOUNDS], start=1):
         save_row(folder / "sounds" / f"{number}_{plain_name(trial.name)}", trial.sounds, rate)
     for number, (name, sounds) in enumerate(zip(names, own, strict=True), start=1):
         save_row(folder / "sounds" / f"held_out_{number}_{plain_name(name)}", sounds, rate)
@@ -145,11 +145,11 @@ def leave_page(folder: Path, config, about: dict, dataset, held_out, trials: lis
     draw_f0(said, asked, labels, rate, folder / "f0.png")
     draw_scores(scores, {key: TITLES[key] for key in DRAWN}, what, own_name, folder / "scores.png")
 
-    tables = [f"<h2>{html.escape(about_held_out(about))}</h2>", score_table(held_out.scores, TITLES)]
+    tables = [f"<h2>{html.escape(about_held_out(about))}</h2>", system_table(held_out.scores, TITLES)]
     if trials:
         named = f"<h2>{html.escape(about_conversion(conversion))}</h2>"
         nearest = "".join(f"<p>{html.escape(line)}</p>" for line in nearest_lines(conversion))
-        tables = [named, score_table(conversion["systems"], TITLES), nearest, *tables]
+        tables = [named, system_table(conversion["systems"], TITLES), nearest, *tables]
     cards = [lambda t=t: card(t.name, about_trial(t), {k: (w, rate) for k, w in t.sounds.items()}) for t in trials]
     cards += [
         lambda n=n, row=row: card(f"{n} (held out)", "", {k: (w, rate) for k, w in row.items()})
