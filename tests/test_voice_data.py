@@ -152,7 +152,7 @@ def test_an_rvc_folder_of_another_machine_is_read_by_base_names(tmp_path):
     assert wave.dtype == content.dtype == f0.dtype == np.float32 and np.abs(wave).max() == pytest.approx(0.3, abs=0.01)
 
 
-def test_an_applio_folder_has_its_speakers(tmp_path):
+def test_an_applio_folder_has_its_speakers(tmp_path, capsys):
     for name in ("0_0_0", "0_0_1", "7_0_0"):
         write_slice(tmp_path, name, APPLIO, seconds=0.9)
     (tmp_path / "model_info.json").write_text(json.dumps({"embedder_model": "contentvec"}))
@@ -161,6 +161,10 @@ def test_an_applio_folder_has_its_speakers(tmp_path):
     assert facts == {"program": "Applio", "content": "contentvec"}
     write_list(tmp_path, ["0_0_1"], sid=3, layout=APPLIO)
     assert read_experiment(tmp_path, VOICE_OF_8, Faults())[1] == ["0", "3", "7"]
+    load(tmp_path)
+    assert "has content features of contentvec, the voice takes those of hubert:some/model" in capsys.readouterr().out
+    load(tmp_path, Voice(SMALL, "hubert:lengyue233/content-vec-best"))
+    assert "content features" not in capsys.readouterr().out
 
 
 def damaged(folder, name, kind):

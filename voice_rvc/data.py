@@ -19,6 +19,7 @@ from common.samples import Faults, attempt, data_folder
 from common.scan import in_parts
 from experiments import Unfit, is_experiment, read_experiment, slices_as_recordings
 from f0 import choose_f0, coarse_pitch
+from model import CONTENT_MODELS
 from prepared import is_prepared, open_prepared, prepare, prepared_folder
 from recordings import Recording, find_recordings
 from spectrum import spectrogram
@@ -92,8 +93,9 @@ def read_or_prepare(found: Found, voice) -> tuple[list, list[str], str]:
         say(f"{found.folder.name}: {reason}; its slices are prepared anew, as recordings are")
         recordings, speakers = slices_as_recordings(found.folder, found.faults)
         return prepare_once(found, recordings, speakers, voice), speakers, "audio"
-    if facts["content"]:
-        say(f"{found.folder.name}: content features of {facts['content']}; the voice takes those of {voice.content}")
+    content = facts["content"]
+    if content and f"hubert:{CONTENT_MODELS.get(content, content)}" != voice.content:
+        say(f"{found.folder.name} has content features of {content}, the voice takes those of {voice.content}: do they agree?")
     return clips, speakers, facts["program"]
 
 
