@@ -144,7 +144,7 @@ def open_audio(path) -> Source:
 def survey(path: Path, name: str, opener) -> Source:
     """The first pass by one decoder, which may end at damage, or before the first sample. ImportError: it is not installed."""
     with opener(path) as stream:
-        tally, kept, damage = Tally(stream.rate, stream.channels), [], ""
+        tally, kept, damage = Tally(stream.rate, stream.channels), [], "end missing" if stream.cut else ""
         try:
             for block in stream.blocks:
                 block = tally.add(block)

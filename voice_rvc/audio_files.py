@@ -53,12 +53,16 @@ STRANGERS = {
 
 @dataclass
 class Stream:
-    """A file while it is decoded. blocks: float32 (n, channels), 1.0 is full scale; told: samples that its header promises."""
+    """A file while it is decoded. blocks: float32 (n, channels), 1.0 is full scale; told: samples that its header promises.
+
+    cut: whether its end is missing, for certain.
+    """
 
     rate: int
     channels: int
     blocks: Iterator[np.ndarray]
     told: int | None = None
+    cut: bool = False
 
 
 def is_audio(name: str) -> bool:
@@ -119,6 +123,7 @@ def open_sndfile(path: Path):
         try:
             raw = stack.enter_context(open(path, "rb"))
             mended, told = mend_header(raw)
+            cut = lacks_last_page(raw)
             file = stack.enter_context(soundfile.SoundFile(mended))
         except soundfile.LibsndfileError as error:
             raise BadFile(f"no sound that can be decoded, {error.error_string.rstrip('.')}") from error
@@ -128,9 +133,9 @@ def open_sndfile(path: Path):
                 f"soundfile {version} does not work here, whatever the file ({type(error).__name__}: {error})"
             ) from error
         check_recording(file.samplerate, file.channels)
-        if told is None and file.format in ("FLAC", "AIFF", "W64", "CAF", "AU") and 0 < file.frames < 2**40:
+        if told is None and file.format in ("FLAC", "W64", "CAF", "AU") and 0 < file.frames < 2**40:
             told = file.frames  # of mp3 and ogg it is an estimate
-        yield Stream(file.samplerate, file.channels, sndfile_blocks(file), told)
+        yield Stream(file.samplerate, file.channels, sndfile_blocks(file), told, cut)
 
 
 def sndfile_blocks(file) -> Iterator[np.ndarray]:
@@ -180,9 +185,12 @@ class Mended:
 
 def mend_header(file):
     """(the file, or its Mended form where the header lies about its length; samples that the header promises, or None)."""
-    head = file.read(12)
+    head = file.read(4096)
     file.seek(0)
-    if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:] == b"WAVE":
+    chunk = head.find(b"COMM")  # the chunk of AIFF that counts samples: libsndfile gives what is there, and does not tell
+    if head[:4] == b"FORM" and 0 < chunk < len(head) - 14:
+        return file, struct.unpack(">I", head[chunk + 10 : chunk + 14])[0] or None
+    if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:12] == b"WAVE":
         return mend_wave(file)
     if head[:3] == b"ID3" or (head[:1] == b"\xff" and head[1] & 0xE0 == 0xE0):
         counted = count_frames(file.read())
@@ -190,6 +198,17 @@ def mend_header(file):
         if counted:
             return Mended(file, counted.header, counted.start) if counted.header else file, counted.samples
     return file, None
+
+
+def lacks_last_page(file) -> bool:
+    """Whether a file is Ogg and ends before the page that is marked as its last."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 2**17))  # a page has 64 kB at most
+    tail = file.read()
+    file.seek(0)
+    is_ogg, last = file.read(4) == b"OggS", tail.rfind(b"OggS")
+    file.seek(0)
+    return is_ogg and (last < 0 or not tail[last + 5 : last + 6] or not tail[last + 5] & 4)
 
 
 def mend_wave(file):

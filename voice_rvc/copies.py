@@ -86,8 +86,8 @@ def outline_distances(outlines: np.ndarray, own: np.ndarray) -> np.ndarray:
     """dB (root mean square) from each outline (n, STEPS) to one, at the best of a few delays, whatever their levels."""
     best = np.full(len(outlines), np.inf)
     for delay in range(-3, 4):
-        common = slice(max(0, delay), STEPS + min(0, delay))
-        best = np.minimum(best, (outlines[:, common] - np.roll(own, delay)[common]).std(axis=1))
+        both = slice(max(0, delay), STEPS + min(0, delay))
+        best = np.minimum(best, (outlines[:, both] - np.roll(own, delay)[both]).std(axis=1))
     return best
 
 
