@@ -11,8 +11,7 @@ folder, written last, makes it one that train takes as it is.
 import hashlib
 import os
 from collections import Counter
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,10 @@ from common.runtime import choose_device, say
 from common.samples import BadFile, Faults, attempt
 from content import align, content_version
 from f0 import F0_HIGH, F0_LOW, choose_f0
-from preparing import OUTLINE, PREPARED_FORMAT, Job, facts_of_all, known_facts
+from preparing import PREPARED_FORMAT, Job, facts_of_all, known_facts
 from recordings import Recording
 
 PREPARED = "prepared.json"
-ALIKE_SECONDS = 0.3  # by which two copies of a sound may differ, once cut
 
 
 @dataclass(frozen=True)
@@ -164,42 +162,29 @@ def prepare(
     job = Job(folder, config.sample_rate, voice.content, version, config.content_width, method, *map(float, f0_range), device)
     with one_at_a_time(folder / "clips"):
         write_json(folder / PREPARED, {"format": PREPARED_FORMAT, "finished": False})
-        recordings, keys = tell_copies_apart(recordings, job, faults)
+        keys = [attempt(job.key, recording.path)[0] or "" for recording in recordings]  # "": it cannot be read
         found = facts_of_all(recordings, keys, job, workers)
-        kept, reasons = [], Counter()
+        kept, left_out = [], []
         for recording, key, (facts, fault) in zip(recordings, keys, found, strict=True):
             if fault:
-                faults.add_error(fault, recording.name)
-                reasons[fault.partition(", ")[0]] += 1
-                continue
-            note_recording(facts, recording.name, faults)
-            kept.append((recording, key, facts))
+                left_out.append({"name": recording.name, "fault": fault, "seconds": facts and facts["seconds"]})
+            else:
+                note_recording(facts, recording.name, faults)
+                kept.append((recording, key, facts))
         if not kept:
             (folder / PREPARED).unlink()
-            why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+            why = Counter(entry["fault"].partition(", ")[0] for entry in left_out)
+            why = "; ".join(f"{fault} ({count})" for fault, count in why.items())
             raise UserError(f"no voice found in {len(recordings)} recordings: {why}")
-        kept = group_copies(kept, folder, faults)
+        for entry in left_out:
+            faults.add_error(entry["fault"], entry["name"])
         entries = [
             {"name": r.name, "speaker": r.speaker, "split": r.split, "group": r.group or r.name, "key": key} for r, key, _ in kept
         ]
         speakers = speakers or [str(row) for row in range(1 + max(recording.speaker for recording, _, _ in kept))]
         about = {"format": PREPARED_FORMAT, "finished": True, "settings": job.settings, "speakers": speakers}
-        write_json(folder / PREPARED, about | {"recordings": entries})
+        write_json(folder / PREPARED, about | {"recordings": entries, "left_out": left_out})
     return [clip for recording, _, facts in kept for clip in clips_of(recording, facts, folder)]
-
-
-def tell_copies_apart(recordings: list[Recording], job: Job, faults: Faults) -> tuple[list[Recording], list[str]]:
-    """(recordings, their keys) without those whose bytes another recording of that voice and split has."""
-    kept, keys, first = [], [], {}
-    for recording in recordings:
-        key, _, _ = attempt(job.key, recording.path)
-        same = first.setdefault((key, recording.speaker, recording.split), recording) if key else recording
-        if same is not recording:
-            faults.add("copy of another recording", f"{recording.name} ({same.name})")
-            continue
-        kept.append(recording)
-        keys.append(key or "")
-    return kept, keys
 
 
 def note_recording(facts: dict, name: str, faults: Faults) -> None:
@@ -209,54 +194,3 @@ def note_recording(facts: dict, name: str, faults: Faults) -> None:
         faults.note(what, f"{name} ({detail})" if detail else name)
     if not facts["f0"]:
         faults.note("recording without a voiced frame, which no F0 statistics count", name)
-
-
-# ---- copies of one sound ---------------------------------------------------------------------------------------------------
-
-
-def group_copies(kept: list[tuple], folder: Path, faults: Faults) -> list[tuple]:
-    """The same (recording, key, facts), where those of one sound are in one group: encoded again, quieter, cut anew.
-
-    What is about as long and has the same F0 is compared by its sound.
-    """
-    groups = list(range(len(kept)))  # the place of the first recording with the same sound
-    spectra = cache(lambda key: outline_spectrum(folder / f"{key}-0.safetensors"))
-    order = sorted(groups, key=lambda place: kept[place][2]["kept"])
-    for number, place in enumerate(order):
-        _, key, facts = kept[place]
-        for other in reversed(order[:number]):
-            _, its_key, its_facts = kept[other]
-            if facts["kept"] - its_facts["kept"] > ALIKE_SECONDS:
-                break
-            if alike_f0(facts["f0"], its_facts["f0"]) and same_sound(spectra(key), spectra(its_key)):
-                groups[place] = groups[other]
-                break
-    names, grouped = {}, []
-    for group, (recording, key, facts) in zip(groups, kept, strict=True):
-        name = names.setdefault(group, recording.group or recording.name)
-        if name != (recording.group or recording.name):
-            faults.note("recordings of one sound, which stay on one side of a split", f"{recording.name} ({name})")
-        grouped.append((replace(recording, group=name), key, facts))
-    return grouped
-
-
-def alike_f0(points: list[float], others: list[float]) -> bool:
-    """Whether 21 points of the F0 of two recordings, but for the extremes, are within 3 %."""
-    if not points or not others:
-        return points == others
-    inner = slice(2, -2)
-    return bool(np.all(np.abs(np.divide(points, others) - 1)[inner] < 0.03))
-
-
-def outline_spectrum(file: Path) -> np.ndarray:
-    """The Fourier transform of a recording's outline, its energy 1, padded so that shifts do not wrap."""
-    from safetensors import safe_open
-
-    with safe_open(file, "np") as tensors:
-        outline = tensors.get_tensor("outline").astype(np.float32)
-    return np.fft.rfft(outline / max(float(np.linalg.norm(outline)), 1e-9), 2 * OUTLINE)
-
-
-def same_sound(spectrum: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two outlines are one sound, shifted and scaled: 1 is the most that their correlation can be."""
-    return bool(np.abs(np.fft.irfft(spectrum * other.conj())).max() > 0.9)

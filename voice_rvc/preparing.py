@@ -23,9 +23,8 @@ from slices import cut_source, join_measures
 
 PREPARED_FORMAT = 1  # counts up when the same recording and settings give other clips
 LONGEST_FILE = 60_000  # frames of 10 ms in a file of clips, ten minutes: so much is in memory at once, whatever a recording has
+BYTES_A_WORKER = 2**22  # of recordings, for which it is worth to start another process, which takes seconds
 F0_POINTS = 21  # of a recording's F0 that are noted: 0, 5 ... 100 percent of its loud frames lie below
-OUTLINE_RATE = 2000  # Hz, of the first seconds of a recording's first clip, by which copies of it are known
-OUTLINE = 4 * OUTLINE_RATE  # samples
 F0_DISTRIBUTIONS = {"swift": "swift-f0", "harvest": "pyworld", "dio": "pyworld", "pyin": "librosa", "crepe": "torchcrepe"}
 
 
@@ -54,12 +53,12 @@ class Job:
 
 
 def facts_of_all(recordings: list[Recording], keys: list[str], job: Job, workers: int) -> list[tuple[dict | None, str]]:
-    """(facts, "") or (None, fault) of each recording, from the folder or made now."""
+    """prepare_recording of each recording, or what is in the folder already."""
     facts = {key: known_facts(job.folder, key) for key in dict.fromkeys(keys) if key}
     tasks = {key or str(r.path): (r.path, key) for r, key in zip(recordings, keys, strict=True) if not facts.get(key)}
     if tasks:
         sizes = [path.stat().st_size if path.exists() else 0 for path, _ in tasks.values()]
-        workers = min(workers or cores(), len(tasks), 1 + sum(sizes) // 2**22)  # a process takes seconds to start
+        workers = min(workers or cores(), len(tasks), 1 + sum(sizes) // BYTES_A_WORKER)
         with progress_bar(None, f"preparing {len(tasks)} recordings (MB)", total=round(sum(sizes) / 1e6, 1)) as bar:
             if workers > 1:
                 made = in_processes(list(tasks.values()), sizes, job, workers, bar)
@@ -104,17 +103,18 @@ class Watched:
 
 
 def prepare_recording(path: Path, key: str, job: Job, tell) -> tuple[dict | None, str]:
-    """(facts, "") of a recording whose clips are then in the folder, or (None, what is wrong with it)."""
+    """(facts, "") of a recording whose clips are then in the folder; ({"seconds"} or None, what is wrong with it)."""
     try:
-        facts, fault, _ = attempt(make_clips, path, key, job, tell)
+        source, fault, _ = attempt(open_audio, path)
+        if not fault:
+            facts, fault, _ = attempt(make_clips, source, key, job, tell)
     except MemoryError:
         return None, "recording for which the memory does not suffice"
-    return facts, fault
+    return (facts, "") if not fault else (source and {"seconds": source.seconds}, fault)
 
 
-def make_clips(path: Path, key: str, job: Job, tell) -> dict:
+def make_clips(source, key: str, job: Job, tell) -> dict:
     """Writes a recording's clips: <key>-0.safetensors ..., then <key>.json with its facts, which are returned."""
-    source = open_audio(path)
     plan, pieces = cut_source(Watched(source, tell))
     part, clips, measured, loud = [], [], [], []
     for piece in pieces:
@@ -136,11 +136,16 @@ def make_clips(path: Path, key: str, job: Job, tell) -> dict:
         "notes": source.notes,
         "measures": join_measures(measured),
         "voiced": len(loud) / 100,
-        "f0": [round(float(value), 2) for value in np.percentile(loud, np.linspace(0, 100, F0_POINTS))] if len(loud) else [],
+        "f0": f0_points(loud),
         "clips": clips,
     }
     write_json(job.folder / f"{key}.json", facts)
     return facts
+
+
+def f0_points(f0: np.ndarray) -> list[float]:
+    """The F0 that 0, 5 ... 100 % of the frames (n,) lie below, in Hz; [] where there is none."""
+    return [round(float(value), 2) for value in np.percentile(f0, np.linspace(0, 100, F0_POINTS))] if len(f0) else []
 
 
 def make_clip(piece, rate: int, job: Job) -> dict:
@@ -162,8 +167,6 @@ def write_clips(part: list[dict], key: str, first: int, job: Job) -> list[dict]:
     content = content_of(job.content, job.device, job.width)
     statistics = content.statistics([content.describe(clip["heard"]) for clip in part])
     tensors, notes, name = {}, [], f"{key}-{first}.safetensors"
-    if first == 0:
-        tensors["outline"] = outline_of(part[0]["heard"])
     for number, clip in enumerate(part, first):
         features = content(clip["heard"], statistics)
         align(features, clip["f0"], clip["frames"])
@@ -178,12 +181,6 @@ def write_clips(part: list[dict], key: str, first: int, job: Job) -> list[dict]:
     fsync(aside)
     os.replace(aside, job.folder / name)
     return notes
-
-
-def outline_of(heard: np.ndarray) -> np.ndarray:
-    """The start of a clip at 16 kHz, (n,) at OUTLINE_RATE as int8: little to keep, enough to know the same sound again."""
-    start = resample(heard, 16000, OUTLINE_RATE)[:OUTLINE]
-    return np.round(start * (127 / max(float(np.abs(start).max(initial=0)), 1e-9))).astype(np.int8)
 
 
 @cache
