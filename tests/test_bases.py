@@ -11,7 +11,7 @@ import torch
 from conftest import CLASSIFICATION, ROOT
 
 from common import folders
-from common.bases import choose_checkpoint, class_tensors, make_origin, open_checkpoint, save_lora, train_mode
+from common.bases import check_sizes, choose_checkpoint, class_tensors, make_origin, open_checkpoint, save_lora, train_mode
 from common.checkpoint import atomic_folder
 from common.config import UserError
 from common.folders import check_data_dir, eval_places, make_once, newest_best, predictions_folder
@@ -197,3 +197,12 @@ def test_a_base_with_code_of_its_own_is_refused_without_a_question(tmp_path):
     load += f"load_base({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", load], input="y\ny\n", capture_output=True, text=True, timeout=120)
     assert "UserError" in done.stderr and "can be loaded safely" in done.stderr and not (tmp_path / "ran").exists()
+
+
+def test_numbers_that_no_model_picture_or_sound_has_are_refused(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"sampling_rate": 44100, "size": {"height": 640}}))
+    check_sizes(tmp_path)
+    for odd in ({"sampling_rate": 10**9}, {"size": {"height": 44100}}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(odd))
+        with pytest.raises(UserError, match="cannot be"):
+            check_sizes(tmp_path)
