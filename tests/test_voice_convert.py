@@ -168,7 +168,7 @@ def test_pitch_is_asked_for_or_taken_from_the_voice(model):
 
     assert shift(pitch=-3).shift == -3
     median = np.median(150 * (1 + 0.1 * np.sin(2 * np.arange(0, 1, 0.01))))
-    assert shift().shift == pytest.approx(12 * math.log2(200 / median), abs=0.5) and "to the voice's 200 Hz" in shift().notes[0]
+    assert shift().shift == pytest.approx(12 * math.log2(200 / median), abs=0.5) and shift().notes == []
     assert shift(speaker=1).shift == 0 and "does not say" in shift(speaker=1).notes[0]
     low, high = (convert_wave(model, Voice, sung(1), 16000, Conversion(pitch=pitch))[0] for pitch in (0, 12))
     assert decibels(low - high) > decibels(low) - 20
@@ -193,7 +193,7 @@ def test_the_envelope_of_the_source_is_mixed_in(model):
     loud = np.clip(20 * sung(1), -1, 1)
     result, pieces = convert_original(model, Voice, read_original([(loud, 16000)]), Conversion(volume_envelope=0))
     peak = max(np.abs(piece).max() for piece in pieces)
-    assert result.scale > 1 and 0.8 < peak <= 1 and "made quieter by" in result.notes[-1]
+    assert result.scale > 1 and 0.8 < peak <= 1 and "made quieter" in result.notes[-1]
 
 
 def test_an_index_draws_content_near_and_protects_unvoiced_frames():

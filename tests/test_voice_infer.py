@@ -109,6 +109,7 @@ def test_a_file_and_a_glob_are_inputs_and_flac_is_a_format(voices, talks, tmp_pa
         (["--input", "a.wav", "--speaker_id", "5"], "--speaker_id 5 is none of this voice's, which are 0 to 1"),
         (["--input", "a.wav", "--pitch", "high"], "--pitch"),
         (["--input", "a.wav", "--index", "notes.txt"], "notes.txt is no faiss index"),
+        (["--input", "a.wav", "--content", "other"], "--content other"),
     ],
 )
 def test_mistakes_are_told_in_a_line_and_leave_nothing(args, told, voices, talks, tmp_path, monkeypatch):

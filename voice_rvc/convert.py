@@ -71,7 +71,7 @@ class Converted:
     """What became of a recording. seconds: its length; rate: Hz of the result; shift: semitones up.
 
     scale: what the result was divided by for its peak, 1.0 where that was within full scale; loudness: dB of full scale of all
-    but silence; notes: sentences for the user.
+    but silence; notes: what the user should know, as of audio.Sound.
     """
 
     seconds: float
@@ -145,14 +145,14 @@ def convert_original(model, voice, original: Original, options: Conversion, cont
         shift = choose_shift(options.pitch, f0, voice, options.speaker, notes)
         f0 = f0 * 2 ** (shift / 12)
     elif options.pitch not in ("auto", 0):
-        notes.append("--pitch has no effect: this voice has no F0, it speaks at a pitch of its own")
+        notes.append("--pitch has no effect: this voice has no F0 and speaks at a pitch of its own")
     listen = listener(content or load_content(voice.content, model.emb_g.weight.device, config.content_width), original)
     latents = encode(model, original, f0, silent, listen, options)
     samples, level, peaks = decode(model, latents, f0, silent, options, chunk)
     gains = envelope(original.level, level * ~silent, options.volume_envelope) * ~silent
     scale = max(1.0, float((peaks * loudest_near(gains)).max()))
     if scale > 1:
-        notes.append(f"made quieter by {20 * math.log10(scale):.1f} dB: the peak was {scale:.2f}, and 1 is full scale")
+        notes.append(f"made quieter to stay within full scale, by {20 * math.log10(scale):.1f} dB")
     length = round(original.length / original.rate * config.sample_rate)
     pieces = finish(samples, gains / scale, length, config.hop)
     power = np.square(level[~silent] * gains[~silent] / scale)
@@ -179,7 +179,6 @@ def choose_shift(pitch, f0: np.ndarray, voice, speaker: int, notes: list[str]) -
         notes.append(f"pitch left as it is: {why}")
         return 0.0
     shift = float(np.clip(12 * math.log2(target / float(np.median(voiced))), -48, 48))
-    notes.append(f"pitch: {shift:+.1f} semitones, from a median of {np.median(voiced):.0f} Hz to the voice's {target:.0f} Hz")
     return shift
 
 

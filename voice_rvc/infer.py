@@ -113,9 +113,10 @@ def convert_all(predictor, names: list[str], sounds: list[Path], root: Path, end
                 faults.add_error(str(error) or type(error).__name__, shown)
                 break
             factor = (time.perf_counter() - began) / made.seconds
-            say(f"{shown} -> {to.name}: {made.seconds:.2f} s at {made.rate} Hz, real-time factor {factor:.2f}")
-            for note in made.notes:
-                say(f"  {note}")
+            speed = f"{made.seconds:.2f} s, {made.shift:+.1f} semitones, real-time factor {factor:.2f}"
+            say(f"{shown} -> {to.name}: {speed}")
+            for note, _, detail in (note.partition(", ") for note in made.notes):
+                faults.note(note, f"{shown} ({detail})" if detail else shown)
             facts = {"seconds": made.seconds, "rate": made.rate, "pitch_shift": made.shift, "scale": made.scale}
             facts |= {"loudness_db": made.loudness, "real_time_factor": factor, "checkpoint": str(predictor.voices[name].folder)}
             rows.append({"file_name": str(path), "output": to.name, **facts, "settings": settings})
@@ -156,7 +157,9 @@ def main(argv=None, method="full", doc=None):
     write_json(root / "predictions.json", rows)
     seconds = sum(row["seconds"] for row in rows)
     speed = sum(row["seconds"] * row["real_time_factor"] for row in rows) / seconds
-    print(f"{len({row['file_name'] for row in rows})} recordings converted, {seconds:.1f} s, real-time factor {speed:.2f}")
+    print(
+        f"{len({row['file_name'] for row in rows})} recordings converted, {seconds:.1f} s at {rows[0]['rate']} Hz, real-time factor {speed:.2f}"
+    )
     print(f"saved {len(rows)} {config.format} files and predictions.json in {root}")
 
 

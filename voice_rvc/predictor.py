@@ -104,6 +104,9 @@ class Predictor:
             kind = self.content or tuned.voice.content
             if kind not in self.contents:
                 self.contents[kind] = load_content(kind, self.device, self.model.config.content_width)
+            if self.contents[kind].width != self.model.config.content_width:
+                widths = f"{self.contents[kind].width} wide, and the voice expects {self.model.config.content_width}"
+                raise UserError(f"--content {kind} is {widths}: they do not belong together")
             index = self.find_index(tuned, settings.get("index", ""), settings.get("index_rate"))
             yield tuned, Conversion(**{**settings, "index": index}), self.contents[kind]
 
