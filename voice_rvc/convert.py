@@ -178,8 +178,7 @@ def choose_shift(pitch, f0: np.ndarray, voice, speaker: int, notes: list[str]) -
         why = "the source has no voiced sound" if target else "the voice does not say at what F0 it speaks"
         notes.append(f"pitch left as it is: {why}")
         return 0.0
-    shift = float(np.clip(12 * math.log2(target / float(np.median(voiced))), -48, 48))
-    return shift
+    return float(np.clip(12 * math.log2(target / float(np.median(voiced))), -48, 48))
 
 
 # ---- content, pitch -> latent ----------------------------------------------------------------------------------------

@@ -157,9 +157,8 @@ def main(argv=None, method="full", doc=None):
     write_json(root / "predictions.json", rows)
     seconds = sum(row["seconds"] for row in rows)
     speed = sum(row["seconds"] * row["real_time_factor"] for row in rows) / seconds
-    print(
-        f"{len({row['file_name'] for row in rows})} recordings converted, {seconds:.1f} s at {rows[0]['rate']} Hz, real-time factor {speed:.2f}"
-    )
+    count, rate = len({row["file_name"] for row in rows}), rows[0]["rate"]
+    print(f"{count} recordings converted, {seconds:.1f} s at {rate} Hz, real-time factor {speed:.2f}")
     print(f"saved {len(rows)} {config.format} files and predictions.json in {root}")
 
 
