@@ -35,9 +35,9 @@ def to_new_names(state: dict) -> dict:
 
 @torch.no_grad()
 def fold_weight_norm(model: nn.Module) -> nn.Module:
-    """Computes every weight of weight_norm once and for all, in place, to answer faster. Such a model is not saved or trained.
+    """Computes every weight of weight_norm once and for all, in place: such a model answers, and is not saved or trained.
 
-    Adapters are merged before: merge_lora(model, inplace=False).
+    Worth 10 % of half a second of sound by the demo's voice, 1 % of 40k v2's. Merge adapters before: merge_lora(inplace=False).
     """
     for module in model.modules():
         if is_parametrized(module, "weight"):

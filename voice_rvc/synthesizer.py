@@ -293,7 +293,11 @@ class Flow(nn.Module):
 
 
 class Synthesizer(nn.Module):
-    """The voice model. with_enc_q=False: as small checkpoints hold it, which convert and do not train."""
+    """The voice model. with_enc_q=False: as small checkpoints hold it, which convert and do not train.
+
+    A frame of the wave depends on 24 frames of the latent to either side through the flow, and on 11 more through the decoder of
+    40k v2 (9 in the demo's): chunks of a latent with so much around them are parts of the whole. enc_p hears all frames.
+    """
 
     def __init__(self, config: VoiceConfig, with_enc_q: bool = True):
         super().__init__()
