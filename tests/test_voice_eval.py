@@ -196,10 +196,8 @@ def test_the_page_is_one_file_that_escapes_names_and_says_what_it_leaves_out(tmp
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"\x89PNG")
     page = tmp_path / "page.html"
-    assert write_page(page, "A <voice>", ["a & b"], [system_table(systems, {"mcd": "MCD", "x": "X"})], cards, {"it": picture}) == (
-        3,
-        3,
-    )
+    tables = [system_table(systems, {"mcd": "MCD", "x": "X"})]
+    assert write_page(page, "A <voice>", ["a & b"], tables, cards, {"it": picture}) == (3, 3)
     text = page.read_text()
     assert "<script" not in text and "&lt;script&gt;1" in text and "source &amp; co" in text and "A &lt;voice&gt;" in text
     assert "2.65<small>2.50 to 2.80" in text and "<td>-</td>" in text and ">X<" not in text

@@ -146,6 +146,10 @@ def test_the_quick_f0_follows_and_knows_silence_and_noise():
     cents = 1200 * np.log2(found[5:195] / (100 * 2 ** (np.arange(5, 195) / 200)))
     assert np.abs(cents).max() < 25 and (found[205:295] > 0).mean() < 0.1 and not found[305:].any()
     assert not quick_f0(np.zeros(3, dtype=np.float32), RATE).any()
+    steps = np.repeat([0.0, 0.6, 0.0], RATE // 2)  # an offset that comes and goes
+    hummed = quick_f0((tone(150, 1.5) + steps).astype(np.float32), RATE)
+    heard = hummed[5:145][hummed[5:145] > 0]
+    assert len(heard) > 125 and np.abs(1200 * np.log2(heard / 150)).max() < 25
 
 
 def test_f0_scores_are_those_of_the_textbook_however_the_frames_are_parted():
