@@ -110,7 +110,7 @@ def write_page(path: Path, title: str, notes: list[str], tables: list[str], card
 
 # ---- what an evaluation leaves ---------------------------------------------------------------------------------------
 
-SHOWN = 3  # recordings in the pictures
+PICTURED = 3  # recordings in the pictures
 SAVED_SOUNDS = 8  # whose sound is kept as WAV
 TITLES = {
     "mcd": "MCD (dB, lower is better)",
@@ -135,7 +135,7 @@ def leave_page(folder: Path, config, about: dict, dataset, held_out, trials: lis
         save_row(folder / "sounds" / f"{number}_{plain_name(trial.name)}", trial.sounds, rate)
     for number, (name, sounds) in enumerate(zip(names, own, strict=True), start=1):
         save_row(folder / "sounds" / f"held_out_{number}_{plain_name(name)}", sounds, rate)
-    shown = trials[:SHOWN]
+    shown = trials[:PICTURED]
     rows, labels = ([t.sounds for t in shown], [t.name for t in shown]) if trials else (own, names)
     asked = [t.asked for t in shown] if trials else [dataset[0, index]["f0"].numpy() for index in heard_clips(dataset)]
     scores, what = (conversion["systems"], about_conversion(conversion)) if trials else (held_out.scores, about_held_out(about))
