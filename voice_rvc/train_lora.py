@@ -67,7 +67,7 @@ def main(argv=None):
 
     with Run(config, task="voice_rvc", method="lora" if config.lora_r else "head") as run:
         found = find_voice(config.data_dir, config.speakers, config.seed)  # before a base is fetched: the path may be wrong
-        base, voice, base_facts = load_base(config.model)
+        base, voice, base_facts = load_base(config.model, to_train=True)
         train_loader, val_loader, voice, data_facts = build_loaders(config, voice, found)
         run.describe(base=base_facts, data=data_facts)
 
