@@ -26,7 +26,14 @@ from common.config import UserError, cli  # noqa: E402
 from local_imports import Module, follow_imports, package_files, project_of  # noqa: E402
 from single_file import NEEDS, single_file  # noqa: E402
 
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "PyYAML", "sklearn": "scikit-learn", "skimage": "scikit-image", "cv2": "opencv-python"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "PyYAML",
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "cv2": "opencv-python",
+    "faiss": "faiss-cpu",
+}
 
 
 def packages_of(source: str, local=frozenset()) -> set[str]:

@@ -29,8 +29,8 @@ FFMPEG_ENDINGS = (".m4a", ".m4b", ".mp4", ".m4v", ".mov", ".aac", ".wma", ".webm
                   ".amr", ".ac3", ".ape", ".wv", ".tta", ".mpg")
 # fmt: on
 AUDIO_ENDINGS = SNDFILE_ENDINGS + FFMPEG_ENDINGS
-LOWEST_RATE = 4000  # Hz; below it no voice is in the file, if its header is right
-HIGHEST_RATE = 768000
+LOWEST_HERTZ = 4000  # Hz; below it no voice is in the file, if its header is right
+HIGHEST_HERTZ = 768000
 MOST_CHANNELS = 64
 AT_ONCE = 2**17  # numbers that are decoded at once, of all channels together
 
@@ -103,7 +103,7 @@ def stranger(head: bytes) -> str:
 
 def check_recording(rate: int, channels: int) -> None:
     """BadFile for numbers of a header that no recording has, before anything is allocated by them."""
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+    if not LOWEST_HERTZ <= rate <= HIGHEST_HERTZ:
         raise BadFile(f"impossible header, a sample rate of {rate} Hz")
     if not 1 <= channels <= MOST_CHANNELS:
         raise BadFile(f"impossible header, {channels} channels")
