@@ -22,7 +22,7 @@ from common.config import UserError, shown
 from common.folders import best_of
 from common.lora import LoRAConfig, adaptable_layers, inject_lora, match_modules
 from common.peft_adapters import PATTERN_SECONDS
-from common.runtime import quiet, say, time_limit
+from common.runtime import say, time_limit
 from common.trial import freeze_unused, in_short
 from discriminator import SMALL_PERIODS, V1_PERIODS, V2_PERIODS, Discriminator
 from layers import to_old_names
@@ -117,45 +117,32 @@ class Voice:
 # ---- bases -----------------------------------------------------------------------------------------------------------
 
 
-def load_base(name: str, download: bool = True, to_train: bool = False):
+def load_base(name: str, download: bool = True):
     """(Synthesizer in eval mode, Voice, {"name", "sha256"}) of a base.
 
     name: demo; a folder of ours; a .pth of RVC or Applio, for training or for conversion alone; a training folder of theirs; or
-    such a file on the hub, owner/repo/path/f0G40k.pth. UserError where it is none of these, or damaged; to_train: and where it
-    is for conversion alone.
+    such a file on the hub, owner/repo/path/f0G40k.pth. UserError where it is none of these, or damaged.
     """
-    found, voice = read_any(name, download)
-    model = Synthesizer(found.config, found.with_enc_q)
-    model.load_state_dict(found.tensors)  # torch's own hook takes the old names
-    model.eval().facts = {"speakers": voice.speakers}
-    about = f"{found.config.version}, " * (voice.content != "dsp")
-    about += f"{found.config.sample_rate} Hz, {'with' if found.config.f0 else 'without'} F0"
-    about += "" if found.with_enc_q else ", for conversion alone (no enc_q)"
-    say(f"base: {name}, RVC synthesizer ({about}), {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    if to_train and not found.with_enc_q:
-        raise UserError(
-            f"--model {name} is a voice for conversion alone: it lacks the posterior encoder (enc_q), without which nothing "
-            "trains; take the G_*.pth that it was made of, or a pretrained f0G*.pth"
-        )
-    if to_train and found.facts.get("optimizer"):
-        say("note: the optimizer's state in it is not taken, for programs order it differently: training starts with a new one")
-    if name != "demo" and Path(name).expanduser().exists():  # so that an adapter finds its base from any folder
-        name = str(Path(name).expanduser().resolve())
-    return model, voice, {"name": name, "sha256": voice_fingerprint(model)}
-
-
-def read_any(name: str, download: bool) -> tuple[VoiceFile, Voice]:
-    """A base by its name, as load_base takes it, from wherever it lies."""
     place = Path(name).expanduser()
+    if place.name == MODEL_FILE and (place.parent / VOICE_FILE).is_file():
+        name, place = str(place.parent), place.parent
     if place.is_dir() and is_run_folder(place):
-        found = newest_pair(place)[1]
-    elif place.name == MODEL_FILE and (place.parent / VOICE_FILE).is_file():
-        return read_folder(place.parent)
+        _, found = newest_pair(place)
+        voice = voice_of(found)
     elif place.is_file() or (name.endswith(FILE_ENDINGS) and not place.is_dir()):
         found = read_voice(locate(name, download))
+        voice = voice_of(found)
     else:
-        return read_folder(Path(base_source(name, DEMO_BASE, EXAMPLE, download)))
-    return found, voice_of(found)
+        found, voice = read_folder(Path(base_source(name, DEMO_BASE, EXAMPLE, download)))
+    model = Synthesizer(found.config, found.with_enc_q)
+    model.load_state_dict(found.tensors)  # torch's own hook takes the old names
+    model.eval().facts = {"speakers": voice.speakers, "optimizer": found.facts.get("optimizer", False)}
+    kind = f"{'v1' if found.config.content_width == 256 else 'v2'}, " * (voice.content != "dsp")
+    about = f"{kind}{found.config.sample_rate} Hz, {'with' if found.config.f0 else 'without'} F0"
+    about += "" if found.with_enc_q else ", for conversion alone (no enc_q)"
+    say(f"base: {name}, RVC synthesizer ({about}), {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    name = str(place.resolve()) if name != "demo" and place.exists() else name  # an adapter finds its base from any folder
+    return model, voice, {"name": name, "sha256": voice_fingerprint(model)}
 
 
 def voice_fingerprint(model: Synthesizer) -> str:
@@ -199,8 +186,15 @@ def with_voices(base: Synthesizer, voice: Voice) -> Synthesizer:
     """The base, to be trained on the speakers of `voice`: rows 0, 1, ... of its table are theirs.
 
     A speaker whom the base knows by name brings the row along; others start between the speakers that it knows, at their mean,
-    or, where it names none, at the rows as they are. UserError for more speakers than rows.
+    or, where it names none, at the rows as they are. UserError for more speakers than rows, and for a base that cannot train.
     """
+    if base.enc_q is None:
+        raise UserError(
+            "--model is a voice for conversion alone: it lacks the posterior encoder (enc_q), without which nothing trains; take "
+            "the G_*.pth that it was made of, or a pretrained f0G*.pth"
+        )
+    if base.facts.get("optimizer"):
+        say("note: the optimizer's state in it is not taken, for programs order it differently: training starts with a new one")
     rows, known = base.emb_g.weight.data, base.facts.get("speakers", [])
     if len(voice.speakers) > len(rows):
         raise UserError(f"the data has {len(voice.speakers)} speakers, and the base has rows for {len(rows)}")
@@ -239,8 +233,7 @@ def discriminator_file(name: str, base: str) -> Path | None:
         return locate(name, download=True, flag="--discriminator ")
     path = Path(base).expanduser()
     if path.is_dir() and is_run_folder(path):
-        with quiet():  # load_base has said which one
-            path, _ = newest_pair(path)
+        path, _ = newest_pair(path)
         return path.with_name(discriminator_of(path.name))
     if path.is_file():
         other = path.with_name(discriminator_of(path.name) or path.name)
@@ -294,7 +287,7 @@ def add_lora(model: Synthesizer, config) -> Synthesizer:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=chosen,
-        rank_pattern=read_ranks(getattr(config, "lora_rank_pattern", "")),
+        rank_pattern=read_ranks(config.lora_rank_pattern),
         modules_to_save=[VOICE_ROWS],
     )
     inject_lora(model, lora)

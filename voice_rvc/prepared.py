@@ -87,24 +87,16 @@ def open_prepared(folder: Path, voice=None) -> tuple[list[Clip], list[str]]:
     about = read_json(folder / PREPARED)
     if not (isinstance(about, dict) and about.get("finished") is True and about.get("format") == PREPARED_FORMAT):
         raise UserError(f"{folder} was not prepared to the end, or by another version: run preprocess.py on its recordings again")
-    try:
-        if voice is not None:
-            check_suits(folder, about["settings"], voice)
-        return listed_clips(folder, about["recordings"]), [str(name) for name in about["speakers"]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder / PREPARED} is damaged ({error!r}): run preprocess.py again") from None
-
-
-def listed_clips(folder: Path, entries: list[dict]) -> list[Clip]:
-    """The clips of the recordings that prepared.json lists. UserError where files of theirs are not there."""
+    if voice is not None:
+        check_suits(folder, about["settings"], voice)
     clips = []
-    for entry in entries:
+    for entry in about["recordings"]:
         recording = Recording(folder / entry["name"], *(entry[key] for key in ("name", "speaker", "split", "group")))
         facts = known_facts(folder, entry["key"])
         if facts is None:
             raise UserError(f"{folder}: the files of {entry['name']} are damaged or gone; run preprocess.py again")
         clips += clips_of(recording, facts, folder)
-    return clips
+    return clips, about["speakers"]
 
 
 def check_suits(folder: Path, settings: dict, voice) -> None:

@@ -56,7 +56,6 @@ def main(argv=None):
     if found.kind == "prepared":
         raise UserError(f"{found.folder} is what this script leaves: train takes it as it is; name the recordings themselves")
     voice = voice_of_run(config)
-    say(f"for a voice of {voice.config.sample_rate} Hz: content by {voice.content}, F0 by {voice.f0_method}")
     folder = Path(config.output_dir).expanduser() if config.output_dir else prepared_folder(found.folder)
     with found.faults as faults:
         clips, speakers = as_it_is(found, voice)

@@ -240,8 +240,6 @@ def draw_report(report: dict, path: Path) -> None:
         axes[2, 0].errorbar(x, median, [median - low, high - median], fmt="o", ms=4, lw=1, label=plot_text(voice))
     axes[2, 0].set_ylabel("F0 in Hz (5, 50, 95 %)")
     axes[2, 0].set_yscale("log")
-    for ticks in (axes[2, 0].yaxis.set_major_formatter, axes[2, 0].yaxis.set_minor_formatter):
-        ticks("{x:.0f}")  # 60, 100, 200; not powers of ten
     for axis in axes[:, 0]:
         axis.set_xlim(-0.7, len(rows) - 0.3)
         axis.set_xticks([])

@@ -25,14 +25,14 @@ from common.config import Rate, TrainConfig, cli, parse, setting  # noqa: E402
 class Config(TrainConfig):
     model: str = setting("lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth", demo="demo")  # base: a .pth, a folder, demo
     discriminator: str = ""  # its weights; empty: those beside the base (f0D40k.pth), else new ones
-    content: str = setting("hubert:lengyue233/content-vec-best", demo="dsp")  # what is said: hubert:<name or folder>, or dsp
+    content: str = ""  # features of what is said: hubert:<name or folder>, or dsp; empty: those that the base was trained on
     f0_method: Literal["auto", "harvest", "dio", "pyin", "swift", "crepe"] = "auto"  # pitch tracker; auto: the best that is there
     speakers: Literal["auto", "one", "folders"] = "auto"  # whose voices: all files are one, or each folder; auto: by its number
     gan: bool = setting(True, demo=False)  # train against a discriminator; --no_gan suits less than a minute of a voice
     index: bool = True  # leave voice.index, by which infer draws content towards what the voice said in training
     cache: Literal["auto", "off"] = "auto"  # keep decoded clips in memory, up to a quarter of what is free
-    epochs: int = setting(100, demo=30)  # passes over the training data
-    batch_size: int = setting(4, demo=8)  # clips per process and backward pass
+    epochs: int = setting(100, demo=40)  # passes over the training data
+    batch_size: int = 4  # clips per process and backward pass
     lr: float = setting(1e-4, demo=1e-3)  # every weight moves, so a tenth of the step of train_lora.py
     lr_disc: Rate = 1e-4  # of the discriminator, whose every weight moves
     max_grad_norm: float = 1000.0  # the mel loss counts 45 times, so norms of hundreds are common; only explosions are cut
@@ -64,7 +64,7 @@ def main(argv=None):
 
     with Run(config, task="voice_rvc", method="full") as run:
         found = find_voice(config.data_dir, config.speakers, config.seed)  # before a base is fetched: the path may be wrong
-        base, voice, base_facts = load_base(config.model, to_train=True)
+        base, voice, base_facts = load_base(config.model)
         train_loader, val_loader, voice, data_facts = build_loaders(config, voice, found)
         run.describe(base=base_facts, data=data_facts)
 
