@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, Child, Script, enter
+from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, VOICE, Child, Script, enter
 from PIL import Image
 
 
@@ -52,19 +52,38 @@ def pictures(data, folder):
     return list(good), "broken.jpg"
 
 
-def shares(rows):
+def recordings(data, folder):
+    """A user's folder: three recordings of different lengths and formats, a broken one, and a file that is none."""
+    import soundfile
+
+    good = {"one.wav": 1.0, "three.flac": 0.7, "two.ogg": 0.4}
+    for source, (name, seconds) in zip(sorted((data / "val").rglob("*.wav")), good.items(), strict=False):
+        wave, rate = soundfile.read(source)
+        soundfile.write(folder / name, wave[: int(seconds * rate)], rate)
+    (folder / "broken.wav").write_bytes(b"RIFF no more than a beginning")
+    (folder / "notes.txt").write_text("not a recording")
+    return list(good), "broken.wav"
+
+
+def shares(rows, _):
     return {row["file_name"]: {a["class"]: a["probability"] for a in row["predictions"]} for row in rows}
 
 
-def boxes(rows):
+def boxes(rows, _):
     found = {}
     for row in sorted(rows, key=lambda row: -row["score"]):
         found.setdefault(row["file_name"], []).append([row["score"], row["category_id"], *row["bbox"]])
     return found
 
 
-def points(rows):
+def points(rows, _):
     return {row["file_name"]: row["keypoints"] for row in rows}
+
+
+def sounds(rows, folder):
+    import soundfile
+
+    return {row["file_name"]: soundfile.read(folder / row["output"])[0][::20].tolist() for row in rows}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +94,8 @@ class Task:
     train: int  # make_demo_data(train=, val=, test=), as few as make some batches of four
     val: int
     test: int
-    build: Callable  # (base, checkpoint) -> the model that the adapter goes on, as the README tells users of plain PEFT
-    answers: Callable  # (content of predictions.json) -> {file name: what infer says of it}
+    build: Callable | None  # (base, checkpoint) -> the model that plain PEFT loads the adapter on; None: it has layers of our own
+    answers: Callable  # (content of predictions.json, its folder) -> {file name: what infer says of it}
     inputs: Callable = pictures  # (data, folder) writes files for infer -> (names of the good ones, name of the broken one)
     higher_is_better: bool = True
     groups: int = 1  # make_demo_data makes so many samples for each one asked for: a class each
@@ -86,6 +105,11 @@ class Task:
     by_batch: tuple = ()  # metrics that depend on what is in a batch together
     infer_flags: tuple = ()  # with which infer says all that it knows
     sample: str = ".png"  # how the files of samples end
+    samples: str = ""  # the folder of them in what make_demo_data makes
+    teaches: str = ""  # name of the loss that teaches the model, where there are several
+    new_head: bool = False  # the demo's data wants layers with new weights
+    processor: str = "preprocessor_config.json"  # file of a checkpoint that says how the model wants its input
+    code_blocks: int = 2  # in the model card: with the libraries alone, and with this project
     left: tuple = ()  # files of a run, beside those of every task
     left_by_eval: tuple = ()  # in eval_val/
     left_by_infer: tuple = ()  # beside predictions.json
@@ -108,6 +132,7 @@ ROWS = (
         groups=8,
         build=classifier,
         answers=shares,
+        new_head=True,
         flags=("--crop", 0.6, "--randaugment", 5, "--mixup", 0.4, "--class_weights", "balanced"),
         infer_flags=("--top_k", 99),
         left=(*CLASS_PLOTS, "plots/f1_per_class.png"),
@@ -124,6 +149,7 @@ ROWS = (
         test=2,
         build=classifier,
         answers=boxes,
+        new_head=True,
         exact_in_two=False,
         by_batch=("val_loss",),
         infer_flags=("--threshold", 0),
@@ -141,6 +167,7 @@ ROWS = (
         higher_is_better=False,
         build=keypoint_model,
         answers=points,
+        code_blocks=1,
         left=("samples.json", *(f"plots/{name}.png" for name in ("pck_curve", "errors", "per_keypoint"))),
         left_by_eval=("samples.json", "predictions.png", "worst.png", "pck_curve.png", "errors.png", "per_keypoint.png"),
         left_by_infer=("predictions.csv", "0002_one.jpg", "0003_three.jpg", "0004_two.jpg"),
@@ -165,6 +192,29 @@ ROWS = (
         + ("evaluation_report.txt", "evaluation_results.json", "samples.json"),
         left_by_infer=("predictions.txt",),
         in_full=("classifier.safetensors",),
+    ),
+    Task(
+        "voice_rvc",
+        VOICE,
+        "mcd",
+        train=5,
+        val=3,
+        test=2,
+        higher_is_better=False,
+        build=None,
+        answers=sounds,
+        inputs=recordings,
+        flags=("--gan",),
+        exact_in_two=False,
+        sample=".wav",
+        samples="target",
+        teaches="gen",
+        new_head=True,
+        processor="voice.json",
+        code_blocks=1,
+        left=("samples.json", "voice.index", "plots/f0.png"),
+        left_by_infer=("one.wav", "three.wav", "two.wav"),
+        in_full=("config.json",),
     ),
 )
 TASKS = {task.name: task for task in ROWS}
@@ -225,7 +275,7 @@ def small_data(task) -> Path:
         make_demo_data(folder / "data", train=task.train, val=task.val, test=task.test)
 
     in_task(task, make)
-    return folder / "data"
+    return folder / "data" / task.samples
 
 
 @cache
@@ -233,7 +283,9 @@ def trained(task, method):
     """A run of two epochs and six steps: .folder, .best (the checkpoint), .summary, .said (.stdout and .stderr)."""
     data = small_data(task)
     flags = [*SETTINGS, *task.flags, *(task.lora_flags if method == "lora" else ())]
-    return run_of(task, method, data.parent / "runs", "--data_dir", data, "--model", "demo", *flags, draw=method == "full")
+    return run_of(
+        task, method, scratch() / task.name / "runs", "--data_dir", data, "--model", "demo", *flags, draw=method == "full"
+    )
 
 
 @cache

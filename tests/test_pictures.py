@@ -153,7 +153,8 @@ def test_a_file_that_would_start_a_program_is_no_picture(tmp_path, monkeypatch):
 
 
 def test_whoever_opens_a_picture_names_the_formats():
-    sources = [p for part in ("common", "fine_tuning", "image_tasks", "voice_rvc", "scripts") for p in (ROOT / part).rglob("*.py")]
+    parts = ("common", "fine_tuning", "image_tasks", "voice_rvc", "scripts")
+    sources = [p for part in parts for p in (ROOT / part).rglob("*.py")]
     nodes = [node for p in sources for node in ast.walk(ast.parse(p.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
     calls = [ast.unparse(node) for node in nodes if ast.unparse(node.func) == "Image.open"]
     assert len(calls) > 1 and all("formats=FORMATS" in call for call in calls)

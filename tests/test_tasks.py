@@ -89,7 +89,7 @@ def test_a_run_leaves_what_is_promised(task, method):
     run = trained(task, method)
     names = ["config.yaml", "metrics.jsonl", "summary.json", "curves.png", "predictions/validation.png", *task.left]
     more = task.in_full if method == "full" else task.in_adapter
-    best = [WEIGHTS[method], "origin.json", "preprocessor_config.json", "manifest.json", *more]
+    best = [WEIGHTS[method], "origin.json", task.processor, "manifest.json", *more]
     for name in (*names, *(f"checkpoints/best/{name}" for name in best)):
         assert (run.folder / name).is_file(), name
         if method == "full" and name.endswith(".png"):  # the other run's pictures are not drawn
@@ -134,10 +134,10 @@ def test_a_new_head_learns_at_its_own_rate_and_all_else_at_lr(task, method):
     """Two steps of warm-up: after the first, rates are at their peak."""
     run = trained(task, method)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    line = next(line for line in lines if "lr" in line)
-    assert line["lr"] == pytest.approx(run.summary["config"]["lr"])
-    is_new = task.name in ("classification", "detection")  # CLIP's is zero-shot, pose's base has one for as many keypoints
-    assert line.get("lr_head") == (pytest.approx(LR_HEAD) if is_new else None)
+    rate = f"lr_{task.teaches}" if task.teaches else "lr"
+    line = next(line for line in lines if rate in line)
+    assert line[rate] == pytest.approx(run.summary["config"]["lr"])
+    assert line.get(f"{rate}_head") == (pytest.approx(LR_HEAD) if task.new_head else None)
 
 
 def test_training_says_nothing_beside(task):
@@ -319,7 +319,7 @@ def infer(task, method, folder, source, *flags, script=None):
     """({file name: answers}, what was printed) of infer with the trained model, its results in `folder`."""
     args = ["--input", source, "--checkpoint", trained(task, method).best, "--output_dir", folder]
     done = call(task, script or INFER[method], *args, *task.infer_flags, *flags)
-    found = task.answers(read(folder / "predictions.json"))
+    found = task.answers(read(folder / "predictions.json"), folder)
     return {str(name).rpartition("/")[2]: answer for name, answer in found.items()}, done.stdout
 
 
@@ -373,30 +373,31 @@ def test_the_card_says_what_the_checkpoint_is_and_its_code_loads_it_as_written(t
     assert str(scratch()) not in card and str(ROOT) not in card
 
     def load():
-        photo = next(path for path in sorted(small_data(task).rglob("*.png")))
+        sample = next(path for path in sorted(small_data(task).rglob(f"*{task.sample}")))
         places = {"this/folder": run.best, "the/base": task.folder / "demo_base", "the/task": task.folder}
         blocks = re.findall("```python\n(.*?)```", card, re.DOTALL)
-        assert len(blocks) == (1 if task.name == "pose" else 2)
+        assert len(blocks) == task.code_blocks
         found = []
         for block in blocks:
             for place, path in places.items():
                 block = block.replace(f'"path/to/{place}"', repr(str(path)))
             scope = {}
-            exec(block.replace('"photo.jpg"', repr(str(photo))).replace("threshold=0.5", "threshold=0"), scope)
+            exec(re.sub('"(photo.jpg|recording.wav)"', repr(str(sample)), block).replace("threshold=0.5", "threshold=0"), scope)
             found.append(scope)
         predictor = found[-1]["predictor"]
         if "probabilities" in found[0]:
-            ours = dict(predictor.predict(photo, top_k=99))
+            ours = dict(predictor.predict(sample, top_k=99))
             theirs = dict(zip(predictor.classes, found[0]["probabilities"].tolist(), strict=True))
             assert {name: pytest.approx(p, abs=0.02) for name, p in ours.items()} == theirs
         elif "found" in found[0]:
-            ours = predictor.predict(photo, threshold=0, nms=1)
+            ours = predictor.predict(sample, threshold=0, nms=1)
             scores = sorted(found[0]["found"]["scores"].tolist(), reverse=True)
             assert scores == pytest.approx([item["score"] for item in ours], abs=0.02)
 
     in_task(task, load)
 
 
+@pytest.mark.parametrize("task", [task for task in TASKS.values() if task.build], ids=str)
 def test_plain_peft_loads_the_adapter(task):
     """On the base with a head of the right size, whatever is in it; the answers are those of our own loading."""
     best = trained(task, "lora").best
@@ -466,7 +467,8 @@ def test_training_errors_are_one_line_and_exit_code_two(task, tmp_path):
     told = fails("train_lora.py", *data, "--data_dir", tmp_path / "nowhere")
     assert "there is no folder" in told and f"{tmp_path}/nowhere" in told
     assert list((tmp_path / "runs" / task.name).iterdir()) == []  # nothing for the next start to step around
-    assert "no layer's name ends in" in fails("train_lora.py", *data, "--lora_targets", "qkv_everywhere")
+    told = fails("train_lora.py", *data, "--lora_targets", "qkv_everywhere")
+    assert re.search("no layer's name ends in|fits nothing here", told) and "there are: " in told
     assert "--lora_r: '-3' must be 0 to 4096" in fails("train_lora.py", *data, "--lora_r", -3)
     (tmp_path / "wrong.yaml").write_text("epochs: 1\nlora_rank: 4\n")
     told = fails("train_lora.py", "--config", tmp_path / "wrong.yaml")

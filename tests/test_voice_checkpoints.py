@@ -57,7 +57,7 @@ def base(tmp_path_factory):
 def model_for(base, speakers=("ann",), **changes):
     """(model about to train, voice, origin) as the train scripts make them."""
     config = settings(**changes)
-    model, voice, facts = load_base(base, to_train=True)
+    model, voice, facts = load_base(base)
     voice.speakers = list(speakers)
     model = with_voices(model, voice)
     method = "lora" if config.lora_r else "head"
@@ -178,8 +178,8 @@ def test_a_voice_for_conversion_alone_is_no_base_and_says_what_is(tmp_path):
     torch.save(rvc_file(small_voice()), tmp_path / "voice.pth")
     model, voice, _ = load_base(str(tmp_path / "voice.pth"))
     assert converted(model).isfinite().all() and voice.content == "hubert:lengyue233/content-vec-best"
-    with pytest.raises(UserError, match=r"voice.pth is .* lacks the posterior encoder \(enc_q\).*take the G_"):
-        load_base(str(tmp_path / "voice.pth"), to_train=True)
+    with pytest.raises(UserError, match=r"lacks the posterior encoder \(enc_q\).*take the G_"):
+        with_voices(model, voice)
 
 
 def test_a_base_is_the_same_in_any_form(base, tmp_path):
@@ -318,7 +318,8 @@ def test_an_exported_adapter_is_a_whole_voice_for_rvc_and_applio(adapter, tmp_pa
 
 def test_a_whole_export_is_a_base_and_a_small_one_says_that_it_is_none(base, adapter, tmp_path):
     whole = export(str(adapter[0]), tmp_path / "whole.pth", full=True)
-    assert load_base(str(whole), to_train=True)[0].enc_q is not None
+    model, voice, _ = load_base(str(whole))
+    assert with_voices(model, voice).enc_q is not None
     small = export(base, tmp_path / "small.pth")
     with pytest.raises(UserError, match="no posterior encoder, so --full"):
         export(str(small), tmp_path / "again.pth", full=True)
