@@ -37,7 +37,7 @@ WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE, "head": TRAINED_PA
 MOST_NUMBERS = 1_000_000  # beside what its weights hold, as of a tiny model that names tokens by number
 MOST_PARTS = 100_000  # layers, parameters and buffers
 LONGEST_SIDE = 10_000  # of a picture, in pixels
-HIGHEST_RATE = 192_000  # of a sound, in Hz
+MOST_HERTZ = 192_000  # of a sound, in Hz
 # Not by a private base class of torch. Frozen ones, as in DETR's backbone, are of none of these and need no care.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -133,7 +133,7 @@ def check_sizes(source: Path | str) -> None:
                 if isinstance(value, (dict, list)):
                     todo += value.items() if isinstance(value, dict) else [(key, item) for item in value]
                     continue
-                bound = HIGHEST_RATE if key == "sampling_rate" else limit
+                bound = MOST_HERTZ if key == "sampling_rate" else limit
                 if isinstance(value, int) and abs(value) > bound:
                     raise UserError(f"{file} says that {key} is {str(value)[:20]}, and more than {bound} cannot be")
 
