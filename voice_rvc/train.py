@@ -33,7 +33,7 @@ class Config(TrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded clips in memory, up to a quarter of what is free
     epochs: int = setting(100, demo=40)  # passes over the training data
     batch_size: int = 4  # clips per process and backward pass
-    lr: float = setting(1e-4, demo=1e-3)  # every weight moves, so a tenth of the step of train_lora.py
+    lr: float = setting(1e-4, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
     lr_disc: Rate = 1e-4  # of the discriminator, whose every weight moves
     max_grad_norm: float = 1000.0  # the mel loss counts 45 times, so norms of hundreds are common; only explosions are cut
     patience: int = setting(25, demo=0)  # a voice that trains too long sounds robotic: stop after so many epochs without gain
