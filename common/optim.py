@@ -63,8 +63,8 @@ def warmup_of(warmup: float, total: int) -> int:
 
 
 def is_vector(p) -> bool:
-    """Whether a parameter is no matrix: one number a channel, in whatever shape (IA3's factors are (C, 1) or (1, C))."""
-    return p.ndim < 2 or (p.ndim == 2 and min(p.shape) == 1)
+    """Whether a parameter is one number a channel, in whatever shape: IA3's factors (C, 1), weight_norm's gains (C, 1, 1)."""
+    return p.numel() == max(p.shape, default=1)
 
 
 def schedule(step: int, warmup: float, total: int) -> float:

@@ -400,6 +400,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, small, k):
 def test_weight_decay_leaves_vectors_alone_in_whatever_shape():
     model = nn.Module()
     shapes = {"matrix": (4, 3), "row": (1, 3), "convolution": (2, 1, 3, 3), "bias": (4,), "column": (4, 1), "scale": ()}
+    shapes["gain of weight_norm"] = (4, 1, 1)
     for name, shape in shapes.items():
         model.register_parameter(name, nn.Parameter(torch.ones(shape)))
     optimizer, _ = build_optimizer(model, config(weight_decay=0.5), 20)
