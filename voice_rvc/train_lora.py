@@ -33,14 +33,13 @@ class Config(LoraTrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded clips in memory, up to a quarter of what is free
     epochs: int = setting(100, demo=40)  # passes over the training data
     batch_size: int = 4  # clips per process and backward pass
-    lr: float = setting(1e-3, demo=6e-3)  # few weights move, so several times the step of train.py
+    lr: float = setting(1e-3, demo=8e-3)  # few weights move, so several times the step of train.py
     lr_disc: Rate = 1e-4  # of the discriminator, whose every weight moves
     max_grad_norm: float = 1000.0  # the mel loss counts 45 times, so norms of hundreds are common; only explosions are cut
     patience: int = setting(25, demo=0)  # a voice that trains too long sounds robotic: stop after so many epochs without gain
-    lora_r: int = setting(8, demo=16)  # rank: the width of the bottleneck; 0 trains the speakers' rows alone
-    lora_alpha: int = setting(16, demo=32)  # the update is scaled by lora_alpha / lora_r
+    lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the speakers' rows alone
     lora_rank_pattern: str = ""  # other ranks for some layers, such as ups=12,resblocks=4
-    lora_targets: str = "default"  # decoder, default (decoder, flow, text encoder), attention, all, or a regular expression
+    lora_targets: str = setting("default", demo="all")  # decoder, default, attention, all (model.py), or a regular expression
 
 
 def main(argv=None):
