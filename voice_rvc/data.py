@@ -102,12 +102,15 @@ def read_or_prepare(found: Found, voice) -> tuple[list, list[str], str]:
 def prepare_once(found: Found, recordings: list[Recording], speakers: list[str], voice) -> list:
     """prepared.prepare on the main process, its clips and what it faults on all."""
 
+    folder = prepared_folder(found.folder)
+
     def make():
         faults = Faults()
         with faults:
-            return prepare(recordings, voice, prepared_folder(found.folder), 0, faults, speakers=speakers), faults
+            return prepare(recordings, voice, folder, 0, faults, speakers=speakers), faults
 
     clips, faults = from_main(make)
+    say(f"prepared clips are in {folder}")
     for table, new in ((found.faults.found, faults.found), (found.faults.notes, faults.notes)):
         for fault, places in new.items():
             table[fault] += places

@@ -12,7 +12,7 @@ from common.batches import number_from, seed_everything, to_device
 from common.record import write_samples
 from common.runtime import gather_lists, process_index, progress_bar
 from distances import frame_distortions, frames_that_count, long_term_distance, loudness_by_band, stft_distances
-from f0_scores import f0_scores, f0_sums, quick_f0
+from f0_scores import f0_scores, f0_sums, heard_f0
 from spectrum import mel_spectrogram
 from synthesizer import Excitation
 
@@ -28,10 +28,10 @@ def sound_sums(truth: np.ndarray | None, given: np.ndarray, asked: np.ndarray, r
     truth: what it ought to be, at the same `rate`; None: unknown, and only the F0 and the long-term spectrum are measured.
     asked: the F0 that it was to have, in Hz at 100 a second, 0 where unvoiced. align: truth and sound differ in timing.
     """
-    sums = {"given": loudness_by_band(given, rate), **f0_sums(asked, quick_f0(given, rate))}
+    sums = {"given": loudness_by_band(given, rate), **f0_sums(asked, heard_f0(given, rate))}
     if truth is None:
         return sums
-    counts = frames_that_count(quick_f0(truth, rate) if align else asked, truth, rate)
+    counts = frames_that_count(heard_f0(truth, rate) if align else asked, truth, rate)
     distortions = frame_distortions(truth, given, rate, counts, align)
     sums |= {"mcd": np.array([len(distortions), distortions.sum()]), "truth": loudness_by_band(truth, rate)}
     return sums if align else sums | {"stft": np.array([1, *stft_distances(truth, given, rate)])}

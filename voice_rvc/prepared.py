@@ -18,10 +18,11 @@ import numpy as np
 
 # needs: safetensors
 from common.checkpoint import read_json, write_json
-from common.config import UserError, project_root
+from common.config import UserError
 from common.folders import one_at_a_time
 from common.runtime import choose_device, say
 from common.samples import BadFile, Faults, attempt
+from common.scan import user_cache
 from content import align, content_version
 from f0 import F0_HIGH, F0_LOW, choose_f0
 from preparing import PREPARED_FORMAT, Job, facts_of_all, known_facts
@@ -71,10 +72,13 @@ def read_tensors_of(file: Path, number: int) -> list[np.ndarray]:
 
 
 def prepared_folder(data_dir) -> Path:
-    """Where the clips of a data folder are kept if nobody names a place: the same one for every script."""
+    """Where the clips of a data folder are kept if nobody names a place: in the user's cache, the same for every script."""
     place = Path(data_dir).expanduser().resolve()
     digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
-    return project_root() / "outputs" / "voice_rvc" / "prepared" / f"{place.name[:60]}-{digest}"
+    try:
+        return user_cache() / "voice" / f"{place.name[:60]}-{digest}"
+    except RuntimeError:
+        raise UserError("there is no home folder to keep prepared clips in: name one by LORA_WORKSHOP_CACHE") from None
 
 
 def is_prepared(folder: Path) -> bool:

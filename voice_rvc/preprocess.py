@@ -33,7 +33,7 @@ class Config:
     f0_min: Hertz = 50  # Hz below which no pitch is looked for
     f0_max: Hertz = 1100  # Hz above which no pitch is looked for
     speakers: Literal["auto", "one", "folders"] = "auto"  # whose voices: all files are one, or each folder; auto: by its number
-    output_dir: str = ""  # where the clips and the report go; empty: a folder of outputs/voice_rvc/prepared, which train knows
+    output_dir: str = ""  # where the clips and the report go; empty: a folder of the user's cache, where train finds them
     num_workers: Workers = 0  # recordings that are prepared at a time, each by a process; 0: as many as there are cores
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # where a HuBERT runs; auto: a GPU where there is one
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from common.plots import figure, plot_text, save_figure
-from f0_scores import quick_f0
+from f0_scores import heard_f0
 from spectrum import mel_spectrogram
 
 HERTZ = (250, 500, 1000, 2000, 4000, 8000, 16000)  # marked, where the bands reach so far
@@ -61,7 +61,7 @@ def draw_f0(sounds: list[dict[str, np.ndarray]], asked: list[np.ndarray], labels
         frames = min(len(wanted), SHOWN_SECONDS * 100)
         axis.plot(np.arange(frames) / 100, voiced_only(wanted[:frames]), color="0.75", lw=6, solid_capstyle="round")
         for name, wave in row.items():
-            found = quick_f0(wave[: SHOWN_SECONDS * rate], rate)
+            found = heard_f0(wave[: SHOWN_SECONDS * rate], rate)
             axis.plot(np.arange(len(found)) / 100, voiced_only(found), color=colors[name], lw=1.4)
         axis.set_yscale("log", base=2)
         low, high = f0_range([wanted, *(line.get_ydata() for line in axis.lines)])
