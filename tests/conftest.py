@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,7 +201,7 @@ def of_project() -> list[str]:
 class Script(Child):
     """A script in a forked copy of this process: as `python script.py ...` in its folder, without the seconds of imports.
 
-    cwd: another folder to start it in. draw: False leaves empty files where matplotlib's pictures would be, because drawing
+    cwd: another folder to start it in. draw: False leaves a pixel where each of matplotlib's pictures would be, because drawing
     takes longer than all else that a small run does; a function is called instead of matplotlib's savefig.
     rank: (its number, port) as one of two processes.
     """
@@ -216,7 +217,7 @@ class Script(Child):
             if rank:
                 os.environ.update(rank_environment(*rank))
             if draw is not True:
-                Figure.savefig = draw or (lambda _, path, **options: path.write_bytes(b""))
+                Figure.savefig = draw or (lambda _, path, **options: Image.new("L", (1, 1)).save(path))
             enter(folder)
             os.chdir(cwd or folder)
             sys.argv = [script, *map(str, args)]

@@ -197,7 +197,7 @@ ROWS = (
         "voice_rvc",
         VOICE,
         "mcd",
-        train=5,
+        train=12,
         val=3,
         test=2,
         higher_is_better=False,
@@ -213,7 +213,8 @@ ROWS = (
         processor="voice.json",
         code_blocks=1,
         left=("samples.json", "voice.index", "plots/f0.png"),
-        left_by_infer=("one.wav", "three.wav", "two.wav"),
+        left_by_eval=("samples.json", "page.html", "sounds", "f0.png", "scores.png", "spectrograms.png"),
+        left_by_infer=("0002_one.wav", "0003_three.wav", "0004_two.wav"),
         in_full=("config.json",),
     ),
 )

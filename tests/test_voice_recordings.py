@@ -65,6 +65,15 @@ def test_folders_named_like_splits_give_them(tmp_path):
     ]
 
 
+def test_what_a_run_left_among_the_recordings_is_none(tmp_path):
+    fill(tmp_path, "mine/voice.wav", "mine/runs/full/predictions/best/1_voice.wav", "mine/runs/other.wav")
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / "mine" / "runs" / "full" / name).write_text("{}")
+    faults = Faults()
+    found, _ = find_recordings(tmp_path / "mine", faults)
+    assert [r.name for r in found] == ["runs/other.wav", "voice.wav"] and not faults.found
+
+
 def test_one_file_is_one_recording(tmp_path):
     fill(tmp_path, "voice.wav", "other.wav")
     found, voices = find_recordings(tmp_path / "voice.wav", Faults())

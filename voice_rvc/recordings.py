@@ -113,12 +113,14 @@ def shows_layout(entry) -> bool:
 
 
 def sound_files(root: Path, faults: Faults) -> list[Path]:
-    """The files below a folder that should hold sound; faults is told of the others."""
-    paths = files_below(root, faults)
+    """The files below a folder that should hold sound; faults is told of the others. What a run left there is no recording."""
+    paths = [Path(path) for path in files_below(root, faults)]
+    runs = {path.parent for path in paths if path.name == "config.yaml" and path.with_name("summary.json").is_file()}
+    paths = [path for path in paths if runs.isdisjoint(path.parents)]
     for path in paths:
         if not is_audio(path):
-            faults.add("file that is no recording", printable(str(Path(path).relative_to(root))))
-    return [Path(path) for path in paths if is_audio(path)]
+            faults.add("file that is no recording", printable(str(path.relative_to(root))))
+    return [path for path in paths if is_audio(path)]
 
 
 def place_of(folders: tuple[str, ...]) -> tuple[str | None, str]:
