@@ -71,7 +71,7 @@ def test_what_a_run_left_among_the_recordings_is_none(tmp_path):
         (tmp_path / "mine" / "runs" / "full" / name).write_text("{}")
     faults = Faults()
     found, _ = find_recordings(tmp_path / "mine", faults)
-    assert [r.name for r in found] == ["runs/other.wav", "voice.wav"] and not faults.found
+    assert [r.name for r in found] == ["other.wav", "voice.wav"] and not faults.found
 
 
 def test_one_file_is_one_recording(tmp_path):
