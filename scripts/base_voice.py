@@ -34,7 +34,7 @@ def make_voice(config):
 
     start(config)
     sys.path.insert(0, str(VOICE))
-    from losses import BETAS, real_slice, voice_losses
+    from losses import BETAS, gen_losses, real_slice
     from model import Voice, load_base
     from synthesizer import Synthesizer
     from synthetic import SOURCES
@@ -52,7 +52,7 @@ def make_voice(config):
     def loss_of(step, rows):
         batch = crops_of([clips[row] for row in rows], generator, architecture.hop)
         out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
-        losses = voice_losses(out, real_slice(batch["wave"], out, architecture), architecture)
+        losses = gen_losses(out, real_slice(batch["wave"], out, architecture), architecture)
         # Before the latent has anything to say, KL would empty it, and it fills but slowly again.
         losses["kl"] = losses["kl"] * min(step / (KL_WARMUP * config.steps), 1)
         return sum(losses.values())

@@ -11,7 +11,7 @@ def build_voice(real: bool):
     """(synthesizer, what trains whole, one clip, the loss without a discriminator), as the other tasks' builders give them."""
     import torch
 
-    from losses import real_slice, voice_losses
+    from losses import gen_losses, real_slice
     from model import VOICE_ROWS, load_base
     from synthesizer import Synthesizer, VoiceConfig
 
@@ -24,7 +24,7 @@ def build_voice(real: bool):
 
     def loss(model, batch):
         out = speak(model, batch)
-        return sum(voice_losses(out, real_slice(batch["wave"], out, config), config).values())
+        return sum(gen_losses(out, real_slice(batch["wave"], out, config), config).values())
 
     return model, [VOICE_ROWS], sample, loss
 
@@ -43,29 +43,29 @@ def train_voice(bench, run, model, config, loader) -> None:
     """The loop of the voice's train scripts, with a tick before each step and after the last."""
     from common.optim import build_optimizer
     from discriminator import SMALL_PERIODS, Discriminator
-    from losses import BETAS, critic_loss, real_slice, voice_losses
+    from losses import BETAS, disc_loss, gen_losses, real_slice
 
     steps, voice = run.total_steps(loader), model.config
     optimizer, scheduler = build_optimizer(model, config, steps, betas=BETAS)
-    rivals = ()
+    gan = ()
     if config.gan:
         disc = Discriminator() if bench.real else Discriminator(SMALL_PERIODS, width=1 / 16)
-        rate = [{"params": list(disc.parameters()), "lr": config.lr_disc}]
-        rivals = (disc, *build_optimizer(disc, config, steps, rate, betas=BETAS))
-    model, optimizer, scheduler, *rivals = run.prepare(model, optimizer, scheduler, *rivals)
+        groups = [{"params": list(disc.parameters()), "lr": config.lr_disc}]
+        gan = (disc, *build_optimizer(disc, config, steps, groups, betas=BETAS))
+    model, optimizer, scheduler, *gan = run.prepare(model, optimizer, scheduler, *gan)
     model.train()
     for batch in run.batches(loader, 1):
         bench.tick()
         out = speak(model, batch)
         real = real_slice(batch["wave"], out, voice)
-        if rivals:
-            disc, disc_optimizer, disc_scheduler = rivals
-            run.backward(critic_loss(disc, real, out.wave.detach()), name="disc")
+        if gan:
+            disc, disc_optimizer, disc_scheduler = gan
+            run.backward(disc_loss(disc, real, out.wave.detach()), name="disc")
             run.step_optimizer(disc_optimizer, disc_scheduler)
             with run.frozen(disc) as critic:
-                parts = voice_losses(out, real, voice, critic)
+                parts = gen_losses(out, real, voice, critic)
         else:
-            parts = voice_losses(out, real, voice)
+            parts = gen_losses(out, real, voice)
         run.backward(sum(parts.values()), name="gen", **parts)
         run.step_optimizer(optimizer, scheduler)
     bench.tick()

@@ -19,14 +19,14 @@ from discriminator import SMALL_PERIODS, Discriminator  # noqa: E402
 from layers import fold_weight_norm, sequence_mask, to_new_names, to_old_names  # noqa: E402
 from losses import (  # noqa: E402
     adversarial_loss,
-    critic_loss,
+    disc_loss,
     discriminator_loss,
     feature_loss,
+    gen_losses,
     kl_loss,
     mel_loss,
     real_slice,
     stft_loss,
-    voice_losses,
 )
 from spectrum import mel_spectrogram, spectrogram  # noqa: E402
 from synthesizer import Excitation, Synthesizer, TrainOutput, VoiceConfig, source_turns  # noqa: E402
@@ -372,7 +372,7 @@ def test_losses_are_zero_where_they_should_be_and_grow_with_what_is_wrong():
     perfect = out._replace(wave=real)
     assert mel_loss(real, real, SMALL) == 0 and stft_loss(real, real) == 0 and mel_loss(0.5 * real, real, SMALL) > 0.5
     critic = Discriminator(SMALL_PERIODS, width=1 / 16)
-    assert voice_losses(perfect, real, SMALL, critic)["features"] < 1e-6
+    assert gen_losses(perfect, real, SMALL, critic)["features"] < 1e-6
     ones, zeros = [torch.ones(2, 5), torch.ones(2, 3)], [torch.zeros(2, 5), torch.zeros(2, 3)]
     assert discriminator_loss(ones, zeros) == 0 and discriminator_loss(zeros, ones) == 4
     assert adversarial_loss(ones) == 0 and adversarial_loss(zeros) == 2
@@ -405,11 +405,11 @@ def test_a_loud_offset_costs_more_than_half_of_it():
     assert offsets[1] - offsets[0] > 0.5 and offsets[2] - offsets[1] > 0.5
 
 
-def test_the_critic_loss_hears_both_as_one_batch():
+def test_the_discriminators_loss_hears_both_as_one_batch():
     critic = Discriminator(SMALL_PERIODS, width=1 / 16)
     real, fake = torch.randn(2, 1, 1280), torch.randn(2, 1, 1280)
     apart = discriminator_loss(critic(real)[0], critic(fake)[0])
-    torch.testing.assert_close(critic_loss(critic, real, fake), apart)
+    torch.testing.assert_close(disc_loss(critic, real, fake), apart)
 
 
 @pytest.mark.parametrize("gan", [True, False])
@@ -418,7 +418,7 @@ def test_both_recipes_teach_every_part_of_the_voice(gan):
     critic = Discriminator(SMALL_PERIODS, width=1 / 16).requires_grad_(False) if gan else None
     out, real, _ = a_step(model)
     with torch.autocast("cpu", torch.bfloat16):
-        parts = voice_losses(out, real, SMALL, critic)
+        parts = gen_losses(out, real, SMALL, critic)
     assert parts.keys() == {"mel", "kl", *({"adversarial", "features"} if gan else {"stft"})}
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in parts.values())
     sum(parts.values()).backward()
@@ -432,7 +432,7 @@ def test_a_frozen_posterior_encoder_is_not_differentiated():
     model.enc_q.requires_grad_(False)
     out, real, _ = a_step(model)
     assert whole.m_q.requires_grad and not out.m_q.requires_grad and torch.equal(out.m_q, whole.m_q)
-    sum(voice_losses(out, real, SMALL).values()).backward()
+    sum(gen_losses(out, real, SMALL).values()).backward()
     assert model.emb_g.weight.grad.any() and model.dec.conv_pre.weight.grad.any()
 
 
@@ -473,7 +473,7 @@ def test_every_adapter_of_a_voice_learns_from_both_recipes():
     model, rows = adapted_voice(["dec", "flow", "enc_p", "enc_q"])
     assert {row["type"] for row in rows} == {"Conv1d", "ConvTranspose1d", "Linear"}
     out, real, _ = a_step(model.train())
-    sum(voice_losses(out, real, SMALL).values()).backward()
+    sum(gen_losses(out, real, SMALL).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in lora_parameters(model))
     frozen = [name for name, p in model.named_parameters() if p.grad is not None and "lora_" not in name]
     assert not frozen

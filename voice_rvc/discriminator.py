@@ -17,7 +17,7 @@ SMALL_PERIODS = (2, 3, 5)  # with a width of 1/16: 0.13 M parameters instead of 
 GROUP = 4  # channels of a group in the scale discriminator
 
 
-class Critic(nn.Module):
+class SubDiscriminator(nn.Module):
     """Convolutions that keep what each gives: (B, 1, ...) -> (scores (B, n), features: list)."""
 
     def __init__(self, convs, post):
@@ -34,7 +34,7 @@ class Critic(nn.Module):
         return features[-1].flatten(1), features
 
 
-class ScaleCritic(Critic):
+class ScaleDiscriminator(SubDiscriminator):
     """Hears a wave (B, 1, N)."""
 
     def __init__(self, width: float):
@@ -46,7 +46,7 @@ class ScaleCritic(Critic):
         super().__init__(convs, nn.Conv1d(c4, 1, 3, padding=1))
 
 
-class PeriodCritic(Critic):
+class PeriodDiscriminator(SubDiscriminator):
     """Hears a wave (B, 1, N) as a picture (B, 1, N / period, period): each column is every period-th sample."""
 
     def __init__(self, period: int, width: float):
@@ -74,9 +74,10 @@ class Discriminator(nn.Module):
         super().__init__()
         if not 0 < width <= 1 or not periods or not all(1 < period < 1000 for period in periods):
             raise UserError(f"discriminator: width {width} must be in 0..1 and periods {list(periods)} from 2 to 999")
-        self.discriminators = nn.ModuleList([ScaleCritic(width), *(PeriodCritic(period, width) for period in periods)])
+        by_period = (PeriodDiscriminator(period, width) for period in periods)
+        self.discriminators = nn.ModuleList([ScaleDiscriminator(width), *by_period])
 
     def forward(self, wave) -> tuple[list[torch.Tensor], list[list[torch.Tensor]]]:
         """wave (B, 1, N) -> (scores: a (B, n) for each network, features: a list for each). 1 is real, 0 is not."""
-        scores, features = zip(*(critic(wave) for critic in self.discriminators), strict=True)
+        scores, features = zip(*(each(wave) for each in self.discriminators), strict=True)
         return list(scores), list(features)

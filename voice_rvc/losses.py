@@ -1,6 +1,6 @@
 """What RVC's two models learn from, with its weights; all in float32.
 
-The synthesizer's loss is the sum of `voice_losses`, the discriminator's is `critic_loss`. Least-squares GAN (arXiv:1611.04076),
+The synthesizer's loss is the sum of `gen_losses`, the discriminator's is `disc_loss`. Least-squares GAN (arXiv:1611.04076),
 feature matching and mel distance as in HiFi-GAN (2010.05646), KL divergence as in VITS (2106.06103).
 
 Real and made slices are compared by mel spectrograms that are computed of the slices, alike for both, as Applio does; RVC cuts
@@ -69,7 +69,7 @@ def stft_loss(fake, real) -> torch.Tensor:
     return sum(distances) / len(distances)
 
 
-def voice_losses(out, real, config, critic=None) -> dict[str, torch.Tensor]:
+def gen_losses(out, real, config, critic=None) -> dict[str, torch.Tensor]:
     """The synthesizer's weighted losses by name. real: `real_slice`; critic: the discriminator, frozen; None: without a GAN.
 
     Where there is no discriminator to hear the texture, distances of spectrograms at several resolutions stand in for it.
@@ -83,7 +83,7 @@ def voice_losses(out, real, config, critic=None) -> dict[str, torch.Tensor]:
     return {**losses, "adversarial": adversarial_loss(scores), "features": FEATURE_WEIGHT * feature_loss(real_features, features)}
 
 
-def critic_loss(critic, real, fake) -> torch.Tensor:
+def disc_loss(disc, real, fake) -> torch.Tensor:
     """The discriminator's loss on a real and a made slice (B, 1, N), which it hears as one batch. fake: detached."""
-    scores, _ = critic(torch.cat([real, fake]))
+    scores, _ = disc(torch.cat([real, fake]))
     return discriminator_loss(*zip(*(score.chunk(2) for score in scores), strict=True))

@@ -47,7 +47,7 @@ def main(argv=None):
     from common.optim import build_optimizer
     from common.run import Run
     from data import build_loaders, find_voice
-    from losses import BETAS, critic_loss, real_slice, voice_losses
+    from losses import BETAS, disc_loss, gen_losses, real_slice
     from metrics import evaluate
     from model import (
         VOICE_ROWS,
@@ -75,12 +75,12 @@ def main(argv=None):
         run.describe(parameters=count_parameters(model))  # of what is kept, without the discriminator's
         steps = run.total_steps(train_loader)
         optimizer, scheduler = build_optimizer(model, config, steps, new=model.new_layers, no_decay=(VOICE_ROWS,), betas=BETAS)
-        rivals = ()
+        gan = ()
         if config.gan:
             disc = load_discriminator(config.discriminator, config.model, voice.config)
-            rate = [{"params": list(disc.parameters()), "lr": config.lr_disc}]
-            rivals = (disc, *build_optimizer(disc, config, steps, rate, betas=BETAS))
-        model, optimizer, scheduler, *rivals = run.prepare(model, optimizer, scheduler, *rivals)
+            groups = [{"params": list(disc.parameters()), "lr": config.lr_disc}]
+            gan = (disc, *build_optimizer(disc, config, steps, groups, betas=BETAS))
+        model, optimizer, scheduler, *gan = run.prepare(model, optimizer, scheduler, *gan)
 
         # 2. Train; keep the model whose conversions come closest to the held-out recordings.
         sounds = run.folder / "predictions"  # what a few held-out clips sound like before, and after the epoch that was last
@@ -89,14 +89,14 @@ def main(argv=None):
             for batch in run.batches(train_loader, epoch):
                 out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
                 real = real_slice(batch["wave"], out, voice.config)
-                if rivals:
-                    disc, disc_optimizer, disc_scheduler = rivals
-                    run.backward(critic_loss(disc, real, out.wave.detach()), name="disc")
+                if gan:  # first the discriminator learns to tell made from real, then the model to deceive it
+                    disc, disc_optimizer, disc_scheduler = gan
+                    run.backward(disc_loss(disc, real, out.wave.detach()), name="disc")
                     run.step_optimizer(disc_optimizer, disc_scheduler)
                     with run.frozen(disc) as critic:
-                        parts = voice_losses(out, real, voice.config, critic)
+                        parts = gen_losses(out, real, voice.config, critic)
                 else:
-                    parts = voice_losses(out, real, voice.config)
+                    parts = gen_losses(out, real, voice.config)
                 run.backward(sum(parts.values()), name="gen", **parts)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(run.unwrap(model), val_loader, sounds / "last"), best="mcd", higher_is_better=False):
