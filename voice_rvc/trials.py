@@ -202,9 +202,9 @@ def system_scores(trials: list[Trial], target: np.ndarray) -> dict[str, dict]:
         own = [trial for trial in trials if name in trial.sums]
         rows = [{"truth": target} | trial.sums[name] for trial in own]
         found[name] = scores_of(rows, [(trial.truth or trial.path).stem for trial in own])
-        if took := [trial.seconds[name] for trial in own if name in trial.seconds]:
-            factor = sum(took) / sum(trial.length for trial in own)
-            found[name]["real_time_factor"] = {"value": factor, "interval": None}
+        if factors := [trial.seconds[name] / trial.length for trial in own if name in trial.seconds]:
+            # The median: whoever comes first also waits for what a process loads once.
+            found[name]["real_time_factor"] = {"value": float(np.median(factors)), "interval": None}
     return found
 
 
