@@ -181,6 +181,10 @@ def test_a_speaker_encoder_of_transformers_says_how_alike_voices_are(tmp_path):
     count, cosine = likeness(utterance("ann", 0), RATE)
     assert count == 1 and cosine == pytest.approx(1, abs=1e-5) and likeness(utterance("ben", 2), RATE)[1] < 0.9999
     assert len(encode(utterance("ann", 0)[:100], RATE)) == 16
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 1', '"num_hidden_layers": 1000000000'))
+    with pytest.raises(UserError, match="--speaker_encoder .*num_hidden_layers"):
+        load_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match="--speaker_encoder .* is no x-vector model"):
         load_encoder(str(tmp_path))

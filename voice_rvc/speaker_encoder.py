@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from audio import resample
-from common.bases import fetch
+from common.bases import check_sizes, fetch, no_larger_than
 from common.config import UserError
 
 ENCODER_RATE = 16000
@@ -20,11 +20,16 @@ def load_encoder(name: str, device: str = "cpu"):
     source = Path(name).expanduser()
     source = source if source.is_dir() else fetch(name, flag="--speaker_encoder ", remedy="give a local folder, or leave it out")
     try:
+        check_sizes(source)
         extractor = AutoFeatureExtractor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        model = AutoModelForAudioXVector.from_pretrained(source, local_files_only=True, trust_remote_code=False).eval().to(device)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        with no_larger_than(source):
+            model = AutoModelForAudioXVector.from_pretrained(
+                source, weights_only=True, local_files_only=True, trust_remote_code=False
+            )
+    except Exception as error:  # whatever a library makes of files that it did not write
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--speaker_encoder {name} is no x-vector model of transformers: {reason}") from None
+    model = model.eval().to(device)
 
     @torch.no_grad()
     def encode(wave: np.ndarray, rate: int) -> np.ndarray:
