@@ -37,14 +37,14 @@ def make_voice(config):
     from losses import BETAS, gen_losses, real_slice
     from model import Voice, load_base
     from synthesizer import Synthesizer
-    from synthetic import SOURCES
+    from synthetic import speakers
 
     started = time.process_time()  # of this thread, however busy the machine
-    architecture = small_architecture(NEW_ROWS + len(SOURCES))
+    architecture = small_architecture(NEW_ROWS + len(speakers()))
     model = Synthesizer(architecture).train()
-    count = min(config.sentences, config.steps * config.batch_size // len(SOURCES) + 1)
+    count = min(config.sentences, config.steps * config.batch_size // len(speakers()) + 1)
     clips = [
-        spoken(config.seed + 1, "train", i * count + n + 1, i, architecture) for i in range(len(SOURCES)) for n in range(count)
+        spoken(config.seed + 1, "train", i * count + n + 1, i, architecture) for i in range(len(speakers())) for n in range(count)
     ]
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=BETAS, weight_decay=1e-4)
@@ -67,10 +67,10 @@ def make_voice(config):
     model.eval().save_pretrained(folder, half=True)  # two bytes a weight
     Voice(architecture, "dsp").save_pretrained(folder)
     reloaded, _, facts = load_base(str(folder.resolve()))
-    held_out = [spoken(config.seed + 1, "test", n, (n - 1) % len(SOURCES), architecture) for n in range(1, min(16, count) + 1)]
+    held_out = [spoken(config.seed + 1, "test", n, (n - 1) % len(speakers()), architecture) for n in range(1, min(16, count) + 1)]
     trained, loaded = (mean_distortion(m, held_out) for m in (model, reloaded))
     assert abs(trained - loaded) < 0.1, f"trained {trained}, reloaded {loaded}"
-    names = ", ".join(speaker.name for speaker in SOURCES)
+    names = ", ".join(speaker.name for speaker in speakers())
     facts = {"count": len(clips), "held_out": len(held_out), "mcd": loaded, "names": names, "sha256": facts["sha256"]}
     write_card(folder, VOICE_CARD, model, config, seconds, new_rows=NEW_ROWS, last_new=NEW_ROWS - 1, **facts)
     print(f"{folder}: {loaded:.2f} dB distortion on {len(held_out)} fresh sentences of the known speakers, {seconds:.0f} s")
@@ -119,17 +119,18 @@ def small_architecture(speakers):
 
 
 def spoken(seed, split, number, speaker, architecture):
-    """A sentence by SOURCES[speaker] as the model gets a prepared clip, T frames: tensors by the names of a batch."""
+    """A sentence by speakers()[speaker] as the model gets a prepared clip, T frames: tensors by the names of a batch."""
     import torch
 
     from content import align, load_content
     from f0 import coarse_pitch
     from slices import HighPass, at_level
     from spectrum import spectrogram
-    from synthetic import SAMPLE_RATE, SOURCES, compose, say_sentence, sentence_rng
+    from synthetic import SAMPLE_RATE, compose, say_sentence, sentence_rng, speakers
 
     names = (seed, split, number)
-    wave, f0 = say_sentence(compose(sentence_rng(*names)), SOURCES[speaker], sentence_rng(*names, SOURCES[speaker]))
+    who = speakers()[speaker]
+    wave, f0 = say_sentence(compose(sentence_rng(*names)), who, sentence_rng(*names, who))
     wave = at_level(HighPass(SAMPLE_RATE)(wave))
     phone, f0 = align(load_content("dsp")(wave), f0.astype("float32"), len(f0))
     sound = torch.from_numpy(wave)

@@ -39,7 +39,6 @@ PLAIN_CALLS = {
     "threading.Lock",
     "setting",
     "field",
-    "Speaker",
 }
 
 

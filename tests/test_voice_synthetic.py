@@ -9,7 +9,10 @@ from conftest import VOICE, use_task
 
 TASK = VOICE
 use_task(VOICE)
-from synthetic import DEMO_SOURCES, HOP, SAMPLE_RATE, SOURCES, TARGET, compose, make_demo_data, say_sentence, sentence_rng  # noqa: E402
+import synthetic  # noqa: E402
+from synthetic import DEMO_SOURCES, HOP, SAMPLE_RATE, compose, make_demo_data, say_sentence, sentence_rng, speakers  # noqa: E402
+
+SOURCES, (TARGET,) = speakers(), speakers(synthetic.TARGET)
 
 
 def spoken(speaker, number=1):
@@ -30,7 +33,7 @@ def test_files_depend_on_the_seed_and_their_own_names_alone(tmp_path):
         hashes(make_demo_data(tmp_path / name, seed, train, 1, 1))
         for name, seed, train in (("few", 0, 1), ("more", 0, 2), ("other", 1, 1))
     )
-    sources = {f"source/{split}/{who.name}_{split}_001.wav" for split in ("val", "test") for who in DEMO_SOURCES}
+    sources = {f"source/{split}/{who.name}_{split}_001.wav" for split in ("val", "test") for who in speakers(*DEMO_SOURCES)}
     assert set(few) == {f"target/{split}/{split}_001.wav" for split in ("train", "val", "test")} | sources
     assert few.items() < more.items(), "asking for more leaves the first ones as they were"
     assert not set(few.values()) & set(other.values())

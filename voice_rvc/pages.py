@@ -51,7 +51,7 @@ def fill_board(folder: Path, sounds: dict[str, dict[str, np.ndarray]], rate: int
 
     At the end of a run, for a resumed one writes these files anew.
     """
-    from PIL import Image
+    from matplotlib.image import imread
     from torch.utils.tensorboard import SummaryWriter
 
     lines = [line for text in (folder / "metrics.jsonl").read_bytes().splitlines() if (line := parse_line(text))]
@@ -63,4 +63,4 @@ def fill_board(folder: Path, sounds: dict[str, dict[str, np.ndarray]], rate: int
             for stage, wave in row.items():
                 board.add_audio(f"{name}/{stage}", wave[None], steps.get(stage, 0), sample_rate=rate)
         for name, path in pictures.items():
-            board.add_image(name, np.asarray(Image.open(path).convert("RGB")), best["step"], dataformats="HWC")
+            board.add_image(name, imread(path)[..., :3], best["step"], dataformats="HWC")

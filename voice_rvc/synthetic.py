@@ -1,8 +1,8 @@
 """Synthetic voices: sentences of vowels, fricatives and pauses by speakers who differ in throat and larynx, with known F0.
 
 What is said, when, and how F0 rises and falls belong to the sentence alone, so every speaker says the same sentence frame by
-frame: a conversion can be compared with what the target speaker would have said. On SOURCES the small base model was trained;
-TARGET is the new voice that the demo fine-tunes it to. Source-filter synthesis (Fant 1960): glottal pulses with a tilt and
+frame: a conversion can be compared with what the target speaker would have said. The small base was trained on all VOICES but
+TARGET, the new one that the demo fine-tunes it to. Source-filter synthesis (Fant 1960): glottal pulses with a tilt and
 breath, or noise for fricatives, through four formants that move; vowels after Peterson and Barney (1952).
 
     from synthetic import make_demo_data
@@ -47,18 +47,20 @@ class Speaker:
     breath: float  # noise at the glottis, beside the pulses' own level
 
 
-SOURCES = (
-    Speaker("ash", 105, 0.96, 0, 1.0, 0.45, 0.55, 0.02),
-    Speaker("birch", 205, 1.15, 100, 1.0, 0.55, 0.65, 0.06),
-    Speaker("cedar", 130, 1.00, -150, 1.3, 0.30, 0.50, 0.03),
-    Speaker("elm", 240, 1.22, 200, 1.2, 0.65, 0.70, 0.10),
-    Speaker("fir", 90, 0.98, 150, 0.8, 0.60, 0.45, 0.01),
-    Speaker("hazel", 180, 1.08, -100, 1.5, 0.40, 0.60, 0.12),
-    Speaker("larch", 150, 1.05, 250, 0.9, 0.20, 0.42, 0.02),
-    Speaker("maple", 220, 1.12, -200, 0.8, 0.70, 0.55, 0.04),
-)
-TARGET = Speaker("rowan", 165, 0.84, 100, 1.25, 0.75, 0.78, 0.15)  # a throat longer than all of SOURCES', lax and breathy
-DEMO_SOURCES = (SOURCES[1], SOURCES[4])  # a high and a low voice, who say the demo's held-out sentences
+VOICES = {
+    # name: the other fields of Speaker
+    "ash": (105, 0.96, 0, 1.0, 0.45, 0.55, 0.02),
+    "birch": (205, 1.15, 100, 1.0, 0.55, 0.65, 0.06),
+    "cedar": (130, 1.00, -150, 1.3, 0.30, 0.50, 0.03),
+    "elm": (240, 1.22, 200, 1.2, 0.65, 0.70, 0.10),
+    "fir": (90, 0.98, 150, 0.8, 0.60, 0.45, 0.01),
+    "hazel": (180, 1.08, -100, 1.5, 0.40, 0.60, 0.12),
+    "larch": (150, 1.05, 250, 0.9, 0.20, 0.42, 0.02),
+    "maple": (220, 1.12, -200, 0.8, 0.70, 0.55, 0.04),
+    "rowan": (165, 0.84, 100, 1.25, 0.75, 0.78, 0.15),  # a throat longer than all others', lax and breathy
+}
+TARGET = "rowan"  # the others are the base's
+DEMO_SOURCES = ("birch", "fir")  # a high and a low voice, who say the demo's held-out sentences
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Sentence:
     voiced: np.ndarray  # (T,) bool
 
 
+def speakers(*names) -> list[Speaker]:
+    """The speakers of these names; without names all those of the base."""
+    return [Speaker(name, *VOICES[name]) for name in names or [name for name in VOICES if name != TARGET]]
+
+
 def make_demo_data(folder, seed=0, train=12, val=4, test=6):
     """Writes `target/{split}/{split}_001.wav` and `source/{val,test}/{speaker}_{split}_001.wav`; returns `folder`.
 
@@ -85,9 +92,9 @@ def make_demo_data(folder, seed=0, train=12, val=4, test=6):
     for split, count in zip(SPLITS, (train, val, test), strict=True):
         for number in range(1, count + 1):
             sentence, name = compose(sentence_rng(seed, split, number)), f"{split}_{number:03d}.wav"
-            files = {folder / "target" / split / name: TARGET}
+            files = {folder / "target" / split / name: speakers(TARGET)[0]}
             if split != "train":
-                files |= {folder / "source" / split / f"{who.name}_{name}": who for who in DEMO_SOURCES}
+                files |= {folder / "source" / split / f"{who.name}_{name}": who for who in speakers(*DEMO_SOURCES)}
             for path, speaker in files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 wave, _ = say_sentence(sentence, speaker, sentence_rng(seed, split, number, speaker))
@@ -97,7 +104,7 @@ def make_demo_data(folder, seed=0, train=12, val=4, test=6):
 
 def sentence_rng(seed, split, number, speaker=None):
     """The random generator of a sentence, or of one speaker's breath in it: a function of these names alone."""
-    who = 0 if speaker is None else 1 + (*SOURCES, TARGET).index(speaker)
+    who = 0 if speaker is None else 1 + list(VOICES).index(speaker.name)
     return np.random.default_rng((seed, SPLITS.index(split), number, who))
 
 
