@@ -19,7 +19,7 @@ TASK = VOICE
 use_task(TASK)
 sys.path.append(str(ROOT / "scripts"))
 
-from layers import to_new_names, to_old_names  # noqa: E402
+from layers import to_old_names  # noqa: E402
 from model import (  # noqa: E402
     LORA_PRESETS,
     VOICE_ROWS,
@@ -35,7 +35,7 @@ from model import (  # noqa: E402
 from rvc_checkpoint import even_rows, export, import_voice, info  # noqa: E402
 from synthesizer import Synthesizer, VoiceConfig  # noqa: E402
 from voice_files import read_voice  # noqa: E402
-from voice_toys import converted, listed, narrow, old_weights, rvc_file, small_voice, training_state  # noqa: E402
+from voice_toys import converted, listed, narrow, old_weights, rvc_file, small_voice, to_new_names, training_state  # noqa: E402
 
 SETTINGS = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_targets": "default", "lora_last_k": 0}
 SETTINGS |= {"frozen_dtype": "fp32", "lora_rank_pattern": "", "data_dir": "", "batch_size": 2, "seed": 0, "speakers": "one"}

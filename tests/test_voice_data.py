@@ -300,7 +300,7 @@ def test_of_a_single_recording_the_end_is_held_out_and_a_single_clip_is_both(tmp
     assert "the last 4 of 20 clips of the only recording, so that the metrics flatter" in capsys.readouterr().out
     splits = split_clips([clip("only")], 0, tmp_path, Faults())
     assert names_of(splits["train"]) == names_of(splits["val"]) == ["only_0"]
-    assert "is one clip: it is trained on and validated on" in capsys.readouterr().out
+    assert "is one clip: what is trained on is validated on" in capsys.readouterr().out
 
 
 def test_the_splits_of_folders_count(tmp_path):

@@ -169,7 +169,7 @@ def test_sounds_of_one_sentence_are_drawn_together():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Support for mismatched")
 def test_a_speaker_encoder_of_transformers_says_how_alike_voices_are(tmp_path):
-    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector
+    from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector, WavLMModel
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -181,6 +181,9 @@ def test_a_speaker_encoder_of_transformers_says_how_alike_voices_are(tmp_path):
     count, cosine = likeness(utterance("ann", 0), RATE)
     assert count == 1 and cosine == pytest.approx(1, abs=1e-5) and likeness(utterance("ben", 2), RATE)[1] < 0.9999
     assert len(encode(utterance("ann", 0)[:100], RATE)) == 16
+    WavLMModel(WavLMConfig(**sizes)).save_pretrained(tmp_path)  # without the layers that make x-vectors
+    with pytest.raises(UserError, match="--speaker_encoder .* was not trained to tell speakers apart"):
+        load_encoder(str(tmp_path))
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"num_hidden_layers": 1', '"num_hidden_layers": 1000000000'))
     with pytest.raises(UserError, match="--speaker_encoder .*num_hidden_layers"):

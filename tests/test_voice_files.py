@@ -18,11 +18,10 @@ TASK = VOICE
 use_task(TASK)
 
 from discriminator import Discriminator  # noqa: E402
-from layers import to_new_names  # noqa: E402
 from model import load_base, load_discriminator  # noqa: E402
 from synthesizer import Synthesizer, VoiceConfig  # noqa: E402
 from voice_files import read_voice  # noqa: E402
-from voice_toys import applio_file, converted, narrow, old_weights, rvc_file, small_voice, training_state  # noqa: E402
+from voice_toys import applio_file, converted, narrow, old_weights, rvc_file, small_voice, to_new_names, training_state  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from voice_toys import small_voice, rvc_file
 
 import torch
 
-from layers import to_old_names
+from layers import WEIGHT_NORM_NAMES, to_old_names
 from synthesizer import Synthesizer, VoiceConfig
 
 NARROW = {
@@ -38,6 +38,13 @@ def small_voice(config=None, seed=0, with_enc_q=True) -> Synthesizer:
 def old_weights(model, enc_q=True, half=False) -> dict:
     state = {name: t.detach().clone() for name, t in to_old_names(model.state_dict()).items()}
     return {name: t.half() if half else t for name, t in state.items() if enc_q or not name.startswith("enc_q.")}
+
+
+def to_new_names(state: dict) -> dict:
+    """A state dict by torch's names within a model, as Applio has it in memory. Names that are new already stay."""
+    for new, old in WEIGHT_NORM_NAMES.items():
+        state = {name.removesuffix(old) + new if name.endswith(old) else name: value for name, value in state.items()}
+    return state
 
 
 def listed(config) -> list:

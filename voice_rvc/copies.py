@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audio import open_audio, read_audio, resample
+from audio import open_audio, read_blocks, resample
 from common.checkpoint import sha256_of
 from common.scan import FileReader
 from slices import LEVEL_STEP, QUIETER, frame_powers, from_db, loud_power
@@ -70,7 +70,7 @@ def near_copies(paths: list[Path], facts: list) -> list[int]:
     seconds = np.array([own[2] * LEVEL_STEP for own in facts])
     outlines = np.array([outline_of_sound(own) for own in facts]).reshape(-1, STEPS)
     coarse = outlines.reshape(-1, STEPS // 5, 5).mean(axis=2)
-    load = lru_cache(maxsize=64)(compared_wave)
+    load = lru_cache(maxsize=8)(compared_wave)  # up to 19 MB each
     first = list(range(len(paths)))
     for place in range(1, len(paths)):
         near = np.flatnonzero(np.abs(seconds[:place] - seconds[place]) <= SAME_LENGTH)
@@ -92,8 +92,9 @@ def outline_distances(outlines: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def compared_wave(path: Path) -> np.ndarray:
-    sound = read_audio(path)
-    return resample(sound.wave[: COMPARED_SECONDS * sound.rate], sound.rate, COMPARED_RATE)
+    """Its first COMPARED_SECONDS at COMPARED_RATE; no more of a long one is decoded."""
+    sound = next(iter(read_blocks(path, COMPARED_SECONDS)))
+    return resample(sound.wave, sound.rate, COMPARED_RATE)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 LEAK = 0.1  # slope of the leaky ReLUs, but for the last of the decoder
 WINDOW = 10  # how far relative positions reach, in frames to either side
@@ -24,29 +23,6 @@ def to_old_names(state: dict) -> dict:
     for new, old in WEIGHT_NORM_NAMES.items():
         state = {name.removesuffix(new) + old if name.endswith(new) else name: value for name, value in state.items()}
     return state
-
-
-def to_new_names(state: dict) -> dict:
-    """A state dict by torch's names within a model. Names that are new already stay."""
-    for new, old in WEIGHT_NORM_NAMES.items():
-        state = {name.removesuffix(old) + new if name.endswith(old) else name: value for name, value in state.items()}
-    return state
-
-
-@torch.no_grad()
-def fold_weight_norm(model: nn.Module) -> nn.Module:
-    """Computes every weight of weight_norm once and for all, in place: such a model answers, and is not saved or trained.
-
-    Worth 10 % of half a second of sound by the demo's voice, 1 % of 40k v2's. Merge adapters before: merge_lora(inplace=False).
-    """
-    for module in model.modules():
-        if is_parametrized(module, "weight"):
-            weight = module.weight
-            # Not torch's remove_parametrizations: it takes the weight off a class that deep copies of the layer share.
-            module.__class__ = type_before_parametrizations(module)
-            del module.parametrizations
-            module.weight = nn.Parameter(weight, requires_grad=False)
-    return model
 
 
 def in_tiles(layer, x: torch.Tensor, reach: int) -> torch.Tensor:

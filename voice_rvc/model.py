@@ -46,7 +46,6 @@ EXAMPLE = "lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth"
 VOICE_FILE = "voice.json"
 MODEL_FILE = "model.safetensors"
 VOICE_ROWS = "emb_g"  # the table with a row for each speaker, which trains whole beside the adapters
-MOST_SPEAKERS = 100_000  # of VoiceConfig
 # What --lora_targets may say -> a regular expression for full names of layers. The source's single weight and the last
 # convolution have fewer numbers than an adapter; noise_convs bring in the pitch, which no speaker owns.
 DECODER = r"dec\.(ups|resblocks)\..+"

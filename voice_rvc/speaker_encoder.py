@@ -23,12 +23,15 @@ def load_encoder(name: str, device: str = "cpu"):
         check_sizes(source)
         extractor = AutoFeatureExtractor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         with no_larger_than(source):
-            model = AutoModelForAudioXVector.from_pretrained(
-                source, weights_only=True, local_files_only=True, trust_remote_code=False
+            model, info = AutoModelForAudioXVector.from_pretrained(
+                source, weights_only=True, local_files_only=True, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # whatever a library makes of files that it did not write
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"--speaker_encoder {name} is no x-vector model of transformers: {reason}") from None
+    # transformers draws what a file lacks at random: a plain WavLM would give cosines, and none that means anything.
+    if lacking := sorted(str(key) for key in info["missing_keys"] if not str(key).startswith("objective")):
+        raise UserError(f"--speaker_encoder {name} was not trained to tell speakers apart: it has no {lacking[0]}")
     model = model.eval().to(device)
 
     @torch.no_grad()

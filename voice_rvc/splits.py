@@ -44,7 +44,8 @@ def hold_out_clips(clips: list, seed: int, where: Path) -> tuple[list, list]:
             chosen |= set(last)
             said[f"the last {len(last)} of {len(own)} clips of the only recording, so that the metrics flatter"] = True
     if not chosen:
-        say(f"{where} is one clip: it is trained on and validated on, and the metrics tell of nothing else")
+        many = "one clip" if len(clips) == 1 else "one clip of each voice"
+        say(f"{where} is {many}: what is trained on is validated on, and the metrics tell of nothing else")
         return clips, clips
     say(f"no validation split in {where}; it becomes {'; '.join(said)}")
     return tuple([clip for index, clip in enumerate(clips) if (index in chosen) is side] for side in (False, True))
