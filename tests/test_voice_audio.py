@@ -15,7 +15,7 @@ from common.samples import BadFile
 TASK = VOICE
 use_task(TASK)
 
-from audio import open_audio, read_audio, read_blocks, resample, write_wave  # noqa: E402
+from audio import DECODERS, open_audio, read_audio, read_blocks, resample, write_wave  # noqa: E402
 
 RATE = 16000
 TIME = np.arange(2 * RATE) / RATE
@@ -128,6 +128,13 @@ def test_what_is_no_sound_is_called_what_it_is(tmp_path, content, fault):
         read_audio(tmp_path / "a.wav")
 
 
+def test_text_in_any_alphabet_is_no_sound(tmp_path):
+    for coding in ("utf-8", "utf-16"):
+        (tmp_path / "a.wav").write_bytes(("1\r\n00:00:01,000 --> 00:00:02,000\r\nGrüß Gott, 声音\r\n" * 40).encode(coding))
+        with pytest.raises(BadFile, match="not sound, text"):
+            read_audio(tmp_path / "a.wav")
+
+
 @pytest.mark.parametrize("code, channels, rate, bits", [
     (1, 1, 0, 16), (1, 0, RATE, 16), (1, 65535, RATE, 16), (1, 1, 1, 16), (1, 1, 2**32 - 1, 16), (1, 1, RATE, 0),
     (0x7777, 1, RATE, 16),
@@ -167,6 +174,16 @@ def test_channels_become_one_without_losing_the_voice(tmp_path, channels, expect
     sound = read_audio(tmp_path / "a.wav")
     assert sound.channels == len(channels) and np.abs(sound.wave - expected).max() < 0.001
     assert note in "; ".join(sound.notes) and bool(note) == bool(sound.notes)
+
+
+def test_a_delayed_channel_takes_no_partials_and_a_rumbling_one_is_not_the_voice(tmp_path):
+    delay = RATE // 440  # half a period of 220 Hz
+    late = np.concatenate([np.zeros(delay), VOWEL[:-delay]])
+    rumble = 0.9 * np.sin(2 * np.pi * 40 * np.arange(len(VOWEL)) / RATE)
+    for channels, chosen, gain in (([VOWEL, late], 0, 1), ([rumble, VOWEL / 4, 0 * VOWEL], 1, 0.25)):
+        soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), RATE, subtype="FLOAT")
+        sound = read_audio(tmp_path / "a.wav")
+        assert np.abs(sound.wave - gain * VOWEL).max() < 0.001 and f"number {chosen + 1} of" in sound.notes[0]
 
 
 def test_levels_and_faulty_numbers_are_mended_and_said(tmp_path):
@@ -226,6 +243,16 @@ def m4a(path):
         for packet in [*stream.encode(frame), *stream.encode(None)]:
             container.mux(packet)
     return path
+
+
+def test_a_chain_of_ogg_streams_is_read_whole_or_said_to_be_short(tmp_path, monkeypatch):
+    pytest.importorskip("av")
+    soundfile.write(tmp_path / "one.ogg", VOWEL, RATE, format="OGG", subtype="VORBIS")
+    (tmp_path / "two.ogg").write_bytes(2 * (tmp_path / "one.ogg").read_bytes())
+    assert not read_audio(tmp_path / "one.ogg").notes
+    assert abs(len(read_audio(tmp_path / "two.ogg").wave) / RATE - 4) < 0.05
+    monkeypatch.delitem(DECODERS, "PyAV")
+    assert "part missing" in read_audio(tmp_path / "two.ogg").notes[0]
 
 
 def test_what_libsndfile_cannot_read_goes_to_pyav(tmp_path):

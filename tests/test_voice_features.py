@@ -109,6 +109,13 @@ def test_a_voices_range_is_told_by_loud_frames():
     assert f0.max() > 390 and np.percentile(loud_f0(f0, wave), 98) < 205
 
 
+def test_a_click_does_not_make_the_voice_around_it_silent():
+    quiet = 0.01 * sing(220)
+    quiet[16000:16160] = 0.99 * np.sign(noise(0.01, 1.0))
+    f0 = extract_f0(quiet, "auto")
+    assert (f0[:90] > 0).mean() > 0.8 and len(loud_f0(f0, quiet)) > 150
+
+
 # ---- content ---------------------------------------------------------------------------------------------------------------
 
 

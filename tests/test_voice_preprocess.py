@@ -105,11 +105,11 @@ def test_a_second_run_takes_all_from_the_folder_and_other_settings_take_nothing(
 
 
 def test_a_folder_for_another_voice_is_refused_in_one_line(prepared):
-    folder, recordings, _, _ = prepared
+    folder, recordings, clips, _ = prepared
     prepare(recordings[:2], voice(), folder, 1, Faults())
     with pytest.raises(UserError, match="prepared with rate 16000 Hz, and this base takes 40000"):
         open_prepared(folder, voice(rate=40000))
-    next(folder.glob("*-0.safetensors")).write_bytes(b"cut")
+    clips[0].path.write_bytes(b"cut")
     with pytest.raises(UserError, match="damaged or gone; run preprocess.py again"):
         open_prepared(folder, voice())
     assert len(prepare(recordings[:2], voice(), folder, 1, Faults())) == 3

@@ -4,6 +4,7 @@ libsndfile decodes first, from a header that is mended where programs are known 
 to PyAV or to an ffmpeg on the path, where there is one.
 """
 
+import codecs
 import os
 import shutil
 import stat
@@ -96,9 +97,12 @@ def stranger(head: bytes) -> str:
             return what
     if not head.strip(b"\0"):
         return "nothing but zeros, as a download that failed leaves"
-    if len(head) > 16 and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
-        return "text"
-    return ""
+    coding = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
+    try:
+        letters = codecs.getincrementaldecoder(coding)().decode(head)  # whose last letter may be cut
+    except UnicodeDecodeError:
+        return ""
+    return "text" if len(head) > 16 and all(letter in "\ufeff\t\n\r" or letter.isprintable() for letter in letters) else ""
 
 
 def check_recording(rate: int, channels: int) -> None:
@@ -123,7 +127,7 @@ def open_sndfile(path: Path):
         try:
             raw = stack.enter_context(open(path, "rb"))
             mended, told = mend_header(raw)
-            cut = lacks_last_page(raw)
+            cut = lacks_pages(raw)
             file = stack.enter_context(soundfile.SoundFile(mended))
         except soundfile.LibsndfileError as error:
             raise BadFile(f"no sound that can be decoded, {error.error_string.rstrip('.')}") from error
@@ -200,15 +204,22 @@ def mend_header(file):
     return file, None
 
 
-def lacks_last_page(file) -> bool:
-    """Whether a file is Ogg and ends before the page that is marked as its last."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 2**17))  # a page has 64 kB at most
-    tail = file.read()
+def lacks_pages(file) -> bool:
+    """Whether a file is Ogg and libsndfile misses some of it: its last page is not there, or it is a chain.
+
+    In a chain of streams, as recorders of radio leave them, one that begins follows others' sound: libsndfile ends before it.
+    """
+    size, place, sounding, chained, flags = file.seek(0, os.SEEK_END), 0, False, False, 4
+    while place + 27 <= size:
+        file.seek(place)
+        page = file.read(27 + 255)  # its header: "OggS", version, flags, ..., the number of segments, the bytes of each
+        if page[:4] != b"OggS":
+            break
+        flags = page[5]  # 2: a stream's first page; 4: its last
+        chained, sounding = chained or bool(sounding and flags & 2), sounding or not flags & 2
+        place += 27 + page[26] + sum(page[27 : 27 + page[26]])
     file.seek(0)
-    is_ogg, last = file.read(4) == b"OggS", tail.rfind(b"OggS")
-    file.seek(0)
-    return is_ogg and (last < 0 or not tail[last + 5 : last + 6] or not tail[last + 5] & 4)
+    return place > 0 and (chained or place > size or not flags & 4)
 
 
 def mend_wave(file):

@@ -12,7 +12,7 @@ from common.checkpoint import sha256_of
 from common.scan import FileReader
 from slices import LEVEL_STEP, QUIETER, frame_powers, from_db, loud_power
 
-READER = 2  # goes up when look_at_sound finds something else in some file: scans of before are not believed
+READER = 3  # goes up when look_at_sound finds something else in some file: scans of before are not believed
 STEPS = 40  # of an outline: the level in so many equal parts of what sounds in a recording, five to a number of the scan
 DEEPEST = 60  # dB below its loudest part, where an outline ends
 ALIKE = 4  # dB between outlines, root mean square: closer ones are listened to

@@ -81,7 +81,7 @@ def extract_f0(wave: np.ndarray, method: str, low: float = F0_LOW, high: float =
         own = slice((start - left) // F0_HOP, (start - left) // F0_HOP + here.stop - here.start)
         f0[here] = TRACKERS[method](part, low, high)[own]
         levels[here] = frame_levels(part)[own]
-    loudest = levels.max(initial=SILENT_AT_ALL) if loudest is None else loudest
+    loudest = loudest_of(levels) if loudest is None else loudest
     f0[levels < max(loudest + SILENT_DB, SILENT_AT_ALL)] = 0
     f0[~np.isfinite(f0) | (f0 < low * 0.97) | (f0 > high * 1.03)] = 0
     return f0
@@ -104,6 +104,13 @@ def frame_levels(wave: np.ndarray) -> np.ndarray:
     centres = np.arange(len(wave) // F0_HOP + 1) * F0_HOP
     first, last = np.maximum(centres - 2 * F0_HOP, 0), np.minimum(centres + 2 * F0_HOP, len(wave))
     return 10 * np.log10(np.maximum((energy[last] - energy[first]) / np.maximum(last - first, 1), 1e-12))
+
+
+def loudest_of(levels: np.ndarray) -> float:
+    """The highest of frame_levels (n,) that lasts: a click, of which nine frames know at most, makes no voice silent."""
+    from scipy.ndimage import median_filter
+
+    return float(median_filter(levels, 19).max(initial=SILENT_AT_ALL)) if len(levels) else SILENT_AT_ALL
 
 
 # ---- trackers: wave (n,) float64 at 16 kHz, low, high -> Hz (n // 160 + 1,), 0 where unvoiced ------------------------------
@@ -175,4 +182,4 @@ def coarse_pitch(f0: np.ndarray) -> np.ndarray:
 def loud_f0(f0: np.ndarray, wave: np.ndarray) -> np.ndarray:
     """The F0 values (Hz) of the voiced and loud frames, by which a voice's range and median are told; wave (n,) at 16 kHz."""
     levels = frame_levels(np.asarray(wave))[: len(f0)]
-    return f0[: len(levels)][(f0[: len(levels)] > 0) & (levels > levels.max(initial=-np.inf) + LOUD_DB)]
+    return f0[: len(levels)][(f0[: len(levels)] > 0) & (levels > loudest_of(levels) + LOUD_DB)]

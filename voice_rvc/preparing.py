@@ -21,7 +21,7 @@ from f0 import extract_f0, loud_f0
 from recordings import Recording
 from slices import cut_source, join_measures
 
-PREPARED_FORMAT = 1  # counts up when the same recording and settings give other clips
+PREPARED_FORMAT = 2  # counts up when the same recording and settings give other clips
 LONGEST_FILE = 60_000  # frames of 10 ms in a file of clips, ten minutes: so much is in memory at once, whatever a recording has
 BYTES_A_WORKER = 2**22  # of recordings, for which it is worth to start another process, which takes seconds
 F0_POINTS = 21  # of a recording's F0 that are noted: 0, 5 ... 100 percent of its loud frames lie below
