@@ -109,6 +109,13 @@ def test_a_folder_for_another_voice_is_refused_in_one_line(prepared):
     prepare(recordings[:2], voice(), folder, 1, Faults())
     with pytest.raises(UserError, match="prepared with rate 16000 Hz, and this base takes 40000"):
         open_prepared(folder, voice(rate=40000))
+    about = json.loads((folder / "prepared.json").read_text())
+    about["settings"] |= {"content": "hubert:nobody/model", "content_version": "of its weights"}
+    (folder / "prepared.json").write_text(json.dumps(about))
+    assert open_prepared(folder, voice(content="hubert:nobody/model"))[0], "the model itself is not needed to train"
+    with pytest.raises(UserError, match="hubert:nobody/other is not in the local cache"):
+        open_prepared(folder, voice(content="hubert:nobody/other"))
+    prepare(recordings[:2], voice(), folder, 1, Faults())
     clips[0].path.write_bytes(b"cut")
     with pytest.raises(UserError, match="damaged or gone; run preprocess.py again"):
         open_prepared(folder, voice())

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 # needs: safetensors
+from common.card import is_hub_name
 from common.checkpoint import read_json, write_json
 from common.config import UserError
 from common.folders import one_at_a_time
@@ -105,7 +106,10 @@ def open_prepared(folder: Path, voice=None) -> tuple[list[Clip], list[str]]:
 
 def check_suits(folder: Path, settings: dict, voice) -> None:
     """UserError where clips were prepared for another kind of voice."""
-    version = content_version(voice.content)
+    source = voice.content.removeprefix("hubert:")
+    # A hub name says which model it is: clips train where that model was never fetched, as on a machine without a network.
+    named = settings["content"] == voice.content and is_hub_name(source) and not Path(source).is_dir()
+    version = settings["content_version"] if named else content_version(voice.content)
     pairs = (
         ("rate", settings["rate"], voice.config.sample_rate, "Hz"),
         ("content", settings["content"], voice.content, ""),
