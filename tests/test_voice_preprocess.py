@@ -21,6 +21,7 @@ from common.samples import BadFile, Faults
 TASK = VOICE
 use_task(TASK)
 
+import preprocess  # noqa: E402
 from audio import write_wave  # noqa: E402
 from prepared import is_prepared, open_prepared, prepare  # noqa: E402
 from preparing import known_facts  # noqa: E402
@@ -186,18 +187,21 @@ def test_the_script_reports_what_it_did_and_what_it_left_out(tmp_path):
 
 
 def test_the_script_ends_with_2_and_a_reason_where_nothing_can_be_used(tmp_path):
-    data = tmp_path / "data"
+    data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
-    for flags, words in (
-        (("--data_dir", tmp_path / "none"), "there is no folder"),
-        (("--data_dir", data), "no recording in it"),
-        (("--data_dir", data, "--f0_min", 100, "--f0_max", 150), "less than an octave"),
-    ):
-        done = run_script(VOICE, "preprocess.py", *flags, "--output_dir", tmp_path / "out", *SETTINGS, expect=2)
-        assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = run_script(VOICE, "preprocess.py", "--data_dir", data, "--output_dir", out, *SETTINGS, expect=2)
+    assert "no recording in it" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     write_wave(data / "a.wav", np.zeros(RATE), RATE)
-    done = run_script(VOICE, "preprocess.py", "--data_dir", data, "--output_dir", tmp_path / "out", *SETTINGS, expect=2)
-    assert "no voice found in 1 recordings: silent recording" in done.stderr and not is_prepared(tmp_path / "out")
+    for flags, words in (
+        (("--data_dir", tmp_path / "none", "--output_dir", out), "there is no folder"),
+        (("--data_dir", data, "--output_dir", out, "--f0_min", 100, "--f0_max", 150), "less than an octave"),
+        (("--data_dir", data, "--output_dir", data), "the data's own folder"),
+        (("--data_dir", data, "--output_dir", data / "a.wav"), "is no folder"),
+        (("--data_dir", data, "--output_dir", out), "no voice found in 1 recordings: silent recording"),
+    ):
+        with pytest.raises(UserError, match=words):
+            preprocess.main([*map(str, flags), *SETTINGS])
+    assert not is_prepared(out) and [path.name for path in data.iterdir()] == ["a.wav"]
 
 
 @pytest.mark.slow

@@ -57,6 +57,9 @@ def main(argv=None):
         raise UserError(f"{found.folder} is what this script leaves: train takes it as it is; name the recordings themselves")
     voice = voice_of_run(config)
     folder = Path(config.output_dir).expanduser() if config.output_dir else prepared_folder(found.folder)
+    if (folder.exists() and not folder.is_dir()) or folder.resolve() == found.folder.resolve():
+        what = "the data's own folder" if folder.is_dir() else "no folder"
+        raise UserError(f"--output_dir {folder} is {what}: name another, which may be new")
     with found.faults as faults:
         clips, speakers = as_it_is(found, voice)
         if clips:

@@ -219,6 +219,8 @@ def write_report(report: dict, folder: Path) -> None:
 
 def draw_report(report: dict, path: Path) -> None:
     """A picture of the recordings, one beside the other: how much is kept of each, its level and noise, its F0."""
+    from matplotlib.ticker import LogFormatter
+
     rows = report["recordings"]
     places = np.arange(len(rows))
     drawing, axes = figure(3, 1, width=max(6.0, min(16.0, 0.35 * len(rows))), height=2.6)
@@ -240,6 +242,8 @@ def draw_report(report: dict, path: Path) -> None:
         axes[2, 0].errorbar(x, median, [median - low, high - median], fmt="o", ms=4, lw=1, label=plot_text(voice))
     axes[2, 0].set_ylabel("F0 in Hz (5, 50, 95 %)")
     axes[2, 0].set_yscale("log")
+    axes[2, 0].yaxis.set_major_formatter(LogFormatter())  # 200, not 2 x 10^2
+    axes[2, 0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axis in axes[:, 0]:
         axis.set_xlim(-0.7, len(rows) - 0.3)
         axis.set_xticks([])
