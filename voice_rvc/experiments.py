@@ -60,7 +60,7 @@ class Slice:
         counts = [self.samples * 100 // self.rate, 2 * self.content_shape[0], *([self.f0_frames] if self.f0 else [])]
         if max(counts) - min(counts) > UNEQUAL:
             told = ", ".join(map(str, counts))
-            raise BadFile(f"slice whose sound, content and F0 differ in length, {told} frames of 10 ms")
+            raise BadFile(f"slice whose sound and features differ in length, {told} frames of 10 ms")
         return min(counts)
 
 
