@@ -24,6 +24,7 @@ from distances import (  # noqa: E402
     stft_distances,
 )
 from f0_scores import f0_scores, f0_sums, heard_f0  # noqa: E402
+from losses import MEL_WEIGHT, mel_loss  # noqa: E402
 from metrics import evaluate, predict, save_samples, voice_metrics  # noqa: E402
 
 RATE = 16000
@@ -232,6 +233,14 @@ def test_a_voice_that_says_what_was_recorded_has_no_error():
     assert {found[key] for key in ("val_loss", "mcd", "stft_distance", "spectral_convergence", "ltas_distance")} == {0}
     assert found["f0_rmse_cents"] < 15 and found["f0_correlation"] > 0.999 and found["vuv_error"] < 0.1
     assert list(found)[:2] == ["val_loss", "mcd"] and "per_speaker_mcd" not in found
+
+
+def test_the_validation_loss_is_the_mel_part_of_the_training_loss():
+    voice, dataset = Echo(CLIPS[:1], noise=0.01), Held(CLIPS[:1])
+    (said,) = predict(voice, loader_of(dataset, 1))
+    real = dataset.collate([0])["wave"][None, :, : len(said["wave"])]
+    expected = MEL_WEIGHT * mel_loss(torch.from_numpy(said["wave"])[None, None], real, voice.config)
+    assert evaluate(voice, loader_of(dataset, 1))["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_voice_that_speaks_too_high_is_told_so():

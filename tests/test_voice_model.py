@@ -376,6 +376,16 @@ def test_kl_is_that_of_the_two_normal_distributions():
     torch.testing.assert_close(kl_loss(half), expected, rtol=0.03, atol=0.03)  # per frame, whatever the padding
 
 
+def test_processes_weigh_the_divergence_by_their_frames(monkeypatch):
+    torch.manual_seed(0)
+    tensors, mask = torch.randn(5, 3, 4, 50), (torch.arange(50) < torch.tensor([[50], [30], [7]])).float().unsqueeze(1)
+    parts = [TrainOutput(None, None, mask[rows], *tensors[:, rows]) for rows in (slice(3), slice(1), slice(1, 3))]
+    whole = kl_loss(parts[0])
+    monkeypatch.setattr("losses.process_index", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda frames: frames.copy_(mask.sum()))
+    torch.testing.assert_close(sum(map(kl_loss, parts[1:])) / 2, whole)
+
+
 def test_padding_adds_nothing_to_the_losses():
     torch.manual_seed(0)
     out, real, _ = a_step(small_voice(), (30, 4))

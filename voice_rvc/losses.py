@@ -10,6 +10,7 @@ the real one out of the whole clip's, so that the edges differ. Losses of the tw
 import torch
 from torch.nn import functional as F
 
+from common.runtime import process_index
 from spectrum import magnitudes, mel_spectrogram
 
 BETAS = (0.8, 0.99)  # of AdamW, for both models
@@ -44,10 +45,17 @@ def feature_loss(real_features, fake_features) -> torch.Tensor:
 
 
 def kl_loss(out) -> torch.Tensor:
-    """KL(posterior || prior) per frame, summed over channels, by the sample z_p. `out`: a TrainOutput."""
+    """KL(posterior || prior) per frame, summed over channels, by the sample z_p. `out`: a TrainOutput.
+
+    With several processes each weighs by its frames, so that the mean over processes is what one would get for all their clips.
+    """
     m_p, logs_p, logs_q, z_p, mask = (x.float() for x in (out.m_p, out.logs_p, out.logs_q, out.z_p, out.mask))
     divergence = logs_p - logs_q - 0.5 + 0.5 * (z_p - m_p).square() * (-2 * logs_p).exp()
-    return (divergence * mask).sum() / mask.sum()
+    frames, world = mask.sum(), process_index()[1]
+    if world > 1 and torch.is_grad_enabled():
+        torch.distributed.all_reduce(frames)
+        frames = frames / world
+    return (divergence * mask).sum() / frames
 
 
 def mel_loss(fake, real, config) -> torch.Tensor:

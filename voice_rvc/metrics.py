@@ -13,6 +13,7 @@ from common.record import write_samples
 from common.runtime import gather_lists, process_index, progress_bar
 from distances import frame_distortions, frames_that_count, long_term_distance, loudness_by_band, stft_distances
 from f0_scores import f0_scores, f0_sums, heard_f0
+from losses import MEL_WEIGHT
 from spectrum import mel_spectrogram
 from synthesizer import Excitation
 
@@ -134,8 +135,8 @@ def predict(model, loader, by=speak) -> list[dict]:
 def evaluate(model, loader, folder: Path | None = None) -> dict:
     """The metrics of a voice on a loader's held-out clips: val_loss, `sound_scores`, and of several voices the mcd of each.
 
-    val_loss: mean |difference| of the log mel spectrograms, through the inference path. folder: where the sound of a few
-    clips is put, as WAV. Used in training and by eval.py.
+    val_loss: the mel part of the training loss, weighted as it is there, but of whole clips through the inference path.
+    folder: where the sound of a few clips is put, as WAV. Used in training and by eval.py.
     """
     found = predict(model, loader)
     if folder and process_index()[0] == 0:
@@ -147,7 +148,7 @@ def voice_metrics(dataset, found: list[dict]) -> dict:
     """The metrics of what `predict` gave. Two voices or more: per_speaker_mcd has the distortion of each by its name."""
     total = added([item["sums"] for item in found])
     frames, loss = total["mel"]
-    metrics = {"val_loss": float(loss / frames), **sound_scores(total)}
+    metrics = {"val_loss": float(MEL_WEIGHT * loss / frames), **sound_scores(total)}
     names = dataset.voice.speakers
     if len(names) > 1:
         rows = {name: [] for name in names}
