@@ -243,6 +243,12 @@ def test_the_validation_loss_is_the_mel_part_of_the_training_loss():
     assert evaluate(voice, loader_of(dataset, 1))["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_voice_that_has_come_apart_has_no_score_and_ends_nothing():
+    """Weights may be finite and what they say not."""
+    found = evaluate(Echo(CLIPS, noise=np.nan), loader_of(Held(CLIPS), 2))
+    assert np.isnan([found["val_loss"], found["mcd"]]).all() and found["f0_rmse_cents"] is None
+
+
 def test_a_voice_that_speaks_too_high_is_told_so():
     found = evaluate(Echo(CLIPS, octaves=0.25), loader_of(Held(CLIPS), 2))
     assert found["f0_rmse_cents"] == pytest.approx(300, abs=15) and found["f0_correlation"] > 0.99

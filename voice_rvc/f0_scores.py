@@ -7,7 +7,12 @@ from f0 import RATE_16K, extract_f0
 
 
 def heard_f0(wave: np.ndarray, rate: int) -> np.ndarray:
-    """F0 in Hz at 0, 10, 20 ms ... (0: unvoiced) of a mono wave (n,), by the best pitch tracker that is there."""
+    """F0 in Hz at 0, 10, 20 ms ... (0: unvoiced) of a mono wave (n,), by the best pitch tracker that is there.
+
+    What a voice that has come apart makes, samples that are no numbers, has none.
+    """
+    if not np.isfinite(wave).all():
+        return np.zeros(len(wave) * 100 // rate + 1, dtype=np.float32)
     return extract_f0(resample(wave, rate, RATE_16K), "auto")
 
 
