@@ -85,7 +85,7 @@ def fetch_file(name: str, download: bool = True, flag: str = "--model ", remedy:
 def fetching(name: str, download: bool, flag: str, remedy: str):
     """Turns whatever goes wrong in a download into a UserError of one line; download: whether there may be one at all."""
     if not download:
-        raise UserError(f"the base {name} is not in the local cache, and it is fetched only where {flag.split()[0]} names it")
+        raise UserError(f"{name} is not in the local cache, and it is fetched only where {flag.split()[0]} names it")
     if os.environ.get("HF_HUB_OFFLINE") == "1":
         raise UserError(f"{flag}{name} is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
     try:

@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import UserError, cli  # noqa: E402
+from common.config import UserError, cli, shown  # noqa: E402
 
 VOICE_TASK = ROOT / "voice_rvc"
 LEAST_SNR = 40  # dB between a voice and its file in half precision; common ones reach 60
@@ -39,6 +39,8 @@ def export(checkpoint: str, out: Path, base: str = "", full: bool = False, overw
     out = Path(out).expanduser()
     if out.suffix != ".pth":
         raise UserError(f"{out} must end in .pth, for that is what RVC and Applio list")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file that is not there yet")
     if out.exists() and not overwrite:
         raise UserError(f"{out} is there already; --overwrite replaces it")
     model, voice, _ = load_checkpoint(checkpoint, base)
@@ -220,7 +222,7 @@ def info(file: str) -> list[str]:
         "sha256": base["sha256"],
     }
     facts = {key: value for key, value in facts.items() if isinstance(value, (str, int, float)) and key != "optimizer"}
-    told |= {f"its {key}": str(value)[:100] for key, value in facts.items()}
+    told |= {f"its {key}": shown(value) for key, value in facts.items()}
     return [f"{key}: {value}" for key, value in told.items()]
 
 

@@ -394,3 +394,12 @@ def test_rows_of_another_number_do_not_load(base, tmp_path):
     save_file({"emb_g.weight": torch.zeros(5, 4)}, tmp_path / "head.safetensors")
     with pytest.raises(UserError, match=r"emb_g.weight is \(5, 4\), expected \(3, 4\)"):
         load_trained(model, tmp_path / "head.safetensors", (VOICE_ROWS,))
+
+
+def test_what_a_file_says_of_itself_forges_no_line_and_a_folder_is_no_file_to_write(tmp_path):
+    path = tmp_path / "voice.pth"
+    torch.save(rvc_file(small_voice(), author="a\nsha256: \x1b[31m"), path)
+    assert all("\n" not in line and "\x1b" not in line for line in info(str(path)))
+    (tmp_path / "out.pth").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        export(str(path), tmp_path / "out.pth", overwrite=True)

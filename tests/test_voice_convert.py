@@ -270,3 +270,23 @@ def test_memory_does_not_grow_with_length():
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < peaks[1] + 2e6  # six minutes more are 23 MB of samples
+
+
+@pytest.mark.parametrize(
+    ("wave", "rate"),
+    [
+        (sung(0.1), 0),
+        (sung(0.1), "16000"),
+        (sung(0.1), 16000.5),
+        (sung(0.1), 10**12),
+        ((sung(0.1) * 9000).astype("int16"), 16000),
+    ],
+)
+def test_a_wave_of_another_kind_is_told_so_before_it_is_resampled(wave, rate):
+    with pytest.raises(UserError, match="to convert is"):
+        conversion.cut_up(wave, rate)
+
+
+def test_one_sample_of_a_high_rate_is_one_sample_of_a_low_one(model):
+    wave, _ = convert_wave(model, Voice, np.full(1, 0.1, np.float32), 192000)
+    assert len(wave) == 1

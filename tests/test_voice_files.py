@@ -301,3 +301,30 @@ def test_a_voice_that_is_not_there_is_no_hub_name(tmp_path):
 
 def test_official_configurations_are_whole_numbers_of_ten_milliseconds():
     assert all(VoiceConfig.of_rate(rate, version).hop * 100 == rate for rate in (32000, 40000, 48000) for version in ("v1", "v2"))
+
+
+def test_weights_by_an_old_and_a_new_name_are_refused(model, tmp_path):
+    content = rvc_file(model)
+    content["weight"] |= to_new_names(content["weight"])
+    assert "twice" in refusal(saved(tmp_path / "both.pth", content))
+
+
+def test_a_training_folder_without_a_voice_is_told_so(model, tmp_path):
+    saved(tmp_path / "D_100.pth", {"model": {"discriminators.0.a": torch.zeros(1)}})
+    with pytest.raises(UserError, match="no whole pair"):
+        load_base(str(tmp_path))
+
+
+def test_a_content_model_is_not_fetched_because_a_file_names_it(model, tmp_path, monkeypatch):
+    """Only those that all voices use; any other where --content names it."""
+    from content import load_content
+    from data import choose_content
+
+    monkeypatch.setattr("huggingface_hub.HfApi", None)  # no question is asked
+    _, voice, _ = load_base(str(saved(tmp_path / "a.pth", rvc_file(model, embedder_model="nobody/of-this-name"))))
+    assert not voice.content_is_known
+    for load in (lambda: load_content(voice.content, download=voice.content_is_known), lambda: choose_content("", voice)):
+        with pytest.raises(UserError, match="only where --content names it"):
+            load()
+    _, voice, _ = load_base(str(saved(tmp_path / "b.pth", rvc_file(model, embedder_model="contentvec"))))
+    assert voice.content_is_known

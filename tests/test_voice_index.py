@@ -159,3 +159,12 @@ def test_a_run_has_every_second_frame_of_its_clips_in_its_index(tmp_path):
 
 def broken(hop):
     raise BadFile("damaged")
+
+
+def test_a_file_far_longer_than_its_vectors_is_not_read(tmp_path):
+    path = tmp_path / "voice.index"
+    write_index(path, build_index(vectors(20)))
+    with open(path, "r+b") as file:
+        file.truncate(1 << 40)  # a hole: it takes no place on the disk
+    with pytest.raises(UserError, match="is damaged: 1,099,511,627,776 bytes for 20 vectors"):
+        read_index(path, 16)

@@ -25,11 +25,12 @@ SILENCE_FLOOR = 1e-3  # of a full-scale sine, -60 dB: what lies below is silence
 REAL_CONTENT = "lengyue233/content-vec-best"
 
 
-def load_content(name: str, device: str = "cpu", width: int = 0):
+def load_content(name: str, device: str = "cpu", width: int = 0, download: bool = True):
     """The features of that name: an object with .name, .width, and a call wave (n,) at 16 kHz -> float32 (n // 320, width).
 
     name: "dsp", or "hubert:" and a folder or a hub name, which is fetched unless it is in the local cache. width: what the
-    voice expects, 768 (RVC v2), 256 (v1) or 0 (the model's own). UserError where there is no such model.
+    voice expects, 768 (RVC v2), 256 (v1) or 0 (the model's own). download: whether it may be fetched, which no file decides by
+    naming it. UserError where there is no such model.
     """
     if name == "dsp":
         if width not in (0, CEPSTRA):
@@ -38,7 +39,7 @@ def load_content(name: str, device: str = "cpu", width: int = 0):
     kind, _, source = name.partition(":")
     if kind != "hubert" or not source:
         raise UserError(f"--content {name}: give dsp, or hubert:<hub name or folder>, as hubert:{REAL_CONTENT}")
-    return HubertContent(name, source, device, width)
+    return HubertContent(name, source, device, width, download)
 
 
 class DspContent:
@@ -107,8 +108,8 @@ class HubertContent:
 
     part, context = 1500 * CONTENT_HOP, 100 * CONTENT_HOP  # samples: 30 s, and 2 s on either side
 
-    def __init__(self, name: str, source: str, device: str, width: int):
-        folder = hubert_folder(source)
+    def __init__(self, name: str, source: str, device: str, width: int, download: bool = True):
+        folder = hubert_folder(source, download)
         self.name, self.device, self.model = name, device, load_hubert(name, folder).to(device)
         config = self.model.config
         self.projected = width != config.hidden_size and width == config.classifier_proj_size
@@ -159,8 +160,8 @@ class HubertContent:
         return np.array([len(wave), wave.sum(), np.square(wave).sum()])
 
 
-def hubert_folder(source: str) -> Path:
-    """Where a HuBERT lies: a folder, or the hub's local cache (fetched if it is not there). UserError in one line."""
+def hubert_folder(source: str, download: bool = True) -> Path:
+    """Where a HuBERT lies: a folder, or the hub's local cache (fetched, if it may be). UserError in one line."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -168,7 +169,7 @@ def hubert_folder(source: str) -> Path:
         raise UserError(f"--content: there is no folder {folder}; give a folder, a hub name (hubert:{REAL_CONTENT}) or dsp")
     from huggingface_hub import snapshot_download
 
-    fetch(source, flag="--content hubert:", remedy="give it a local folder, or take --content dsp with the demo's base")
+    fetch(source, download, flag="--content hubert:", remedy="give it a local folder, or take --content dsp with the demo's base")
     return Path(snapshot_download(source, local_files_only=True))
 
 

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,8 +86,8 @@ class Converted:
 def convert_wave(model, voice, wave, rate: int, options: Conversion | None = None, content=None, chunk: int = CHUNK):
     """wave (n,) float32 mono at `rate` Hz -> (wave (m,) float32 within -1..1, the voice's rate), as long to 10 ms.
 
-    model: a Synthesizer in eval mode; voice: its Voice; content: of load_content, loaded where None. BadFile for a wave of
-    no samples or with numbers that are not finite; UserError as in Conversion and where speaker is none of the voice's.
+    model: a Synthesizer in eval mode; voice: its Voice; content: of load_content, loaded where None, never fetched. BadFile for
+    a wave of no samples or with numbers that are not finite; UserError as in Conversion and where speaker is none of the voice's.
     """
     wave = np.asarray(wave, dtype=np.float32)
     original = read_original(cut_up(wave, rate))
@@ -95,8 +96,11 @@ def convert_wave(model, voice, wave, rate: int, options: Conversion | None = Non
 
 
 def cut_up(wave: np.ndarray, rate: int) -> Iterator[tuple[np.ndarray, int]]:
-    if wave.ndim != 1 or not np.isfinite(wave).all() or rate < 1:
-        raise UserError(f"a wave to convert is finite numbers of shape (n,) and a rate, not {wave.shape} at {rate} Hz")
+    if not (isinstance(rate, Integral) and 1000 < rate <= 10**6):
+        raise UserError(f"the rate of a wave to convert is a whole number of Hz, above 1000, not {shown(rate)}")
+    if wave.ndim != 1 or wave.dtype.kind != "f" or not np.isfinite(wave).all():
+        raise UserError(f"a wave to convert is finite numbers of shape (n,), as floats, not {wave.dtype} of shape {wave.shape}")
+    wave = wave.astype(np.float32)
     return ((wave[first : first + READ_SECONDS * rate], rate) for first in range(0, len(wave), READ_SECONDS * rate))
 
 
@@ -146,14 +150,15 @@ def convert_original(model, voice, original: Original, options: Conversion, cont
         f0 = f0 * 2 ** (shift / 12)
     elif options.pitch not in ("auto", 0):
         notes.append("--pitch has no effect: this voice has no F0 and speaks at a pitch of its own")
-    listen = listener(content or load_content(voice.content, model.emb_g.weight.device, config.content_width), original)
+    content = content or load_content(voice.content, model.emb_g.weight.device, config.content_width, download=False)
+    listen = listener(content, original)
     latents = encode(model, original, f0, silent, listen, options)
     samples, level, peaks = decode(model, latents, f0, silent, options, chunk)
     gains = envelope(original.level, level * ~silent, options.volume_envelope) * ~silent
     scale = max(1.0, float((peaks * loudest_near(gains)).max()))
     if scale > 1:
         notes.append(f"made quieter to stay within full scale, by {20 * math.log10(scale):.1f} dB")
-    length = round(original.length / original.rate * config.sample_rate)
+    length = max(1, round(original.length / original.rate * config.sample_rate))
     pieces = finish(samples, gains / scale, length, config.hop)
     power = np.square(level[~silent] * gains[~silent] / scale)
     loudness_db = 10 * math.log10(max(float(power.mean()), 1e-12)) if len(power) else -120.0

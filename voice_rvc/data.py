@@ -17,6 +17,7 @@ from common.runtime import from_main, in_time, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import Faults, attempt, data_folder
 from common.scan import in_parts
+from content import hubert_folder
 from experiments import Unfit, is_experiment, read_experiment, slices_as_recordings
 from f0 import choose_f0, coarse_pitch
 from model import CONTENT_MODELS
@@ -268,6 +269,8 @@ def choose_content(named: str, voice) -> str:
 
     A base knows no other content than that which it was trained on.
     """
+    if not named and voice.content != "dsp":
+        hubert_folder(voice.content.removeprefix("hubert:"), voice.content_is_known)  # no hub name on a file's word alone
     if not named or named == voice.content:
         return voice.content
     if "dsp" in (named, voice.content):

@@ -23,9 +23,7 @@ from common.config import LoadConfig, Range, Share, UserError, cli, parse  # noq
 
 @dataclass
 class InferConfig(LoadConfig):
-    checkpoint: str = (
-        ""  # folder of a trained voice, or a .pth of RVC or Applio; several adapters of one base: a,b; empty: newest
-    )
+    checkpoint: str = ""  # folder of a trained voice, a .pth of RVC or Applio, or adapters of one base: a,b; empty: newest
     input: str = ""  # a recording, a folder of recordings, or a glob in quotes
     pitch: Annotated[float, Range(-48, 48)] | Literal["auto"] = "auto"  # semitones up; auto: to the voice's median F0; songs: 0
     speaker_id: Annotated[int, Range(0, 10**6)] = 0  # whose voice, of a checkpoint with several: row of its speakers

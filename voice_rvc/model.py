@@ -78,6 +78,11 @@ class Voice:
     speakers: list[str] = field(default_factory=list)
     f0_medians: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def content_is_known(self) -> bool:
+        """Whether its content model is one of those that all voices use: any other is fetched only where --content names it."""
+        return self.content.removeprefix("hubert:") in CONTENT_MODELS.values()
+
     def to_json(self) -> dict:
         return {key: value for key, value in vars(self).items() if key != "config"}
 

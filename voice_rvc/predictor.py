@@ -103,7 +103,8 @@ class Predictor:
                 self.put_on(name)
             kind = self.content or tuned.voice.content
             if kind not in self.contents:
-                self.contents[kind] = load_content(kind, self.device, self.model.config.content_width)
+                download = bool(self.content) or tuned.voice.content_is_known
+                self.contents[kind] = load_content(kind, self.device, self.model.config.content_width, download)
             if self.contents[kind].width != self.model.config.content_width:
                 widths = f"{self.contents[kind].width} wide, and the voice expects {self.model.config.content_width}"
                 raise UserError(f"--content {kind} is {widths}: they do not belong together")

@@ -76,7 +76,7 @@ def score_conversions(config, origin: dict, model, base, voice, dataset, found: 
     with faults:
         trials = find_trials(source_dir, truths, config.split, config.sources, faults)
         systems = ({} if base is None else {UNTRAINED: base}) | {LABELS[origin["method"]]: model}
-        content = load_content(voice.content, device, voice.config.content_width)
+        content = load_content(voice.content, device, voice.config.content_width, voice.content_is_known)
         trials = run_trials(trials, systems, voice, config.speaker_id, config.pitch, content, likeness, faults)
         if not trials:
             raise UserError(f"--source_dir {source_dir}: no recording of it can be read")

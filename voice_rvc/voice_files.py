@@ -141,8 +141,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     facts = {key: value for key, value in content.items() if isinstance(value, PLAIN_KINDS) or key == OUR_KEY}
     facts["optimizer"] = "optimizer" in content
     # Of a model that was compiled, or trained by several processes.
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()}
-    return to_old_names(state), facts
+    plain = to_old_names({re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in state.items()})
+    if len(plain) < len(state):
+        raise UserError(f"{path} holds some weights twice, by an old and a new name ({len(state) - len(plain)} of them)")
+    return plain, facts
 
 
 def look_at(path: Path) -> str:
@@ -384,7 +386,7 @@ def from_run_config(content) -> tuple | None:
 
 
 def is_run_folder(folder: Path) -> bool:
-    return any(folder.glob("G_*.pth"))
+    return any(folder.glob("[GD]_*.pth"))
 
 
 def newest_pair(folder: Path) -> tuple[Path, VoiceFile]:

@@ -24,6 +24,7 @@ ROWS_A_LIST = 39  # faiss wants as many training vectors for each list of an inv
 KINDS = {b"IxF2": "flat", b"IwFl": "inverted lists"}  # what a file starts with; both hold whole vectors, compared by L2
 HEADER = "<4siqqq?i"  # kind, width, vectors, two words without meaning, trained, metric (1: L2)
 HEADER_BYTES = 37
+ROOM_FOR_LISTS = 1 << 28  # bytes that centres of lists and ids of vectors may take beside the vectors
 
 
 def build_index(content):
@@ -77,12 +78,13 @@ def read_index(path: Path | str, width: int):
 
     path = Path(path).expanduser()
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the index {path}: {error.strerror}") from None
+        # Mapped, not read: a file may be of any length, and is looked at first.
+        content = np.asarray(np.memmap(path, np.uint8, "r")) if path.stat().st_size else np.zeros(0, np.uint8)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the index {path}: {getattr(error, 'strerror', None) or error}") from None
     check_index_header(path, content, width)
     try:
-        index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+        index = faiss.deserialize_index(content)
     except Exception as error:  # faiss's own words are a C++ assertion
         raise UserError(f"the index {path} is damaged or cut ({len(content):,} bytes): build or copy it again") from error
     if hasattr(index, "nprobe"):
@@ -90,11 +92,13 @@ def read_index(path: Path | str, width: int):
     return index
 
 
-def check_index_header(path: Path, content: bytes, width: int) -> None:
+def check_index_header(path: Path, content: np.ndarray, width: int) -> None:
     """UserError unless the header is that of a trained index with vectors of this width, and the file has room for them."""
-    if not content:
+    if not len(content):
         raise UserError(f"the index {path} is empty (0 bytes): copy it again")
-    kind, its_width, rows, _, _, trained, metric = struct.unpack(HEADER, content[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"))
+    kind, its_width, rows, _, _, trained, metric = struct.unpack(
+        HEADER, content[:HEADER_BYTES].tobytes().ljust(HEADER_BYTES, b"\0")
+    )
     if kind not in KINDS:
         known = kind[:2] in (b"Ix", b"Iw", b"IH", b"IB") or kind[:1] == b"I"
         what = f"a faiss index of another kind ({kind.decode('ascii', 'replace')})" if known else "no faiss index"
@@ -107,6 +111,8 @@ def check_index_header(path: Path, content: bytes, width: int) -> None:
         raise UserError(f"the index {path} has no vectors in it{'' if trained else ' and is not trained'}: {more}")
     if rows < 0 or rows * width * 4 > len(content):
         raise UserError(f"the index {path} is cut: {len(content):,} bytes, but {rows:,} vectors of {width} numbers need more")
+    if len(content) > 3 * rows * width * 4 + ROOM_FOR_LISTS:
+        raise UserError(f"the index {path} is damaged: {len(content):,} bytes for {rows:,} vectors of {width} numbers")
     if metric != 1:
         raise UserError(f"the index {path} compares by another measure than distance (faiss's metric {metric}, not L2)")
 
