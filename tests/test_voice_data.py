@@ -288,10 +288,11 @@ def test_of_two_recordings_the_short_one_is_held_out(tmp_path):
         assert {c.recording for c in split_clips(clips, seed, tmp_path, Faults())["val"]} == {"short"}
 
 
-def test_every_speaker_is_held_out_of(tmp_path):
+def test_every_speaker_is_held_out_of(tmp_path, capsys):
     clips = [clip(f"{s}_{r}", n, speaker=s) for s in range(3) for r in range(4) for n in range(3)]
     splits = split_clips(clips, 0, tmp_path, Faults())
     assert {c.speaker for c in splits["train"]} == {c.speaker for c in splits["val"]} == {0, 1, 2}
+    assert "of 4 recordings, chosen by seed 0 (of each of 3 voices)" in capsys.readouterr().out
 
 
 def test_of_a_single_recording_the_end_is_held_out_and_a_single_clip_is_both(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Which clips are trained on and which are held out: whole recordings, of every speaker, and not too much of few."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from common.runtime import say
@@ -31,23 +31,24 @@ def hold_out_clips(clips: list, seed: int, where: Path) -> tuple[list, list]:
 
     Of one long recording its end; a single clip is trained on and validated on.
     """
-    chosen, said = set(), {}  # indices of clips; a dict for its order
+    chosen, said = set(), Counter()  # indices of clips; of how many speakers something is said
     for speaker in sorted({clip.speaker for clip in clips}):
         own = [index for index, clip in enumerate(clips) if clip.speaker == speaker]
         names = hold_out_recordings([clips[index] for index in own], seed)
         if names:
             chosen |= {index for index in own if clips[index].recording in names}
             every = len({clips[index].recording for index in own})
-            said[f"{len(names)} of {every} recordings, chosen by seed {seed}"] = True
+            said[f"{len(names)} of {every} recordings, chosen by seed {seed}"] += 1
         elif len(own) > 1:
             last = own[-max(1, len(own) // HELD_OUT) :]
             chosen |= set(last)
-            said[f"the last {len(last)} of {len(own)} clips of the only recording, so that the metrics flatter"] = True
+            said[f"the last {len(last)} of {len(own)} clips of the only recording, so that the metrics flatter"] += 1
     if not chosen:
         many = "one clip" if len(clips) == 1 else "one clip of each voice"
         say(f"{where} is {many}: what is trained on is validated on, and the metrics tell of nothing else")
         return clips, clips
-    say(f"no validation split in {where}; it becomes {'; '.join(said)}")
+    parts = [f"{text} (of each of {voices} voices)" if voices > 1 else text for text, voices in said.items()]
+    say(f"no validation split in {where}; it becomes {'; '.join(parts)}")
     return tuple([clip for index, clip in enumerate(clips) if (index in chosen) is side] for side in (False, True))
 
 
