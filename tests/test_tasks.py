@@ -185,8 +185,8 @@ def test_two_processes_do_what_one_does(task, method):
     before, expected = (without(s["metrics"]["before"], task.by_batch) for s in (summary, whole.summary))
     same_numbers(before, expected, 1e-5)
     if task.exact_in_two:
-        assert train_losses(folder) == pytest.approx(train_losses(whole.folder), rel=1e-5)
-        same_numbers(summary["metrics"]["final"], whole.summary["metrics"]["final"], 1e-4)
+        assert train_losses(folder) == pytest.approx(train_losses(whole.folder), rel=task.rounding)
+        same_numbers(summary["metrics"]["final"], whole.summary["metrics"]["final"], 10 * task.rounding)
 
 
 @both
@@ -207,11 +207,12 @@ def test_a_run_starts_from_the_weights_of_another(task, method):
 
 
 def train_losses(folder):
-    """The mean loss of each epoch; from the second on they tell of what was learned before."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["train_loss"] for record in records if record.get("train_loss") is not None]
-    assert len(losses) == EPOCHS
-    return losses
+    """The mean losses of each epoch; from the second on they tell of what was learned before."""
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"epoch"' in line]
+    losses = [{name: value for name, value in record.items() if name.startswith("train_loss")} for record in epochs]
+    found = [value for record in losses for value in record.values() if value is not None]
+    assert found and len(found) % EPOCHS == 0
+    return found
 
 
 def no_memory(*_, **__):

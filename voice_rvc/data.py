@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from common.batches import EvalBatches, LengthBatches, build_loader
+from common.batches import EvalBatches, LengthBatches, build_loader, seeded
 from common.config import UserError
 from common.folders import make_once
 from common.runtime import from_main, in_time, process_index, say
@@ -27,6 +27,8 @@ from spectrum import spectrogram
 from splits import split_clips
 
 HERE = Path(__file__).resolve().parent
+# What of a batch the model gets in training, in the order of Synthesizer.forward.
+MODEL_INPUTS = ("phone", "lengths", "pitch", "f0", "spec", "sid", "noise", "source", "start")
 
 # ---- what a folder holds ---------------------------------------------------------------------------------------------
 
@@ -123,10 +125,11 @@ def prepare_once(found: Found, recordings: list[Recording], speakers: list[str],
 
 class VoiceData(torch.utils.data.Dataset):
     """Item (epoch, index) -> a whole clip, T frames of 10 ms: {"wave" (T, hop), "phone" (T, C), "f0" (T,) Hz, 0 unvoiced,
-    "pitch" (T,) 1..255, "spec" (T, F), "sid", "index"}.
+    "pitch" (T,) 1..255, "spec" (T, F), "noise" (T, inter), "source" (S, hop), "start" (), "sid", "index"}.
 
-    clips: see prepared.Clip. cache: of load_rows. Nothing is random; where a training clip turns out to be bad, another takes
-    its place, as a function of (seed, epoch, index).
+    clips: see prepared.Clip. cache: of load_rows. noise, source and start are all that is random in a training step: see
+    Synthesizer.forward. They are functions of (seed, epoch, index), so that several processes draw what one would; so is which
+    clip takes the place of a training clip that turns out to be bad.
     """
 
     def __init__(self, clips: list, cache: SampleCache, voice, seed: int = 0):
@@ -149,13 +152,20 @@ class VoiceData(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         chosen, rows = first_readable(self, self.cache.__getitem__, index, self.seed, epoch)
-        wave, content, f0, spec = columns(rows, self.voice.config)
+        config = self.voice.config
+        wave, content, f0, spec = columns(rows, config)
+        with seeded(self.seed, epoch, index):
+            noise, source = torch.randn(len(f0), config.inter_channels), torch.randn(config.segment_frames, config.hop)
+            start = torch.rand(())
         return {
             "phone": torch.tensor(content),
             "f0": torch.tensor(f0),
             "pitch": torch.from_numpy(coarse_pitch(f0)),
             "spec": torch.tensor(spec),
             "wave": torch.tensor(wave),
+            "noise": noise,
+            "source": source,
+            "start": start,
             "sid": self.clips[chosen].speaker,
             "index": index,
         }
@@ -176,12 +186,15 @@ def columns(rows: np.ndarray, config) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 def collate(items: list[dict]) -> dict:
     """Items -> a batch, padded with zeros at the end: wave (B, T * hop), phone (B, T, C), f0, pitch (B, T), spec (B, F, T);
-    lengths (B,) in frames, sid, index (B,)."""
-    padded = ("phone", "f0", "pitch", "spec", "wave")
+    noise (B, inter, T), source (B, 1, S * hop), start (B,); lengths (B,) in frames, sid, index (B,)."""
+    padded = ("phone", "f0", "pitch", "spec", "wave", "noise")
     batch = {key: pad_sequence([item[key] for item in items], batch_first=True) for key in padded}
     return batch | {
         "wave": batch["wave"].flatten(1),
         "spec": batch["spec"].transpose(1, 2),
+        "noise": batch["noise"].transpose(1, 2),
+        "source": torch.stack([item["source"].reshape(1, -1) for item in items]),
+        "start": torch.stack([item["start"] for item in items]),
         "lengths": torch.tensor([len(item["f0"]) for item in items]),
         "sid": torch.tensor([item["sid"] for item in items]),
         "index": torch.tensor([item["index"] for item in items]),

@@ -5,7 +5,7 @@ speaker), enc_q (spectrogram -> latent; for training alone), flow (latent <-> la
 wave), emb_g (a row for each speaker). B clips, T frames of 10 ms, hop samples a frame. Architecture: VITS (arXiv:2106.06103)
 with HiFi-GAN's decoder (2010.05646) driven by a harmonic source (NSF, 1904.12088), as RVC v2 arranges them.
 
-All random numbers come from torch's global generator.
+Random numbers that are not given come from torch's global generator.
 """
 
 import math
@@ -321,28 +321,35 @@ class Synthesizer(nn.Module):
         """(B,) rows -> g (B, gin, 1)."""
         return self.emb_g(sid).unsqueeze(-1)
 
-    def forward(self, phone, lengths, pitch, f0, spec, sid) -> TrainOutput:
+    def forward(self, phone, lengths, pitch, f0, spec, sid, noise=None, source=None, start=None) -> TrainOutput:
         """A training step's outputs: phone (B, T, C), lengths and sid (B,), pitch and f0 (B, T) or None, spec (B, F, T).
 
         The decoder gets a random slice of segment_frames of each clip, the whole of a shorter one. enc_q, where frozen, is
         not differentiated: the speaker's row then learns by flow and dec, which is what a conversion uses it for.
+
+        What is random: noise (B, inter, T) of the posterior's sample and source (B, 1, S * hop) of the decoder, standard normal;
+        start (B,), where each slice is, from 0 to 1. None: drawn here.
         """
         mask, g = sequence_mask(lengths, phone.shape[1]), self.speaker(sid)
         m_p, logs_p = self.enc_p(phone, pitch, mask)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.enc_q.parameters())):
-            z, m_q, logs_q = self.posterior(spec, mask, g)
+            z, m_q, logs_q = self.posterior(spec, mask, g, noise)
         z_p = self.flow(z, mask, g)
         frames = min(self.config.segment_frames, z.shape[-1])
-        starts = (torch.rand(len(lengths), device=z.device) * (lengths - frames + 1).clamp(min=1)).long()
+        start = torch.rand(len(lengths), device=z.device) if start is None else start
+        starts = (start * (lengths - frames + 1).clamp(min=1)).long()
         cut = starts[:, None] + torch.arange(frames, device=z.device)  # (B, S)
-        wave = self.dec(take_frames(z, cut), None if f0 is None else f0.gather(1, cut), g)
+        if source is not None:
+            source = Excitation(noise, source[..., : frames * self.config.hop], torch.zeros_like(start))
+        wave = self.dec(take_frames(z, cut), None if f0 is None else f0.gather(1, cut), g, source)
         wave = wave * take_frames(mask, cut).repeat_interleave(self.config.hop, dim=-1)
         return TrainOutput(wave, starts, mask, z_p, m_p, logs_p, m_q, logs_q)
 
-    def posterior(self, spec, mask, g):
+    def posterior(self, spec, mask, g, noise=None):
         """A sample of the latent of a spectrogram, and what it was drawn from: z, m, logs (B, inter, T)."""
         m, logs = self.enc_q(spec, mask, g)
-        return (m + torch.randn_like(m) * logs.exp()) * mask, m, logs
+        noise = torch.randn_like(m) if noise is None else noise
+        return (m + noise * logs.exp()) * mask, m, logs
 
     def infer(self, phone, lengths, pitch, f0, sid, noise: float = NOISE, excitation: Excitation | None = None):
         """Conversion: content, pitch and speaker -> wave (B, 1, T * hop). noise: standard deviations' share of randomness."""

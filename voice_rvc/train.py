@@ -46,7 +46,7 @@ def main(argv=None):
     from common.lora import count_parameters
     from common.optim import build_optimizer
     from common.run import Run
-    from data import build_loaders, find_voice
+    from data import MODEL_INPUTS, build_loaders, find_voice
     from losses import BETAS, disc_loss, gen_losses, real_slice
     from metrics import evaluate
     from model import (
@@ -87,7 +87,7 @@ def main(argv=None):
         for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader, sounds / "before")):
             model.train()
             for batch in run.batches(train_loader, epoch):
-                out = model(*(batch[key] for key in ("phone", "lengths", "pitch", "f0", "spec", "sid")))
+                out = model(*(batch[key] for key in MODEL_INPUTS))
                 real = real_slice(batch["wave"], out, voice.config)
                 if gan:  # first the discriminator learns to tell made from real, then the model to deceive it
                     disc, disc_optimizer, disc_scheduler = gan
