@@ -318,12 +318,12 @@ def test_a_training_folder_without_a_voice_is_told_so(model, tmp_path):
 def test_a_content_model_is_not_fetched_because_a_file_names_it(model, tmp_path, monkeypatch):
     """Only those that all voices use; any other where --content names it."""
     from content import load_content
-    from data import choose_content
+    from data import check_content
 
     monkeypatch.setattr("huggingface_hub.HfApi", None)  # no question is asked
     _, voice, _ = load_base(str(saved(tmp_path / "a.pth", rvc_file(model, embedder_model="nobody/of-this-name"))))
     assert not voice.content_is_known
-    for load in (lambda: load_content(voice.content, download=voice.content_is_known), lambda: choose_content("", voice)):
+    for load in (lambda: load_content(voice.content, download=voice.content_is_known), lambda: check_content(voice, named=False)):
         with pytest.raises(UserError, match="only where --content names it"):
             load()
     _, voice, _ = load_base(str(saved(tmp_path / "b.pth", rvc_file(model, embedder_model="contentvec"))))

@@ -70,15 +70,18 @@ def find_voice(data_dir: str, speakers: str, seed: int) -> Found:
     return found
 
 
-def read_clips(found: Found, voice) -> tuple[list, list[str], str]:
-    """(clips, names of the speakers, format) of what was found for a voice; sound is prepared on the way: see prepared.Clip."""
+def read_clips(found: Found, voice, named: bool = False) -> tuple[list, list[str], str]:
+    """(clips, names of the speakers, format) of what was found for a voice; sound is prepared on the way: see prepared.Clip.
+
+    named: whether the user named the content model, so that it may be fetched (check_content).
+    """
     if found.kind == "prepared":
         clips, speakers = open_prepared(found.folder, voice)
         layout = "prepared"
     elif found.kind == "experiment":
-        clips, speakers, layout = read_or_prepare(found, voice)
+        clips, speakers, layout = read_or_prepare(found, voice, named)
     else:
-        clips, speakers, layout = prepare_once(found, found.recordings, found.speakers, voice), found.speakers, "audio"
+        clips, speakers, layout = prepare_once(found, found.recordings, found.speakers, voice, named), found.speakers, "audio"
     if found.one_voice and len(speakers) > 1:
         clips, speakers = [replace(clip, speaker=0) for clip in clips], [found.folder.name]
     least = voice.config.segment_frames  # a shorter clip teaches nothing that others do not, and breaks what sees a segment
@@ -88,26 +91,26 @@ def read_clips(found: Found, voice) -> tuple[list, list[str], str]:
     return [clip for clip in clips if clip.frames >= least], speakers, layout
 
 
-def read_or_prepare(found: Found, voice) -> tuple[list, list[str], str]:
+def read_or_prepare(found: Found, voice, named: bool) -> tuple[list, list[str], str]:
     """As read_clips, of an experiment folder. Where its features are for another kind of voice, its slices are prepared anew."""
     try:
         clips, speakers, facts = read_experiment(found.folder, voice, found.faults)
     except Unfit as reason:
         say(f"{found.folder.name}: {reason}; its slices are prepared anew, as recordings are")
         recordings, speakers = slices_as_recordings(found.folder, found.faults)
-        return prepare_once(found, recordings, speakers, voice), speakers, "audio"
+        return prepare_once(found, recordings, speakers, voice, named), speakers, "audio"
     content = facts["content"]
     if content and f"hubert:{CONTENT_MODELS.get(content, content)}" != voice.content:
         say(f"{found.folder.name} has content features of {content}, the voice takes those of {voice.content}: do they agree?")
     return clips, speakers, facts["program"]
 
 
-def prepare_once(found: Found, recordings: list[Recording], speakers: list[str], voice) -> list:
+def prepare_once(found: Found, recordings: list[Recording], speakers: list[str], voice, named: bool) -> list:
     """prepared.prepare on the main process, its clips and what it faults on all."""
-
     folder = prepared_folder(found.folder)
 
     def make():
+        check_content(voice, named)
         faults = Faults()
         with faults:
             return prepare(recordings, voice, folder, 0, faults, speakers=speakers), faults
@@ -234,7 +237,7 @@ def build_loaders(config, voice, found: Found):
     voice = replace(voice, content=choose_content(config.content, voice), f0_method=config.f0_method)
     limit, faults = cache_limit(config.cache), found.faults
     with faults:
-        clips, speakers, layout = read_clips(found, voice)
+        clips, speakers, layout = read_clips(found, voice, bool(config.content))
         splits = split_clips(clips, config.seed, found.folder, faults)
         if "train" not in splits:
             raise UserError(f"{found.name} has no training split; it has {', '.join(splits) or 'no clip that can be used'}")
@@ -282,8 +285,6 @@ def choose_content(named: str, voice) -> str:
 
     A base knows no other content than that which it was trained on.
     """
-    if not named and voice.content != "dsp":
-        hubert_folder(voice.content.removeprefix("hubert:"), voice.content_is_known)  # no hub name on a file's word alone
     if not named or named == voice.content:
         return voice.content
     if "dsp" in (named, voice.content):
@@ -291,6 +292,12 @@ def choose_content(named: str, voice) -> str:
         return voice.content
     say(f"content: {named}; the base was trained on {voice.content}, and knows no other unless these are the same model")
     return named
+
+
+def check_content(voice, named: bool) -> None:
+    """UserError where the voice's content model would have to be fetched on a file's word alone. named: the user named it."""
+    if voice.content != "dsp":
+        hubert_folder(voice.content.removeprefix("hubert:"), named or voice.content_is_known)
 
 
 def f0_medians(clips: list, facts: list, speakers: list[str]) -> dict[str, float]:

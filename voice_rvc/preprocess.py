@@ -87,7 +87,7 @@ def voice_of_run(config: Config):
     """What the recordings are prepared for: rate, content and F0 method. UserError where the base is not there."""
     from dataclasses import replace
 
-    from data import choose_content
+    from data import check_content, choose_content
     from f0 import choose_f0
     from model import Voice, load_base
     from synthesizer import VoiceConfig
@@ -99,7 +99,9 @@ def voice_of_run(config: Config):
             architecture = replace(architecture, content_width=13)
         return Voice(architecture, config.content, f0_method)
     _, voice, _ = load_base(config.model)
-    return replace(voice, content=choose_content(config.content, voice), f0_method=f0_method)
+    voice = replace(voice, content=choose_content(config.content, voice), f0_method=f0_method)
+    check_content(voice, bool(config.content))
+    return voice
 
 
 def as_it_is(found, voice):
