@@ -1,12 +1,10 @@
 """A voice as a model: where bases come from, speakers' rows, where adapters go, saving and loading; its discriminator."""
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common.bases import (
     base_source,
@@ -20,10 +18,8 @@ from common.bases import (
 from common.checkpoint import check_holds, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError, shown
 from common.folders import best_of
-from common.lora import LoRAConfig, adaptable_layers, inject_lora, match_modules
-from common.peft_adapters import PATTERN_SECONDS
-from common.runtime import say, time_limit
-from common.trial import freeze_unused, in_short
+from common.own_adapters import add_own_adapter
+from common.runtime import say
 from discriminator import SMALL_PERIODS, V1_PERIODS, V2_PERIODS, Discriminator
 from layers import to_old_names
 from synthesizer import Synthesizer, VoiceConfig
@@ -249,64 +245,11 @@ def discriminator_file(name: str, base: str) -> Path | None:
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 
-def lora_targets(model: Synthesizer, which: str, r: int = 1) -> list[str]:
-    """Full names of the layers that get adapters; none with r = 0.
-
-    which: a name of LORA_PRESETS, or a regular expression for full names or their ends. Layers on which an adapter could learn
-    nothing are left out, and named. UserError where nothing is hit, with what there is.
-    """
-    if not r:
-        return []
-    layers = {name: layer for name, layer in adaptable_layers(model).items() if not isinstance(layer, nn.Embedding)}
-    slow = f"--lora_targets: no layers found by {which!r} within {PATTERN_SECONDS} seconds; a simpler pattern is needed"
-    try:
-        with time_limit(PATTERN_SECONDS, slow):
-            names = list(match_modules("--lora_targets", LORA_PRESETS.get(which, [which]), layers, model))
-    except re.error as error:
-        raise UserError(f"--lora_targets is no valid regular expression: {error}") from None
-    idle = freeze_unused(model, answer, (VOICE_ROWS,), names)
-    if len(idle) == len(names):
-        raise UserError(f"--lora_targets {which}: no loss depends on {in_short(idle)}, so adapters there would learn nothing")
-    if idle:
-        say(f"left out: no loss depends on {in_short(idle)}")
-    return [name for name in names if name not in idle]
-
-
 def add_lora(model: Synthesizer, config) -> Synthesizer:
     """The model with adapters as config.lora_* ask for, frozen but for these and the speakers' rows, which train whole."""
-    if config.lora_last_k or config.frozen_dtype != "fp32":
-        raise UserError("--lora_last_k and --frozen_dtype are not for voices: --lora_targets chooses, and weight_norm wants fp32")
-    names = set(lora_targets(model, config.lora_targets, config.lora_r))
-    model.whole = (VOICE_ROWS,)
-    if not names:
-        model.requires_grad_(False).emb_g.requires_grad_(True)
-        return model
-
-    def chosen(name, _layer):
-        return name in names
-
-    chosen.__name__ = config.lora_targets
-    lora = LoRAConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=chosen,
-        rank_pattern=read_ranks(config.lora_rank_pattern),
-        modules_to_save=[VOICE_ROWS],
-    )
-    inject_lora(model, lora)
-    return model
-
-
-def read_ranks(text: str) -> dict[str, int]:
-    """--lora_rank_pattern: "ups=12,resblocks=4" -> {"ups": 12, "resblocks": 4}. UserError for anything else."""
-    ranks = {}
-    for part in filter(None, text.replace(" ", "").split(",")):
-        name, equals, rank = part.rpartition("=")
-        if not (equals and name and rank.isascii() and rank.isdigit() and len(rank) < 6):
-            raise UserError(f"--lora_rank_pattern: {shown(part)} is no name=rank, as in ups=12,resblocks=4")
-        ranks[name] = int(rank)
-    return ranks
+    if config.lora_last_k:
+        raise UserError("--lora_last_k is not for voices, whose layers are not one after the other: --lora_targets chooses")
+    return add_own_adapter(model, config, LORA_PRESETS, (VOICE_ROWS,), answer)
 
 
 def answer(model: Synthesizer) -> torch.Tensor:
