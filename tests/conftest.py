@@ -27,7 +27,8 @@ DETECTION = ROOT / "image_tasks" / "detection"
 POSE = ROOT / "image_tasks" / "pose"
 CLIP = ROOT / "fine_tuning"
 VOICE = ROOT / "voice_rvc"
-FOLDERS = (CLASSIFICATION, DETECTION, POSE, CLIP, VOICE)
+MEDICAL = ROOT / "medical_sam3d"
+FOLDERS = (CLASSIFICATION, DETECTION, POSE, CLIP, VOICE, MEDICAL)
 
 sys.path.insert(0, str(ROOT))
 # For this process and the ones it starts, before torch is imported: one thread, no network.
