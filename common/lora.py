@@ -93,11 +93,15 @@ TARGET_PRESETS = {  # "all": whatever there is a LoRA layer for
 }
 
 
-def register_lora_layer(base_type: type, lora_type: type) -> None:
-    """Lets inject_lora adapt layers of a task's own, such as a sparse convolution. Not those of subclasses of base_type."""
+def register_lora_layer(base_type: type, lora_type: type) -> type:
+    """Lets inject_lora adapt layers of a task's own, such as a sparse convolution. Not those of subclasses of base_type.
+
+    Returns lora_type: `@partial(register_lora_layer, SparseConv)` above its class registers it where it stands.
+    """
     if not issubclass(lora_type, LoRALayer):
         raise TypeError(f"{lora_type.__name__} is no LoRALayer")
     LORA_TYPES[base_type] = lora_type
+    return lora_type
 
 
 # On and off a model ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ TORSO = rf"{ATTENTION}|decoder\.blocks\.\d+\.mlp\.mlp\.[02]"
 LORA_PRESETS = {
     "attention": ATTENTION,
     "default": TORSO,
-    "all": rf"{TORSO}|decoder\.upsample\.\d+\.(out_layers\.[03]|skip_connection)",
+    "all": rf"{TORSO}|decoder\.upsample\.\d+\.(out_layers\.[03]|skip_connection)\.conv",
 }
 
 
