@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.samples import BadFile
 from distance import signed_distance
 
 MIN_VOXELS = 200  # fewer tell no shape
@@ -16,7 +17,7 @@ LARGE_PART = 0.1  # of the voxels, from which on a part that is dropped may be a
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))  # where the RAS axes start and end
 
 
-class BadOrgan(ValueError):
+class BadOrgan(BadFile):
     """What keeps an organ from being used, "fault, detail" on one line, without the name of the case."""
 
 

@@ -1,0 +1,217 @@
+"""Organs as a decoder trains on them, kept on disk: cropped, with signed distances and their image.
+
+    items = prepare(cases, prepared_folder(data_dir), workers=0, faults=faults)
+    organ = items[0].load()
+
+An organ is in a file named by the hash of its mask's and image's bytes and of all settings, written whole or not at all: so what
+is there is never prepared twice and never taken for other data, and a stopped run goes on where it was. prepared.json in the
+folder, written last, makes it one that train takes as it is.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cases import Case
+from common.checkpoint import read_json, sha256_of, write_json
+from common.config import UserError
+from common.folders import one_at_a_time
+from common.runtime import cores
+from common.samples import Faults, attempt
+from common.scan import user_cache
+from organs import Organ
+from preparing import EMPTY, PREPARED_FORMAT, Job, Preparation, known_facts, organ_file, organ_key, prepare_cases, read_organ
+
+PREPARED = "prepared.json"
+SOURCES = "sources.json"  # path -> [bytes and time of the last change, digest]: what is unchanged is not read again
+
+
+@dataclass(frozen=True)
+class Item:
+    """An organ of a case, ready to train on."""
+
+    name: str  # case/organ
+    case: str
+    organ: str
+    label: int
+    patient: str  # whose organs stay on one side of a split; scans that are copies of each other are of one patient
+    split: str | None  # train, val or test, as the data set says
+    path: Path
+
+    def load(self) -> Organ:
+        """BadFile where the file is damaged or gone."""
+        return read_organ(self.path)
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------------
+
+
+def prepared_folder(data_dir) -> Path:
+    """Where the organs of a data folder are kept if nobody names a place: in the user's cache, the same for every script."""
+    place = Path(data_dir).expanduser().resolve()
+    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    try:
+        return user_cache() / "medical" / f"{place.name[:60]}-{digest}"
+    except RuntimeError:
+        raise UserError("there is no home folder to keep prepared organs in: name one by LORA_WORKSHOP_CACHE") from None
+
+
+def is_prepared(folder) -> bool:
+    return (Path(folder) / PREPARED).is_file()
+
+
+def open_prepared(folder) -> tuple[list[Item], dict]:
+    """(items, what prepared.json says beside them: settings, left_out, notes) of a folder that preprocess.py wrote."""
+    folder = Path(folder)
+    about = read_json(folder / PREPARED)
+    if not (isinstance(about, dict) and about.get("finished") is True and about.get("format") == PREPARED_FORMAT):
+        raise UserError(f"{folder} was not prepared to the end, or by another version: run preprocess.py on its volumes again")
+    try:
+        entries = [(entry, *(entry[key] for key in ("case", "organ", "label", "patient", "split"))) for entry in about["organs"]]
+        items = [Item(f"{fields[0]}/{fields[1]}", *fields, organ_file(folder, Path(e["key"]).name)) for e, *fields in entries]
+    except (KeyError, TypeError):
+        raise UserError(f"{folder / PREPARED} is damaged: run preprocess.py again") from None
+    if damaged := next((item.name for item in items if known_facts(folder, item.path.stem) is None), None):
+        raise UserError(f"{folder}: the file of {damaged} is damaged or gone; run preprocess.py again")
+    return items, about
+
+
+# ---- all cases -------------------------------------------------------------------------------------------------------------
+
+
+def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation: Preparation | None = None) -> list[Item]:
+    """The organs of cases, in their order; only those that the folder does not have are made, by `workers` processes (0: cores).
+
+    faults is told what was left out and what is worth knowing. UserError where nothing is left; the folder is then none that
+    train takes.
+    """
+    folder = Path(folder)
+    job = Job(folder, preparation or Preparation())
+    folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder / "organs"):
+        write_json(folder / PREPARED, {"format": PREPARED_FORMAT, "finished": False})
+        digests = digests_of(cases, folder)
+        keys = [keys_of(case, digests, job.preparation) for case in cases]
+        found = facts_of_all(cases, keys, job, workers)
+        left_out, told = [], Faults()
+        for case, facts in zip(cases, found, strict=True):
+            left_out += faults_of_case(case, facts)
+            note_case(case, facts, told)
+        kept = [
+            {"case": case.name, "organ": organ, "label": label, "patient": case.patient, "split": case.split}
+            | {"key": keys[number][organ], "image": case.image and digests.get(case.image)}
+            for number, case in enumerate(cases)
+            for organ, _, label in case.masks
+            if not found[number][organ]["fault"]
+        ]
+        if not kept:
+            (folder / PREPARED).unlink()
+            first = "; the first, {name}: {fault}".format(**left_out[0]) if left_out else ""
+            raise UserError(f"no organ to train on in {len(cases)} cases{first}")
+        for entry in left_out:
+            faults.add_error(entry["fault"], entry["name"])
+        unite_copies(kept, told)
+        for note, places in told.notes.items():
+            faults.notes[note] += places
+        about = {"format": PREPARED_FORMAT, "finished": True, "settings": asdict(job.preparation), "organs": kept}
+        write_json(folder / PREPARED, about | {"left_out": left_out, "notes": dict(told.notes)})
+    return open_prepared(folder)[0]
+
+
+def digests_of(cases: list[Case], folder: Path) -> dict[Path, str]:
+    """A digest of each file of the cases, or its path where it cannot be read. Unchanged files are not read again."""
+    paths = dict.fromkeys(path for case in cases for path in (case.image, *(mask for _, mask, _ in case.masks)) if path)
+    try:
+        known = read_json(folder / SOURCES)
+    except UserError:  # there is none yet, or somebody else wrote it
+        known = {}
+    known = known if isinstance(known, dict) else {}
+
+    def digest(path):
+        stamps, fault, _ = attempt(stamps_of, path)
+        if known.get(str(path)) and not fault and known[str(path)][:-1] == stamps:
+            return known[str(path)]
+        digests, _, _ = attempt(lambda: [sha256_of(part) for part in parts_of(path)])
+        return [*stamps, "+".join(digests)] if digests and not fault else [str(path)]
+
+    with ThreadPoolExecutor(cores()) as pool:
+        entries = dict(zip(paths, pool.map(digest, paths), strict=True))
+    write_json(folder / SOURCES, {str(path): entry for path, entry in entries.items() if len(entry) > 1})
+    return {path: entry[-1] for path, entry in entries.items()}
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files of a volume: one, or header and voxels of a pair."""
+    pair = {".hdr": ".img", ".img": ".hdr"}.get(path.suffix.lower())
+    return [path, *(other for other in [path.with_suffix(pair)] if other.is_file())] if pair else [path]
+
+
+def stamps_of(path: Path) -> list[int]:
+    """Bytes and time of the last change, in ns, of each file of a volume."""
+    return [number for part in parts_of(path) for number in (os.stat(part).st_size, os.stat(part).st_mtime_ns)]
+
+
+def keys_of(case: Case, digests: dict[Path, str], preparation: Preparation) -> dict[str, str]:
+    """Organ -> the name of its file."""
+    image = digests.get(case.image, "")
+    return {organ: organ_key(digests[mask], image, label, case.modality, preparation) for organ, mask, label in case.masks}
+
+
+def facts_of_all(cases: list[Case], keys: list[dict[str, str]], job: Job, workers: int) -> list[dict[str, dict]]:
+    """Organ -> facts, for each case: what the folder has, and prepare_cases of the rest."""
+    found = [{organ: known_facts(job.folder, key) for organ, key in of_case.items()} for of_case in keys]
+    tasks = []
+    for case, of_case, facts in zip(cases, keys, found, strict=True):
+        tasks.append((case, {organ: key for organ, key in of_case.items() if facts[organ] is None}))
+    todo = [number for number, (_, missing) in enumerate(tasks) if missing]
+    if todo:
+        for number, made in zip(todo, prepare_cases([tasks[number] for number in todo], job, workers), strict=True):
+            found[number] |= made
+    return found
+
+
+def faults_of_case(case: Case, facts: dict[str, dict]) -> list[dict]:
+    """[{"name", "fault"}]: once for the case where all of its organs have one fault, else for each organ.
+
+    An organ without a voxel is no fault where the case has others: most scans show some organs only.
+    """
+    faults = {organ: noted["fault"] for organ, noted in facts.items()}
+    if len(set(faults.values())) == 1:
+        return [{"name": case.name, "fault": fault} for fault in set(faults.values()) if fault]
+    faults = {organ: fault for organ, fault in faults.items() if fault and not fault.startswith(EMPTY)}
+    return [{"name": f"{case.name}/{organ}", "fault": fault} for organ, fault in faults.items()]
+
+
+def note_case(case: Case, facts: dict[str, dict], told: Faults) -> None:
+    """What is worth knowing of the organs of a case that are used: of its files once, of each organ by its name."""
+    used = {organ: noted for organ, noted in facts.items() if not noted["fault"]}
+    if used and (absent := sum(noted["fault"].startswith(EMPTY) for noted in facts.values())):
+        told.note("organs that a mask is there for, but no voxel", f"{case.name} ({absent})")
+    for organ, noted in used.items():
+        for text in noted["notes"]:
+            note, _, detail = text.partition(", ")
+            everywhere = all(text in other["notes"] for other in used.values())
+            name = case.name if everywhere or len(facts) == 1 else f"{case.name}/{organ}"
+            where = f"{name} ({detail})" if detail else name
+            if where not in told.notes[note]:
+                told.note(note, where)
+
+
+def unite_copies(kept: list[dict], told: Faults) -> None:
+    """Scans that are there twice, byte for byte, get one patient: else one would be trained on and its copy validated on.
+
+    Copies have the same image, or where there are none the same organ.
+    """
+    first = {}  # digest -> (patient, case) that had it first
+    for entry in kept:
+        patient, case = first.setdefault(entry["image"] or entry["key"], (entry["patient"], entry["case"]))
+        if case != entry["case"]:
+            place = f"{entry['case']} is {case}"
+            if place not in told.notes["scan that is there twice, counted to one patient"]:
+                told.note("scan that is there twice, counted to one patient", place)
+        if patient != entry["patient"]:
+            old = entry["patient"]
+            for other in kept:
+                other["patient"] = patient if other["patient"] == old else other["patient"]
