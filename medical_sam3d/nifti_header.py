@@ -9,10 +9,17 @@ from common.samples import BadFile
 LARGEST = 2**29  # voxels of a volume: 512 x 512 x 2048
 FARTHEST = 1e6  # mm from the scanner's centre; and the largest voxel is a thousandth of it
 SHEAR = 1e-3  # cosine between two axes that is still a right angle: float32 rounds those of tilted scans to about 2e-4
-UNITS = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # the code in xyzt_units, and mm in one; any other is mm
+UNITS_OF_LENGTH = {1: ("metres", 1000.0), 3: ("micrometres", 0.001)}  # the code in xyzt_units, and mm in one; any other is mm
 STORED = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-NOT_READ = {1: "single bits", 32: "complex numbers", 128: "RGB colours", 1536: "128-bit floats", 1792: "complex numbers"}
-NOT_READ |= {2048: "complex numbers", 2304: "RGBA colours"}
+NOT_READ = {
+    1: "single bits",
+    32: "complex numbers",
+    128: "RGB colours",
+    1536: "128-bit floats",
+    1792: "complex numbers",
+    2048: "complex numbers",
+    2304: "RGBA colours",
+}
 # The first bytes of what is found under a NIfTI's name.
 SIGNATURES = {
     b"PK\3\4": "a zip archive: unpack it",
@@ -267,7 +274,7 @@ def check_affine(affine: np.ndarray, form: str) -> None:
 
 def scale_of_units(header, affine: np.ndarray, notes: list[str]) -> float:
     """mm in the unit that the header names; metres and micrometres are believed where voxels are then of a size that exists."""
-    name, scale = UNITS.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
+    name, scale = UNITS_OF_LENGTH.get(int(header["xyzt_units"]) & 7, ("mm", 1.0))
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if scale == 1:
         return 1.0

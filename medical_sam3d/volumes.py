@@ -21,7 +21,7 @@ from common.config import UserError
 from common.sample_cache import free_memory
 from nifti_header import BadVolume, Geometry, Stored, in_bytes, open_header, parse_header
 
-ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")  # of the file with the header; in any case of the letters
+VOLUME_ENDINGS = (".nii", ".nii.gz", ".hdr", ".hdr.gz")  # of the file with the header; in any case of the letters
 PIECE = 2**21  # voxels that are read at a time
 TRAILING = 2**28  # bytes after the voxels that are still passed over
 DEEPEST = 1040  # gzip makes no file smaller than by this factor
@@ -36,7 +36,7 @@ HU_WINDOW = (-1000.0, 1000.0)
 
 def volume_stem(name: str) -> str:
     """The name of a volume file without its ending: "case.v2.1" of case.v2.1.NII.GZ; all of it where there is no such ending."""
-    ending = max((end for end in (*ENDINGS, ".img", ".img.gz") if name.lower().endswith(end)), key=len, default="")
+    ending = max((end for end in (*VOLUME_ENDINGS, ".img", ".img.gz") if name.lower().endswith(end)), key=len, default="")
     return name[: len(name) - len(ending)]
 
 
