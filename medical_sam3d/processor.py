@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import torch
 
 from common.checkpoint import read_json, write_json
 from common.config import Range, UserError, check_ranges, convert, field_kinds, shown
@@ -184,31 +185,33 @@ def grid_points(places: np.ndarray) -> np.ndarray:
 
 
 def look_up(volume: np.ndarray, points: np.ndarray, affine: np.ndarray, frame: Frame, away: bool = False) -> np.ndarray:
-    """A volume (X, Y, Z), trilinearly, at points (..., 3) of the cube: (...,) float32.
+    """A volume (X, Y, Z) float32, trilinearly, at points (..., 3) of the cube: (...,) float32.
 
     Outside of the volume its border counts; with `away`, for signed distances, this much and the way to it in mm.
     """
-    from scipy.ndimage import map_coordinates
-
-    matrix = frame.to_voxel(affine)
+    matrix, last = frame.to_voxel(affine), np.array(volume.shape, np.float32) - 1
     places = points.reshape(-1, 3) @ matrix[:, :3].T + matrix[:, 3]
-    nearest = places.clip(0, np.array(volume.shape) - 1)
-    values = map_coordinates(volume, nearest.T, np.float32, order=1, prefilter=False)
-    if away:
-        values += np.linalg.norm((places - nearest) * spacing_of(affine), axis=1).astype(np.float32)
+    places = places.astype(np.float32)
+    grid = torch.from_numpy((places * (2 / np.maximum(last, 1)) - 1)[:, ::-1].copy())  # as torch counts: z, y, x in -1..1
+    values = torch.nn.functional.grid_sample(
+        torch.from_numpy(volume)[None, None], grid[None, None, None], padding_mode="border", align_corners=True
+    ).numpy()[0, 0, 0, 0]
+    beyond = places - places.clip(0, last)
+    if away and beyond.any():
+        values += np.linalg.norm(beyond * spacing_of(affine), axis=1).astype(np.float32)
     return values.reshape(points.shape[:-1])
 
 
 def surface_points(sdf: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """(P, 3) RAS mm: where the signed distance is zero on the lines between neighbouring voxels. ValueError where nowhere."""
-    found = []
+    inside, found = sdf < 0, []
     for axis in range(3):
-        low, high = (np.moveaxis(sdf, axis, 0)[part] for part in (slice(None, -1), slice(1, None)))
-        places = np.argwhere((low < 0) != (high < 0))
-        before, after = low[tuple(places.T)], high[tuple(places.T)]
-        places = places.astype(float)
-        places[:, 0] += before / (before - after)
-        found.append(np.insert(places[:, 1:], axis, places[:, 0], axis=1))
+        low, high = (tuple(part if a == axis else slice(None) for a in range(3)) for part in (slice(-1), slice(1, None)))
+        crossed = np.flatnonzero(inside[low] != inside[high])
+        before, after = sdf[low].ravel()[crossed], sdf[high].ravel()[crossed]
+        places = np.stack(np.unravel_index(crossed, inside[low].shape), 1).astype(float)
+        places[:, axis] += before / (before - after)
+        found.append(places)
     points = np.concatenate(found)
     if not len(points):
         raise ValueError("organ without a surface, which is too thin for its voxels or fills them all")
