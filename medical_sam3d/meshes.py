@@ -103,17 +103,24 @@ def mesh_to_mask(mesh: Mesh, shape: tuple[int, int, int], affine: np.ndarray) ->
     where it leaves. Faces are cut by the planes y = j and the cuts by the lines z = k, both half-open and by the same numbers
     for all faces at an edge: so a line through a vertex or along a face still leaves as often as it enters.
     """
-    mask = np.zeros(shape, dtype=np.int32)
-    if len(mesh.faces) and mask.size:
-        inverse = np.linalg.inv(affine)
-        points = mesh.vertices @ inverse[:3, :3].T + inverse[:3, 3]
-        starts, ends, row = cut_by_planes(points, outward(mesh.faces, affine), shape[1])
-        x, column, sign, of = cut_by_lines(starts, ends, shape[2])
-        index = np.ceil(x).clip(0, shape[0]).astype(np.int64)
-        there = index < shape[0]
-        flat = np.ravel_multi_index((index[there], row[of[there]], column[there]), shape)
-        mask += np.bincount(flat, sign[there], mask.size).astype(np.int32).reshape(shape)
-    return np.cumsum(mask, axis=0, out=mask) > 0
+    mask = np.zeros(shape, dtype=bool)
+    if not len(mesh.faces):
+        return mask
+    inverse = np.linalg.inv(affine)
+    points = mesh.vertices @ inverse[:3, :3].T + inverse[:3, 3]
+    low = np.clip(np.floor(points.min(axis=0)), 0, shape).astype(int)
+    high = np.clip(np.ceil(points.max(axis=0)) + 1, low, shape).astype(int)  # no voxel beyond is inside
+    size = tuple(int(n) for n in high - low)
+    if not all(size):
+        return mask
+    starts, ends, row = cut_by_planes(points - low, outward(mesh.faces, affine), size[1])
+    x, column, sign, of = cut_by_lines(starts, ends, size[2])
+    first = np.ceil(x).clip(0, size[0]).astype(np.int64)  # the first voxel behind the face
+    there = first < size[0]
+    flat = np.ravel_multi_index((first[there], row[of[there]], column[there]), size)
+    steps = np.bincount(flat, sign[there], minlength=np.prod(size)).reshape(size)
+    mask[tuple(map(slice, low, high))] = steps.cumsum(axis=0) > 0.5
+    return mask
 
 
 def whole_numbers(low: np.ndarray, high: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

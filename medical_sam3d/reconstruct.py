@@ -1,0 +1,68 @@
+"""What a model makes of an organ: a mesh in mm. And how a mask that somebody has drawn is shown to it.
+
+organ, observed = seen(organ)                           # organs.Organ, as its slices show it
+mesh, = reconstruct(model, processor, [processor.sample(organ, observed)])
+"""
+
+import numpy as np
+import torch
+
+from flexicubes import extract
+from meshes import Mesh
+from observe import Observed, kept_slices, observe
+from organs import Organ
+from processor import OrganProcessor, Sample
+
+THICK = 1.51  # round() of which is 2: slices so many times as thick as their pixels are wide have something between them to find
+
+
+def seen(organ: Organ, every: int | None = None) -> tuple[Organ, Observed]:
+    """(the organ on the grid that it is observed on, what is observed): no truth is in either.
+
+    every: only each n-th slice is looked at; 1: the mask as it is. None: as the mask itself says. Where slices were drawn and
+    the ones between left empty, those that were drawn. Where slices are thick, all of them, on a grid of finer ones: the
+    shape between their middles is interpolated, as it is between the kept slices of training. Else the mask as it is.
+    """
+    if every:
+        return organ._replace(sdf=None), observe(organ, every)
+    axis, kept = kept_slices(organ.mask)
+    if len(kept) < organ.mask.shape[axis]:
+        return organ._replace(sdf=None), observe(organ, kept=(axis, kept))
+    axis = organ.thick_axis
+    times = organ.spacing[axis] / np.delete(organ.spacing, axis).max()
+    if times < THICK:
+        return organ._replace(sdf=None), observe(organ)
+    fine = with_slices_between(organ, axis, round(times))
+    return fine, observe(fine, kept=(axis, np.arange(0, fine.mask.shape[axis], round(times))))
+
+
+def with_slices_between(organ: Organ, axis: int, factor: int) -> Organ:
+    """The organ with factor - 1 slices between any two, of which the first's mask and the image between both are taken."""
+    from scipy.ndimage import zoom
+
+    count = (organ.mask.shape[axis] - 1) * factor + 1
+    mask = np.take(np.repeat(organ.mask, factor, axis), range(count), axis)
+    image = organ.image
+    if image is not None:
+        image = zoom(image, np.divide(mask.shape, image.shape), order=1)  # the first and the last slice keep their places
+    affine = organ.affine.copy()
+    affine[:3, axis] /= factor
+    return Organ(mask, None, image, affine, organ.thick_axis, organ.notes)
+
+
+@torch.no_grad()
+def reconstruct(model, processor: OrganProcessor, samples: list[Sample]) -> list[Mesh]:
+    """The mesh of each sample in RAS mm, through the sample's own frame; of no vertex where the model finds no surface.
+
+    All parts of a surface are kept: what the model makes is shown as it is. One sample after the other, so that no organ's
+    mesh depends on another's, and memory is that of one.
+    """
+    device = next(model.parameters()).device
+    meshes = []
+    for sample in samples:
+        coords = torch.from_numpy(np.insert(sample.coords, 0, 0, axis=1)).to(device)
+        cubes = model(coords, torch.from_numpy(sample.inputs).to(device))
+        surface = extract(cubes, 1, processor.interior)[0]
+        vertices = sample.frame.to_world(surface.vertices.double().cpu().numpy())
+        meshes.append(Mesh(vertices, surface.faces.cpu().numpy()))
+    return meshes
