@@ -9,29 +9,38 @@ import torch
 
 from flexicubes import extract
 from meshes import Mesh
-from observe import Observed, kept_slices, observe
+from observe import Observed, kept_slices, observe, repeat_nearest
 from organs import Organ
 from processor import OrganProcessor, Sample
 
 THICK = 1.51  # round() of which is 2: slices so many times as thick as their pixels are wide have something between them to find
 
 
-def seen(organ: Organ, every: int | None = None) -> tuple[Organ, Observed]:
+def between_drawn(mask: np.ndarray) -> tuple[np.ndarray, tuple | None]:
+    """(mask, None) where all slices count; else the mask with its empty slices as the nearest drawn ones, (axis, indices of these).
+
+    So an organ of which somebody has drawn every n-th slice is one part and not as many as there are slices.
+    """
+    axis, kept = kept_slices(mask)
+    if len(kept) == mask.shape[axis]:
+        return mask, None
+    return np.moveaxis(repeat_nearest(np.moveaxis(mask, axis, 0), kept), 0, axis), (axis, kept)
+
+
+def seen(organ: Organ, every: int | None = None, kept: tuple | None = None) -> tuple[Organ, Observed]:
     """(the organ on the grid that it is observed on, what is observed): no truth is in either.
 
-    every: only each n-th slice is looked at; 1: the mask as it is. None: as the mask itself says. Where slices were drawn and
-    the ones between left empty, those that were drawn. Where slices are thick, all of them, on a grid of finer ones: the
-    shape between their middles is interpolated, as it is between the kept slices of training. Else the mask as it is.
+    every: only each n-th slice is looked at; 1: the mask as it is. kept: (axis, indices) of the slices that were drawn, the
+    only ones to look at. Neither: as the voxels are. Where slices are thick, on a grid of finer ones: the shape between their
+    middles is interpolated, as it is between the kept slices of training. Else the mask as it is.
     """
-    if every:
-        return organ._replace(sdf=None), observe(organ, every)
-    axis, kept = kept_slices(organ.mask)
-    if len(kept) < organ.mask.shape[axis]:
-        return organ._replace(sdf=None), observe(organ, kept=(axis, kept))
+    plain = organ._replace(sdf=None)
+    if every or kept:
+        return plain, observe(organ, every or 1, kept=None if every else kept)
     axis = organ.thick_axis
     times = organ.spacing[axis] / np.delete(organ.spacing, axis).max()
     if times < THICK:
-        return organ._replace(sdf=None), observe(organ)
+        return plain, observe(organ)
     fine = with_slices_between(organ, axis, round(times))
     return fine, observe(fine, kept=(axis, np.arange(0, fine.mask.shape[axis], round(times))))
 

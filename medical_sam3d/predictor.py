@@ -1,0 +1,163 @@
+"""A tuned model as an object of your own program; several adapters on one base, which is loaded once.
+
+import sys
+sys.path.insert(0, "path/to/medical_sam3d")
+from meshes import write_mesh
+from predictor import Predictor
+
+predictor = Predictor("outputs/medical_sam3d/lora/checkpoints/best")      # full or LoRA
+meshes = predictor.predict("segmentation.nii.gz")                         # {"1": Mesh, "5": Mesh}: vertices in RAS mm, faces
+meshes = predictor.predict((labels, affine), organs={"liver": 5})         # an array (X, Y, Z) and its voxel -> mm matrix
+write_mesh("liver.ply", meshes["liver"])
+predictor.add("outputs/medical_sam3d/lora_2/checkpoints/best", "bones")   # another adapter on the same base
+meshes = predictor.predict("segmentation.nii.gz", model="bones")
+"""
+
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from cases import Case  # noqa: E402
+from common.bases import open_checkpoint, with_saved_adapter  # noqa: E402
+from common.config import UserError  # noqa: E402
+from common.lora import merge_lora, remove_lora  # noqa: E402
+from common.runtime import choose_device  # noqa: E402
+from meshes import Mesh, bounding_box  # noqa: E402
+from model import answer, load_checkpoint, whole_parts  # noqa: E402
+from nifti_header import Geometry  # noqa: E402
+from organs import BadOrgan, Organ, crop_organ  # noqa: E402
+from preparing import Volume, read_labels, read_picture  # noqa: E402
+from processor import OrganProcessor  # noqa: E402
+from reconstruct import between_drawn, reconstruct, seen  # noqa: E402
+from volumes import to_ras  # noqa: E402
+
+
+@dataclass
+class Tuned:
+    """A model that a Predictor knows, and where it comes from."""
+
+    folder: Path
+    processor: OrganProcessor
+
+
+class Predictor:
+    """A checkpoint that makes meshes in RAS mm of masks. Threads may share it; they take turns."""
+
+    def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
+        """checkpoint: a folder that train.py or train_lora.py left: a run, or its checkpoints/best.
+
+        base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
+        into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
+        """
+        self.device, self.merge = choose_device(device), merge
+        self.model, processor, self.origin = load_checkpoint(checkpoint, base, False, self.device)
+        if merge:
+            merge_lora(self.model)
+        self.lock, self.current = threading.Lock(), ""
+        self.models = {"": Tuned(Path(checkpoint).expanduser(), processor)}
+
+    def add(self, checkpoint, name: str) -> None:
+        """Takes another adapter on the same base, as `model` of predict. UserError where it is of another base, or whole."""
+        folder, about = open_checkpoint(checkpoint, "medical_sam3d")
+        if "full" in (about["method"], self.origin["method"]):
+            whole = self.models[""].folder if self.origin["method"] == "full" else folder
+            raise UserError(f"{whole} is a whole model: only adapters share a base; make a Predictor of its own")
+        processor = OrganProcessor.load(folder)
+        if about["base"]["sha256"] != self.origin["base"]["sha256"] or processor.latents != self.models[""].processor.latents:
+            raise UserError(
+                f"{folder} is an adapter for another base ({about['base']['name']}, latents: {processor.latents}): "
+                "make a Predictor of its own for it"
+            )
+        self.models[name] = Tuned(folder, processor)
+
+    def predict(self, source, organs=None, image=None, every: int | None = None, model: str = "") -> dict[str, Mesh]:
+        """{organ: Mesh} of a mask's file, or of (labels (X, Y, Z) of whole numbers, affine (4, 4) from voxel to RAS mm).
+
+        organs: {name: label}; None: all labels there are, named by their numbers. image: the scan's file, on the mask's voxels
+        or not, for a model that takes one. every, model: see `mesh`. ValueError (BadVolume) for a file that cannot be read,
+        and for an organ of which there is no voxel.
+        """
+        volume = read_volume(source, image)
+        organs = {str(label): label for label in labels_of(volume.labels)} if organs is None else organs
+        return {name: self.mesh(*organ_of(volume, label)[:2], every, model)[0] for name, label in organs.items()}
+
+    def mesh(self, organ: Organ, kept: tuple | None = None, every: int | None = None, model: str = "", latents=None):
+        """(Mesh, Observed) of one organ. kept, every: as of reconstruct.seen. model: a name given to `add`; "": the first.
+
+        latents (latents.Latents): of the official pipeline, for a model that was trained on these.
+        """
+        if model not in self.models:
+            raise UserError(f"there is no model {model!r}; added were: {', '.join(filter(None, self.models)) or 'none'}")
+        processor = self.models[model].processor
+        organ, observed = seen(organ, every, kept)
+        sample = processor.sample(organ, observed, latents=latents)
+        with self.lock:
+            if model != self.current:
+                self.put_on(model)
+            return reconstruct(self.model, processor, [sample])[0], observed
+
+    def put_on(self, name: str) -> None:
+        """Exchanges the adapter on the base, which stays where it is."""
+        self.current = None  # until it is done
+        remove_lora(self.model)
+        with_saved_adapter(self.model, self.models[name].folder, whole_parts(self.model), False, answer, own_layers=True)
+        if self.merge:
+            merge_lora(self.model)
+        self.model.eval()
+        self.current = name
+
+
+def labels_of(labels: np.ndarray) -> list[int]:
+    """The labels of organs that are in a mask, in order."""
+    return [int(label) for label in np.unique(labels) if label]
+
+
+def read_volume(source, image=None) -> Volume:
+    """A mask, with its image where one is given, in RAS order: of a file, or of (labels, affine). ValueError where it is none."""
+    if not isinstance(source, (tuple, list)):
+        path = Path(source).expanduser()
+        case = Case(path.name, path.name, image and Path(image).expanduser(), ((path.name, path, 1),), None, None)
+        return read_labels(path, read_picture(case, "auto"))
+    labels, affine = np.asarray(source[0]), np.asarray(source[1], np.float64)
+    whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
+    if labels.ndim != 3 or not whole or affine.shape != (4, 4) or not np.linalg.det(affine[:3, :3]):
+        what = f"{labels.dtype} of shape {labels.shape}, affine of {affine.shape}"
+        raise ValueError(f"no mask, expected whole numbers (X, Y, Z) and an affine (4, 4) that can be inverted, got {what}")
+    labels, affine = to_ras(labels.astype(np.int64) if labels.dtype.kind == "f" else labels, affine)
+    return Volume(labels, Geometry(labels.shape, affine), None, {}, [], None)
+
+
+def organ_of(volume: Volume, label: int) -> tuple[Organ, tuple | None, str]:
+    """(organ, the slices in which it was drawn where not in all, remark) of a label. BadOrgan where it has no voxel.
+
+    remark: what would keep it from being trained on, that it is cut by the border, small or flat; "" where nothing does.
+    """
+    labels, geometry, image = volume.labels, volume.geometry, volume.image
+    box = volume.boxes.get(label) or box_around(labels == label)
+    drawn, kept = between_drawn(labels[box] == label)
+    if kept:
+        labels, label = np.zeros(labels.shape, np.uint8), 1
+        labels[box] = drawn
+    try:
+        organ, remark = crop_organ(labels, label, geometry, image, box=box), ""
+    except BadOrgan as error:
+        organ, remark = crop_organ(labels, label, geometry, image, training=False, box=box), str(error)
+    if kept:
+        axis, indices = kept
+        first = np.rint(np.linalg.inv(geometry.affine) @ organ.affine[:, 3]).astype(int)[axis]  # of the crop, in the volume
+        kept = axis, indices + box[axis].start - first
+    return organ, kept, remark
+
+
+def box_around(mask: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box that holds all of a mask. BadOrgan for an empty one."""
+    if not mask.any():
+        raise BadOrgan("mask that is empty, no voxel of the organ")
+    return tuple(slice(int(low), int(high)) for low, high in zip(*bounding_box(mask), strict=True))
