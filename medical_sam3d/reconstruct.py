@@ -17,14 +17,14 @@ THICK = 1.51  # round() of which is 2: slices so many times as thick as their pi
 
 
 def between_drawn(mask: np.ndarray) -> tuple[np.ndarray, tuple | None]:
-    """(mask, None) where all slices count; else the mask with its empty slices as the nearest drawn ones, (axis, indices of these).
+    """(mask, None) where all slices count; else the mask with the nearest drawn slices in its empty ones, (axis, the drawn ones).
 
     So an organ of which somebody has drawn every n-th slice is one part and not as many as there are slices.
     """
     axis, kept = kept_slices(mask)
     if len(kept) == mask.shape[axis]:
         return mask, None
-    return np.moveaxis(repeat_nearest(np.moveaxis(mask, axis, 0), kept), 0, axis), (axis, kept)
+    return repeat_nearest(mask, axis, kept), (axis, kept)
 
 
 def seen(organ: Organ, every: int | None = None, kept: tuple | None = None) -> tuple[Organ, Observed]:

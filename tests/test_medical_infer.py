@@ -12,7 +12,6 @@ from decoder import Cubes  # noqa: E402
 from meshes import open_edges  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
 from organs import crop_organ  # noqa: E402
-from predictor import organ_of, read_volume  # noqa: E402
 from processor import Frame, OrganProcessor, Sample  # noqa: E402
 from reconstruct import reconstruct, seen  # noqa: E402
 
@@ -63,18 +62,6 @@ def test_a_mesh_lies_in_mm_where_its_own_cube_lies_turned_or_not():
         np.testing.assert_allclose(mesh.vertices.mean(axis=0), frame.centre, atol=0.3)
     again = reconstruct(Balls(8), OrganProcessor(resolution=8), [sample_of(frames[1])])[0]
     np.testing.assert_array_equal(again.vertices, meshes[1].vertices)  # whatever is beside it
-
-
-def test_a_mask_that_is_drawn_in_every_fourth_slice_is_observed_in_these_alone():
-    mask, affine = ball((34, 34, 34), (1, 1, 1))
-    drawn = np.zeros_like(mask)
-    drawn[:, :, 1::4] = mask[:, :, 1::4]
-    organ, kept, remark = organ_of(read_volume((drawn.astype(np.uint8) * 7, affine)), 7)
-    organ, observed = seen(organ, kept=kept)
-    assert remark == "" and observed.axis == 2 and set(np.diff(observed.kept)) == {4}
-    whole = organ_of_mask(mask, affine)
-    assert observed.filled.sum() == pytest.approx(whole.mask.sum(), rel=0.05)
-    np.testing.assert_allclose(organ.affine @ (*np.argwhere(observed.filled).mean(axis=0), 1), (0, 0, 0, 1), atol=0.6)
 
 
 def test_between_thick_slices_the_shape_is_interpolated_on_a_finer_grid_at_the_same_place():
