@@ -13,7 +13,7 @@ from common.folders import best_of
 from common.lora import is_finite, is_within
 from common.own_adapters import add_own_adapter
 from common.runtime import say
-from decoder import Cubes, DecoderConfig, SLatMeshDecoder, read_decoder
+from decoder import Cubes, DecoderConfig, SLatMeshDecoder, memory_needed, read_decoder
 from latents import LatentEncoder
 from processor import OrganProcessor
 
@@ -187,8 +187,17 @@ def freeze_encoder(model: OrganMesher) -> OrganMesher:
     return model
 
 
+def say_memory(model: OrganMesher, dataset, batch_size: int) -> None:
+    """A line, before the first step, with about what a step needs: by the cells of the first samples, beside the weights."""
+    cells = batch_size * max(len(dataset[1, index]["coords"]) for index in range(min(4, len(dataset))))
+    needed = memory_needed(model.decoder.config, cells, training=True)
+    say(
+        f"a step takes about {needed / 1e9:.1f} GB ({cells:,} active cells, {64 * cells:,} at the decoder's end), beside the weights"
+    )
+
+
 def answer(model: OrganMesher) -> torch.Tensor:
-    """All that losses and meshes are made of, for a few cells in two windows with noise in them."""
+    """All that losses and meshes are made of, for 27 cells with noise in them."""
     torch.manual_seed(0)  # common/trial.py restores the generator
     device, config = next(model.parameters()).device, model.decoder.config
     edge = torch.arange(min(3, config.resolution))
