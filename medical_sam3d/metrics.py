@@ -9,9 +9,9 @@ from accelerate.utils import extract_model_from_parallel
 from common.batches import to_device
 from common.record import write_samples
 from common.runtime import gather_lists, progress_bar
-from flexicubes import extract
 from losses import mesh_losses
 from meshes import Mesh, mesh_to_mask
+from reconstruct import mesh_of
 from surface_scores import TOLERANCE, mask_scores
 
 EPOCH_SCORES = ("dice", "hd95", "assd", "nsd")  # of those of mask_scores, what an epoch's line has
@@ -30,11 +30,8 @@ def decode(model, batch: dict, affine: np.ndarray, interior: str) -> tuple[Mesh,
     """(mesh in RAS mm, validation loss) of a batch of one organ. affine: (4, 4) voxel -> mm of the organ that it was made of."""
     cubes = model(batch["coords"], batch["inputs"])
     loss = float(sum(mesh_losses(cubes, batch).values()))
-    surface = extract(cubes, 1, interior)[0]
-    vertices = surface.vertices.double().cpu().numpy()
-    for matrix in (batch["to_voxel"][0].double().cpu().numpy(), affine):
-        vertices = vertices @ matrix[:3, :3].T + matrix[:3, 3]
-    return Mesh(vertices, surface.faces.cpu().numpy()), loss
+    matrix = affine @ np.vstack([batch["to_voxel"][0].double().cpu().numpy(), [0, 0, 0, 1]])
+    return mesh_of(cubes, matrix, interior), loss
 
 
 @torch.no_grad()

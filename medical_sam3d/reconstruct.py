@@ -71,7 +71,12 @@ def reconstruct(model, processor: OrganProcessor, samples: list[Sample]) -> list
     for sample in samples:
         coords = torch.from_numpy(np.insert(sample.coords, 0, 0, axis=1)).to(device)
         cubes = model(coords, torch.from_numpy(sample.inputs).to(device))
-        surface = extract(cubes, 1, processor.interior)[0]
-        vertices = sample.frame.to_world(surface.vertices.double().cpu().numpy())
-        meshes.append(Mesh(vertices, surface.faces.cpu().numpy()))
+        meshes.append(mesh_of(cubes, sample.frame.matrix, processor.interior))
     return meshes
+
+
+def mesh_of(cubes, matrix: np.ndarray, interior: str) -> Mesh:
+    """The mesh in RAS mm of the values on one sample's cubes (decoder.Cubes). matrix (4, 4): cube -> mm."""
+    surface = extract(cubes, 1, interior)[0]
+    vertices = surface.vertices.double().cpu().numpy() @ matrix[:3, :3].T + matrix[:3, 3]
+    return Mesh(vertices, surface.faces.cpu().numpy())

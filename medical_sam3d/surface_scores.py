@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from meshes import bounding_box
+
 TOLERANCE = 2.0  # mm, of nsd
 SAMPLED_POINTS = 10_000  # of each surface, for chamfer_mm
 NEAREST = 8  # triangles that are looked at for each point
@@ -53,19 +55,13 @@ def mask_scores(pred: np.ndarray, truth: np.ndarray, affine: np.ndarray, toleran
 
 def boundary_points(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """(N, 3) centres, in mm, of the voxels of a mask (X, Y, Z) that have one of their six neighbours outside."""
-    low, high = box_of(mask)
+    low, high = bounding_box(mask)
     part = np.pad(mask[tuple(map(slice, low, high))], 1)
     inner = part.copy()
     for axis in range(3):
         inner &= np.roll(part, 1, axis) & np.roll(part, -1, axis)  # what wraps around is padding
     voxels = np.argwhere(part & ~inner) - 1 + low
     return voxels @ affine[:3, :3].T + affine[:3, 3]
-
-
-def box_of(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first, last + 1) voxel along each axis of what is in a mask that is not empty."""
-    sides = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    return np.array([side[0] for side in sides]), np.array([side[-1] + 1 for side in sides])
 
 
 def directed_distances(pred: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +103,7 @@ def one_grid(pred: np.ndarray, affine: np.ndarray, truth: np.ndarray, truth_affi
         return pred, truth, truth_affine
     low, high = np.zeros(3, int), np.array(truth.shape)
     if pred.any():
-        first, last = box_of(pred)
+        first, last = bounding_box(pred)
         corners = np.stack(np.meshgrid(*zip(first - 0.5, last - 0.5, strict=True), indexing="ij"), axis=-1).reshape(-1, 3)
         to_truth = np.linalg.inv(truth_affine) @ affine
         corners = corners @ to_truth[:3, :3].T + to_truth[:3, 3]
@@ -171,13 +167,24 @@ def distances_to(points: np.ndarray, surface: SampledSurface) -> np.ndarray:
     return np.linalg.norm(on_them.reshape(len(points), many, 3) - points[:, None], axis=2).min(axis=1)
 
 
+def signed_distances(points: np.ndarray, organ) -> np.ndarray:
+    """(P,) how far points (P, 3) in mm lie outside of the true surface of an organ (organs.Organ) in mm; inside is negative."""
+    from scipy.ndimage import map_coordinates
+
+    back = np.linalg.inv(organ.affine)
+    return map_coordinates(organ.sdf, (points @ back[:3, :3].T + back[:3, 3]).T, order=1, mode="nearest")
+
+
+def chamfer(pred: SampledSurface | None, truth: SampledSurface | None) -> float | None:
+    """The mean of the two directed mean distances, in mm; None where there is neither surface, infinite where one is missing."""
+    if pred is None or truth is None:
+        return None if pred is truth else np.inf
+    return float(distances_to(pred.points, truth).mean() + distances_to(truth.points, pred).mean()) / 2
+
+
 def mesh_scores(pred, truth) -> dict[str, float | None]:
-    """chamfer_mm of a mesh against the true one, both in mm. None where both are empty, infinite where one is."""
-    surfaces = [sampled_surface(mesh) for mesh in (pred, truth)]
-    if None in surfaces:
-        return {"chamfer_mm": None if surfaces == [None, None] else np.inf}
-    ways = [distances_to(surfaces[i].points, surfaces[1 - i]).mean() for i in (0, 1)]
-    return {"chamfer_mm": float(np.mean(ways))}
+    """chamfer_mm of a mesh against the true one, both in mm."""
+    return {"chamfer_mm": chamfer(sampled_surface(pred), sampled_surface(truth))}
 
 
 # ---- many scores -----------------------------------------------------------------------------------------------------
