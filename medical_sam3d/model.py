@@ -192,7 +192,7 @@ def say_memory(model: OrganMesher, dataset, batch_size: int) -> None:
     cells = batch_size * max(len(dataset[1, index]["coords"]) for index in range(min(4, len(dataset))))
     needed = memory_needed(model.decoder.config, cells, training=True)
     say(
-        f"a step takes about {needed / 1e9:.1f} GB ({cells:,} active cells, {64 * cells:,} at the decoder's end), beside the weights"
+        f"a step takes about {needed / 1e9:.1f} GB beside the weights ({cells:,} active cells, {64 * cells:,} voxels)"
     )
 
 
