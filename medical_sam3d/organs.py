@@ -6,6 +6,7 @@ import numpy as np
 
 from common.samples import BadFile
 from distance import signed_distance
+from volumes import to_ras
 
 MIN_VOXELS = 200  # fewer tell no shape
 MIN_SLICES = 3  # along every axis
@@ -53,8 +54,6 @@ def crop_organ(
     are of one) the largest is kept, holes stay. BadOrgan where the label has no voxel, or where `training` and the organ is
     cut by the border of the volume, small or flat.
     """
-    from volumes import to_ras
-
     notes = []
     labels, affine = to_ras(labels, geometry.affine)
     box = box or tuple(slice(0, length) for length in labels.shape)
@@ -107,11 +106,11 @@ def largest_part(mask: np.ndarray, voxel_mm3: float, notes: list[str]) -> np.nda
         return mask
     sizes = np.bincount(parts.ravel())[1:]
     total, dropped = sizes.sum(), sizes.sum() - sizes.max()
-    what = "organ of several parts, of which only the largest is kept"
+    what = "organ in several parts of which the largest is kept"
     if np.sort(sizes)[-2] > LARGE_PART * total:
-        what = "WARNING: organ with a second part that is large and is dropped; two organs under one label?"
-    volume = dropped * voxel_mm3
-    notes.append(f"{what}, {count - 1} other parts with {dropped} of {total} voxels, {volume:.0f} mm^3")
+        what = "WARNING: organ with a second part that is large and was dropped; two organs under one label?"
+    parts_left = f"{count - 1} other part{'s' if count > 2 else ''}"
+    notes.append(f"{what}, {parts_left} with {dropped} of {total} voxels, {dropped * voxel_mm3:.0f} mm^3")
     return parts == 1 + int(np.argmax(sizes))
 
 

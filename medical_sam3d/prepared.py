@@ -95,10 +95,12 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
         digests = digests_of(cases, folder)
         keys = [keys_of(case, digests, job.preparation) for case in cases]
         found = facts_of_all(cases, keys, job, workers)
-        left_out, told = [], Faults()
+        left_out = [{"name": name, "organs": [], "fault": fault} for fault, names in faults.found.items() for name in names]
+        told, before = Faults(), len(left_out)
         for case, facts in zip(cases, found, strict=True):
             left_out += faults_of_case(case, facts)
             note_case(case, facts, told)
+        note_absent(found, told)
         kept = [
             {"case": case.name, "organ": organ, "label": label, "patient": case.patient, "split": case.split}
             | {"key": keys[number][organ], "image": case.image and digests.get(case.image)}
@@ -110,13 +112,13 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
             (folder / PREPARED).unlink()
             first = "; the first, {name}: {fault}".format(**left_out[0]) if left_out else ""
             raise UserError(f"no organ to train on in {len(cases)} cases{first}")
-        for entry in left_out:
+        for entry in left_out[before:]:
             faults.add_error(entry["fault"], entry["name"])
         unite_copies(kept, told)
         for note, places in told.notes.items():
             faults.notes[note] += places
         about = {"format": PREPARED_FORMAT, "finished": True, "settings": asdict(job.preparation), "organs": kept}
-        write_json(folder / PREPARED, about | {"left_out": left_out, "notes": dict(told.notes)})
+        write_json(folder / PREPARED, about | {"left_out": left_out, "notes": dict(faults.notes)})
     return open_prepared(folder)[0]
 
 
@@ -173,15 +175,15 @@ def facts_of_all(cases: list[Case], keys: list[dict[str, str]], job: Job, worker
 
 
 def faults_of_case(case: Case, facts: dict[str, dict]) -> list[dict]:
-    """[{"name", "fault"}]: once for the case where all of its organs have one fault, else for each organ.
+    """[{"name", "organs", "fault"}]: once for the case where all of its organs have one fault, else for each organ.
 
     An organ without a voxel is no fault where the case has others: most scans show some organs only.
     """
     faults = {organ: noted["fault"] for organ, noted in facts.items()}
     if len(set(faults.values())) == 1:
-        return [{"name": case.name, "fault": fault} for fault in set(faults.values()) if fault]
+        return [{"name": case.name, "organs": list(faults), "fault": fault} for fault in set(faults.values()) if fault]
     faults = {organ: fault for organ, fault in faults.items() if fault and not fault.startswith(EMPTY)}
-    return [{"name": f"{case.name}/{organ}", "fault": fault} for organ, fault in faults.items()]
+    return [{"name": f"{case.name}/{organ}", "organs": [organ], "fault": fault} for organ, fault in faults.items()]
 
 
 def note_case(case: Case, facts: dict[str, dict], told: Faults) -> None:
@@ -197,6 +199,13 @@ def note_case(case: Case, facts: dict[str, dict], told: Faults) -> None:
             where = f"{name} ({detail})" if detail else name
             if where not in told.notes[note]:
                 told.note(note, where)
+
+
+def note_absent(found: list[dict[str, dict]], told: Faults) -> None:
+    """Names the organs that masks are there for, and no case has."""
+    there = {organ for facts in found for organ, noted in facts.items() if not noted["fault"].startswith(EMPTY)}
+    for organ in dict.fromkeys(organ for facts in found for organ in facts if organ not in there):
+        told.note("organ that is in no case", organ)
 
 
 def unite_copies(kept: list[dict], told: Faults) -> None:

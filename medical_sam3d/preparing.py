@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from nifti_header import Geometry
 
 # needs: safetensors
 from cases import Case, check_pair
@@ -17,6 +16,7 @@ from common.config import UserError
 from common.runtime import cores, progress_bar, say
 from common.sample_cache import free_memory
 from common.samples import BadFile, attempt
+from nifti_header import Geometry, in_bytes
 from organs import MIN_VOXELS, BadOrgan, Organ, crop_organ
 from volumes import doubt, guess_modality, look, normalise, read_image, read_mask, to_ras
 
@@ -25,6 +25,8 @@ EMPTY = "mask that is empty"  # how crop_organ's word on a label without a voxel
 BYTES_A_VOXEL = 48  # of a crop, while its distances are found: two transforms with their indices, and copies
 BYTES_AN_IMAGE_VOXEL = 16  # of a whole image: as it is read, as floats, while its percentiles are found
 BYTES_A_WORKER = 2**29  # of the sum of all cases' memory, for which it is worth to start another process, which takes seconds
+BYTES_KEPT = 4.125  # of a voxel on disk: distance and image in half precision, one bit of the mask
+CROWDED = 3  # volumes' worth of voxels that the crops of all organs of a case come to at most: they overlap
 LIBRARIES = 200 * 2**20  # bytes of a process before it has read anything
 
 
@@ -224,13 +226,31 @@ def make_organ(volume: Volume, label: int, key: str, job: Job) -> dict:
 # ---- memory and processes --------------------------------------------------------------------------------------------------
 
 
+def voxels_of(case: Case) -> int:
+    """Voxels of a case's largest volume, by the headers of its image and its first mask; 0 where these are damaged."""
+    found = [attempt(look, path)[0] for path in (case.image, case.masks[0][1]) if path]
+    return max((stored.voxels for stored in found if stored), default=0)
+
+
 def bytes_needed(case: Case) -> int:
-    """What a process takes at most to prepare a case, by the headers of its files; 0 of a file that has none."""
-    masks = dict.fromkeys(mask for _, mask, _ in case.masks)
-    found = [stored for stored, fault, _ in (attempt(look, path) for path in masks) if not fault]
-    needed = max((stored.voxels * BYTES_A_VOXEL for stored in found), default=0)
-    image = attempt(look, case.image)[0] if case.image else None
-    return needed + (image.voxels * BYTES_AN_IMAGE_VOXEL if image else 0)
+    """What a process takes at most to prepare a case."""
+    return voxels_of(case) * (BYTES_A_VOXEL + (BYTES_AN_IMAGE_VOXEL if case.image else 0))
+
+
+def say_plan(cases: list[Case], folder: Path) -> None:
+    """Says before anything is taken what there is to prepare, and what memory and disk it will take."""
+    from shutil import disk_usage
+
+    organs = list(dict.fromkeys(organ for case in cases for organ, _, _ in case.masks))
+    named = ", ".join(organs[:8]) + (f" and {len(organs) - 8} more" if len(organs) > 8 else "")
+    patients = len({case.patient for case in cases})
+    memory = max(map(bytes_needed, cases), default=0)
+    disk = sum(voxels_of(case) * min(len(case.masks), CROWDED) * BYTES_KEPT for case in cases)
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    needed, free = in_bytes(memory + LIBRARIES), in_bytes(free_memory())
+    room = f"{in_bytes(disk)} in {folder} ({in_bytes(disk_usage(place).free)} free)"
+    say(f"{len(cases)} cases of {patients} patients, {len(organs)} organs ({named})")
+    say(f"preparing takes up to {needed} of memory a process ({free} free) and up to {room}")
 
 
 def prepare_cases(tasks: list[tuple[Case, dict]], job: Job, workers: int) -> list[dict[str, dict]]:

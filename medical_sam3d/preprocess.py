@@ -1,0 +1,85 @@
+"""Prepares organs of CT and MR masks for training, and reports on them: how many, how large, whose, what was left out and why.
+
+    python preprocess.py --data_dir ~/Totalsegmentator_dataset --organs liver,spleen
+    python preprocess.py --data_dir ~/Task04_Hippocampus --output_dir ~/hippocampus --meshes
+
+Reads the masks (NIfTI, in the layouts of TotalSegmentator, Medical Decathlon and nnU-Net, or images beside masks), crops each
+organ and finds its signed distances in mm. train.py and train_lora.py do the same on the way where it was not done, and take
+what is there: with the same --data_dir, or with the folder that this leaves. It holds the organs, prepared.json, report.md with
+slices.png and volumes.png, and with --meshes the true surface of each organ in meshes/<case>/<organ>.ply, in mm.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import Range, UserError, Workers, check_ranges, cli, parse  # noqa: E402
+
+
+@dataclass
+class Config:
+    data_dir: str = ""  # folder with volumes and masks; empty: the synthetic demo data
+    organs: str = ""  # names of the organs to prepare, with commas between them; empty: all that the masks hold
+    modality: Literal["auto", "ct", "mr"] = "auto"  # CT: a window of HU; MR: percentiles; auto: as the data says
+    min_voxels: Annotated[int, Range(1, 10**6)] = 200  # organs with fewer are left out: they tell no shape
+    meshes: bool = False  # also write each organ's surface as a PLY file
+    output_dir: str = ""  # where organs and report go; empty: a folder of the user's cache, where train finds them
+    num_workers: Workers = 0  # cases that are prepared at a time, each by a process; 0: as many as cores and memory allow
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+def main(argv=None):
+    config = parse(Config, argv)
+    # Heavy imports wait until the flags are read, so that --help answers at once.
+    from common.runtime import guard, say
+    from data import find_organs
+    from prepared import open_prepared, prepare, prepared_folder
+    from preparing import Preparation, say_plan
+    from report import write_report
+
+    found = find_organs(config.data_dir, config.organs)
+    if found.prepared:
+        raise UserError(f"{found.folder} is what this script leaves: train takes it as it is; name the volumes' own folder")
+    folder = Path(config.output_dir).expanduser() if config.output_dir else prepared_folder(found.folder)
+    if (folder.exists() and not folder.is_dir()) or folder.resolve() == found.folder.resolve():
+        what = "the data's own folder" if folder.is_dir() else "no folder"
+        raise UserError(f"--output_dir {folder} is {what}: name another, which may be new")
+    with found.faults as faults:
+        say_plan(found.cases, folder)
+        items = prepare(found.cases, folder, config.num_workers, faults, Preparation(config.modality, config.min_voxels))
+    faults.report()
+    if config.meshes:
+        write_meshes(items, folder / "meshes")
+    with guard("the report"):
+        say(write_report(items, open_prepared(folder)[1], folder))
+        say(f"report.md, slices.png and volumes.png are in {folder}")
+    say(f"{len(items)} organs are ready: python train_lora.py --data_dir {folder}")
+
+
+def write_meshes(items: list, folder: Path) -> None:
+    """The surface of each item's mask in folder/<case>/<organ>.ply, in RAS mm."""
+    import re
+
+    from common.runtime import progress_bar, say
+    from meshes import mask_to_mesh, write_mesh
+
+    taken = set()
+    for item in progress_bar(items, "meshes"):
+        path = folder / "/".join(re.sub(r"[^\w.+-]", "_", part).lstrip(".") or "_" for part in item.name.split("/"))
+        path = path if path not in taken else path.with_name(f"{path.name}_{item.label}")
+        taken.add(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        organ = item.load()
+        write_mesh(path.with_name(f"{path.name}.ply"), mask_to_mesh(organ.mask, organ.affine), item.name)
+    say(f"{len(items)} meshes in RAS mm are in {folder}")
+
+
+if __name__ == "__main__":
+    cli(main)
