@@ -22,7 +22,7 @@ from common.checkpoint import fsync, read_json, write_json
 from common.config import Range, UserError, convert, field_kinds, shown
 from common.lora import is_finite
 from layers import Block, Upsample, Windows, positions
-from sparse_ops import children_neighbours, neighbours, subdivide
+from sparse_ops import check_coords, children_neighbours, neighbours, subdivide
 
 CORNERS = 8  # of a cube, x fastest: corner k is (k & 1, k >> 1 & 1, k >> 2 & 1)
 VALUES = {"sdf": 8, "deform": 24, "weights": 21, "color": 48}  # in this order: 101, or 53 without color
@@ -111,7 +111,10 @@ class Cubes(NamedTuple):
 
 
 class SLatMeshDecoder(nn.Module):
-    """See above. gradient_checkpointing: blocks keep their input alone and run once more in the backward pass."""
+    """See above. gradient_checkpointing: blocks keep their input alone and run once more in the backward pass.
+
+    Under autocast matrix products and convolutions are in its type; norms, sums along the torso and the output stay float32.
+    """
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -130,22 +133,24 @@ class SLatMeshDecoder(nn.Module):
 
         Rows in any order: the cubes of row i are rows 64 i to 64 i + 63. ValueError for what no such cells can be.
         """
-        self.check(coords, latents)
+        check_coords(coords, self.config.resolution)
+        wanted = (len(coords), self.config.latent_channels)
+        if latents.shape != wanted:
+            raise ValueError(f"{len(coords)} cells need latents of {wanted}, not {tuple(latents.shape)}")
+        coords = coords.int()
+        if bool((coords[1:, 0] >= coords[:-1, 0]).all()):
+            return self.decode(coords, latents)
         by_sample = coords[:, 0].argsort(stable=True)
-        sorted_already = bool((by_sample[1:] > by_sample[:-1]).all())
-        if sorted_already:
-            return self.decode(coords.int(), latents)
-        cubes = self.decode(coords[by_sample].int(), latents[by_sample])
-        back = by_sample.argsort()
+        cubes, back = self.decode(coords[by_sample], latents[by_sample]), by_sample.argsort()
         order = (back[:, None] * 64 + torch.arange(64, device=back.device)).flatten()
         return Cubes(cubes.coords[order], cubes.features[order], cubes.resolution)
 
     def decode(self, coords, latents) -> Cubes:
         """`forward` of cells whose samples lie one after another."""
         config = self.config
-        table, sizes = neighbours(coords), torch.bincount(coords[:, 0]).tolist()
+        table, sizes = neighbours(coords), coords[:, 0].unique_consecutive(return_counts=True)[1].tolist()
         windows = [Windows.of(coords, config.window_size, shift) for shift in (0, config.window_size // 2)]
-        h = self.input_layer(latents) + positions(coords, config.model_channels)
+        h = self.input_layer(latents.to(self.input_layer.weight.dtype)) + positions(coords, config.model_channels)
         for i, block in enumerate(self.blocks):
             h = self.run(block, h, windows[i % 2])
         for block in self.upsample:
@@ -161,15 +166,6 @@ class SLatMeshDecoder(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
-
-    def check(self, coords, latents) -> None:
-        """ValueError unless these are cells of the grid with a latent each; `neighbours` checks the rest."""
-        wanted = (len(coords), self.config.latent_channels)
-        if latents.shape != wanted:
-            raise ValueError(f"{len(coords)} cells need latents of {wanted}, not {tuple(latents.shape)}")
-        if coords.dim() == 2 and len(coords) and int(coords[:, 1:].max()) >= self.config.resolution:
-            found = int(coords[:, 1:].max())
-            raise ValueError(f"a cell lies at {found}, but the grid has {self.config.resolution} cells along an edge")
 
 
 def start_linear(module) -> None:

@@ -41,7 +41,7 @@ class Windows(NamedTuple):
     def of(cls, coords, size: int, shift: int) -> "Windows":
         """Windows of size^3 cells from the grid's origin on, moved by `shift` cells, for coords (N, 4)."""
         keys = (coords[:, 1:].long() + shift) // size
-        keys = torch.cat([coords[:, :1].long(), keys], dim=1) @ keys.new_tensor([2**30, 2**20, 2**10, 1])
+        keys = coords[:, 0].long() * 2**30 + (keys * keys.new_tensor([2**20, 2**10, 1])).sum(1)
         order = keys.argsort(stable=True)
         _, counts = keys[order].unique_consecutive(return_counts=True)
         starts = counts.cumsum(0) - counts

@@ -20,7 +20,7 @@ from common.lora_layers import LoRALayer
 SIDE = 1024  # coordinates lie in 0 .. SIDE - 1
 CENTRE = 13  # of the 27 offsets (-1, 0, 1)^3, z fastest; the opposite of offset j is 26 - j
 # Bytes of gathered rows at a time: on a CPU what stays in its cache, on a GPU what keeps it busy.
-GATHERED = {"cpu": 2**23, "cuda": 2**28}
+GATHERED = {"cpu": 2**22, "cuda": 2**28}
 
 
 # ---- which voxel is beside which --------------------------------------------------------------------------------------
@@ -51,14 +51,20 @@ def neighbours(coords: torch.Tensor) -> torch.Tensor:
 
 def voxel_keys(coords: torch.Tensor) -> torch.Tensor:
     """(N,) int64: a number for each voxel that grows with [sample, x, y, z], and that of its neighbour by a fixed difference."""
-    if coords.dim() != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.dtype == torch.bool:
-        raise ValueError(f"coords must be (N, 4) whole numbers [sample, x, y, z], not {tuple(coords.shape)} {coords.dtype}")
-    coords = coords.long()
-    if len(coords) and bool(((coords < 0) | (coords >= coords.new_tensor([2**31, SIDE, SIDE, SIDE]))).any()):
-        raise ValueError(f"coords must lie in 0 .. {SIDE - 1}, samples from 0 on; found {coords.amin(0)} .. {coords.amax(0)}")
-    sample, x, y, z = coords.unbind(1)
+    check_coords(coords, SIDE)
+    sample, x, y, z = coords.long().unbind(1)
     side = SIDE + 2  # with a margin, so that no neighbour is the voxel of another line
     return ((sample * side + x + 1) * side + y + 1) * side + z + 1
+
+
+def check_coords(coords: torch.Tensor, side: int) -> None:
+    """ValueError unless these are (N, 4) whole numbers [sample, x, y, z] on a grid of side^3."""
+    if coords.dim() != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.dtype == torch.bool:
+        raise ValueError(f"coords must be (N, 4) whole numbers [sample, x, y, z], not {tuple(coords.shape)} {coords.dtype}")
+    outside = (coords[:, 1:] < 0).any(1) | (coords[:, 1:] >= side).any(1) | (coords[:, 0] < 0)
+    if bool(outside.any()):
+        found = coords[outside][0].tolist()
+        raise ValueError(f"voxel {found}, [sample, x, y, z], lies outside a grid of {side} cells along an edge")
 
 
 def subdivide(coords: torch.Tensor, feats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +138,6 @@ def sparse_conv(feats, weight, bias, table=None, children: bool = False) -> torc
 
     Under autocast in its type. Differentiable once.
     """
-    feats, weight, bias = under_autocast(feats, weight, bias)
     cout, kernel, *_, cin = weight.shape
     if kernel == 1:
         y = F.linear(feats, weight.reshape(cin, cout).t(), bias)
@@ -140,6 +145,7 @@ def sparse_conv(feats, weight, bias, table=None, children: bool = False) -> torc
     if table is None or table.shape != (len(feats), 27):
         raise ValueError(f"{len(feats)} voxels need a table of neighbours ({len(feats)}, 27)")
     kernels = parity_kernels(weight) if children else weight.reshape(1, cout, 27, cin)
+    feats, kernels, bias = under_autocast(feats, kernels, bias)
     return GatherConv.apply(feats, kernels, bias, table)
 
 
@@ -149,7 +155,8 @@ def parity_kernels(weight: torch.Tensor) -> torch.Tensor:
     Along an axis, child 0 sees parent -1 by offset -1 and its own by 0 and 1; child 1 its own by -1 and 0, and parent +1 by 1.
     """
     sums = weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # child, parent, offset
-    kernels = torch.einsum("aui,bvj,cwk,oijkn->abcouvwn", sums, sums, sums, weight)
+    with torch.autocast(weight.device.type, enabled=False):  # summed before it is rounded
+        kernels = torch.einsum("aui,bvj,cwk,oijkn->abcouvwn", sums, sums, sums, weight)
     return kernels.reshape(8, weight.shape[0], 8, weight.shape[-1])
 
 
@@ -168,9 +175,9 @@ class GatherConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, table):
-        ctx.save_for_backward(x, weight, table)
-        ctx.with_bias = bias is not None
-        phases, outputs = weight.shape[:2]
+        need_x, need_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_weight else None, weight if need_x or need_weight else None, table)
+        phases, outputs, *_ = ctx.shape = weight.shape
         padded, y = with_zero_row(x), x.new_empty(len(x), phases, outputs)
         for p, columns in enumerate(columns_of(phases, x.device)):
             gather_product(padded, table, columns, weight[p].flatten(1), bias, y[:, p])
@@ -180,21 +187,18 @@ class GatherConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, table = ctx.saved_tensors
-        phases, outputs, taps, inputs = weight.shape
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        phases, outputs, taps, inputs = ctx.shape
         dx = dweight = None
-        dy = dy.contiguous()
-        if need_x:
-            # Row n of x went into row(n, p, k) ^ -1: the voxel at the opposite offset, and of that, child p.
-            columns = columns_of(phases, x.device)
-            opposite = (26 - columns).flatten()
-            phase = torch.arange(phases, device=x.device).repeat_interleave(taps)
+        if need_x:  # phase p of the voxel at the opposite offset saw this one at tap k
+            opposite = 26 - columns_of(phases, dy.device).flatten()
+            phase = torch.arange(phases, device=dy.device).repeat_interleave(taps)
             rows = (table[:, opposite] * phases + phase).clamp(max=len(dy))
-            dx = torch.empty_like(x)
+            dx = dy.new_empty(len(table), inputs)
             gather_product(with_zero_row(dy), rows, None, weight.permute(3, 0, 2, 1).reshape(inputs, -1), None, dx)
         if need_weight:
-            dweight = weight_gradient(x, dy.view(len(x), phases, outputs), weight, table)
-        return dx, dweight, dy.sum(0) if need_bias and ctx.with_bias else None, None
+            dweight = weight_gradient(x, dy.reshape(len(x), phases, outputs), weight, table)
+        return dx, dweight, dy.sum(0) if need_bias else None, None
 
 
 def columns_of(phases: int, device) -> torch.Tensor:

@@ -7,11 +7,14 @@ import torch
 from conftest import MEDICAL, ROOT, use_task
 from torch.nn import functional as F
 
+from common.lora import LoRAConfig, coverage, inject_lora, lora_parameters, merge_lora
+from common.lora_files import load_adapter, save_adapter
+
 TASK = MEDICAL
 use_task(TASK)
 
 from decoder import DecoderConfig, SLatMeshDecoder  # noqa: E402
-from sparse_ops import SparseConv3d, children_neighbours, neighbours, subdivide  # noqa: E402
+from sparse_ops import SparseConv3d, children_neighbours, neighbours, sparse_conv, subdivide  # noqa: E402
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "slat_mesh_decoder_a.safetensors"
 SMALL = DecoderConfig(resolution=8, model_channels=32, num_blocks=2, num_heads=4, num_groups=2, window_size=4)
@@ -94,3 +97,169 @@ def test_a_convolution_after_subdividing_is_that_of_the_children():
     inputs, shares = (feats, conv.conv.weight, conv.conv.bias), torch.randn_like(found)
     gradients = [torch.autograd.grad((y * shares).sum(), inputs) for y in (found, expected)]
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(*gradients, strict=True))
+
+
+def test_a_kernel_of_one_reads_its_weight_as_inputs_by_outputs():
+    conv, feats = SparseConv3d(6, 4, 1), torch.randn(7, 6)
+    expected = feats @ conv.conv.weight.view(6, 4) + conv.conv.bias
+    assert torch.allclose(conv(feats), expected, atol=1e-6)
+    assert not torch.allclose(conv(feats), feats @ conv.conv.weight.view(4, 6).t() + conv.conv.bias, atol=0.1)
+    assert torch.equal(conv(feats, children=True), conv(feats).repeat_interleave(8, 0))
+
+
+def test_neighbours_are_found_whatever_the_order_and_none_across_samples_or_edges():
+    coords = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 1023, 1023, 1023], [0, 0, 0, 1], [1, 0, 1, 1], [0, 0, 1, 0]])
+    table = neighbours(coords)
+    pairs = {(row, j): int(table[row, j]) for row in range(6) for j in range(27) if table[row, j] < 6}
+    beside = {(1, 14): 3, (3, 12): 1, (1, 16): 5, (5, 10): 1, (3, 15): 5, (5, 11): 3, (0, 17): 4, (4, 9): 0}
+    assert pairs == {**{(row, 13): row for row in range(6)}, **beside}
+    assert neighbours(coords[:0]).shape == (0, 27) and neighbours(coords[:1]).tolist() == [[1] * 13 + [0] + [1] * 13]
+
+
+@pytest.mark.parametrize(
+    "coords, what",
+    [
+        ([[0, 1, 2, 3], [0, 4, 4, 4], [0, 1, 2, 3]], r"voxel \[0, 1, 2, 3\] stands there twice"),
+        ([[0, 1, 2, 8]], r"voxel \[0, 1, 2, 8\].* outside a grid of 8 cells"),
+        ([[0, 1, -1, 3]], r"voxel \[0, 1, -1, 3\].* outside"),
+        ([[-1, 1, 1, 3]], r"voxel \[-1, 1, 1, 3\].* outside"),
+        ([[1, 2, 3]], r"must be \(N, 4\) whole numbers"),
+        ([[0.0, 1.0, 2.0, 3.0]], r"must be \(N, 4\) whole numbers"),
+    ],
+)
+def test_cells_that_cannot_be_are_refused(coords, what):
+    with pytest.raises(ValueError, match=what):
+        small_decoder()(torch.tensor(coords), torch.randn(len(coords), 8))
+    with pytest.raises(ValueError, match=r"2 cells need latents of \(2, 8\), not \(3, 8\)"):
+        small_decoder()(some_cells()[:2], torch.randn(3, 8))
+
+
+@torch.no_grad()
+def test_voxels_in_another_order_give_the_same_in_that_order():
+    model, coords = small_decoder(), some_cells()
+    latents, order = torch.randn(len(coords), 8), torch.randperm(len(coords))
+    cubes, other = model(coords, latents), model(coords[order], latents[order])
+    rows = (order[:, None] * 64 + torch.arange(64)).flatten()
+    assert torch.equal(other.coords, cubes.coords[rows])
+    assert torch.allclose(other.features, cubes.features[rows], atol=1e-4) and cubes.features.std() > 0.1
+
+
+@torch.no_grad()
+def test_a_sample_knows_nothing_of_the_others_in_its_batch():
+    model, coords = small_decoder(), some_cells(4)
+    coords = coords[(coords[:, 0] != 1) & ~((coords[:, 0] == 2) & (coords[:, 1] > 0))]  # one without voxels
+    coords = torch.cat([coords[coords[:, 0] != 2], coords[coords[:, 0] == 2][:1]])  # and one with a single voxel
+    latents = torch.randn(len(coords), 8)
+    together = model(coords, latents)
+    for sample in (0, 1, 2, 3):
+        mine = coords[:, 0] == sample
+        alone = model(coords[mine], latents[mine])
+        assert torch.equal(together.of(sample).coords, alone.coords) and len(alone.coords) == 64 * mine.sum()
+        assert torch.allclose(together.of(sample).features, alone.features, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_is_within_windows_of_the_grid_which_every_other_block_shifts():
+    config = DecoderConfig(**{**SMALL.to_json(), "num_blocks": 1})
+    for shift, model in ((0, small_decoder(config)), (2, small_decoder())):
+        coords, torso = some_cells(2), []
+        latents = torch.randn(len(coords), 8)
+        block = model.blocks[-1]
+        block.register_forward_hook(lambda _, inputs, output, torso=torso: torso.append((inputs[0], output)))
+        model(coords, latents)
+        (x, found), window = torso[0], torch.cat([coords[:, :1], (coords[:, 1:] + shift) // 4], dim=1)
+        q, k, v = block.attn.to_qkv(F.layer_norm(x, (32,), eps=1e-6)).view(-1, 3, 4, 8).permute(1, 2, 0, 3)
+        same = (window[:, None] == window[None]).all(-1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=same).transpose(0, 1).flatten(1)
+        expected = x + block.attn.to_out(y)
+        expected = expected + block.mlp(F.layer_norm(expected, (32,), eps=1e-6))
+        assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_values_of_cubes_have_their_places():
+    model, coords = small_decoder(), some_cells(1)
+    cubes = model(coords, torch.randn(len(coords), 8))
+    before = cubes.features.clone()
+    assert cubes.resolution == 32 and torch.equal(cubes.sdf, cubes.features[:, :8] - 1 / 32)
+    assert torch.equal(cubes.sdf, cubes.sdf) and torch.equal(cubes.features, before)  # asked twice, moved once
+    assert torch.equal(cubes.deform[:, 1], cubes.features[:, 11:14]) and torch.equal(cubes.weights, cubes.features[:, 32:53])
+    assert torch.equal(cubes.color[:, 7], cubes.features[:, 95:]) and cubes.color.shape[1:] == (8, 6)
+    plain = SLatMeshDecoder(DecoderConfig(**{**SMALL.to_json(), "use_color": False}))(coords, torch.randn(len(coords), 8))
+    assert plain.features.shape[1] == 53 and plain.color is None
+
+
+def test_checkpointing_changes_no_output_and_no_gradient():
+    model, coords = small_decoder(), some_cells()
+    latents = torch.randn(len(coords), 8, requires_grad=True)
+    found = []
+    for model.gradient_checkpointing in (False, True):
+        features = model(coords, latents).features
+        found.append([features, *torch.autograd.grad(features.square().mean(), [latents, *model.parameters()])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_autocast_rounds_products_and_leaves_norms_and_output_in_full():
+    model, coords = small_decoder(), some_cells()
+    latents = torch.randn(len(coords), 8)
+    exact = model(coords, latents).features
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(coords, latents).features
+    rounded.square().mean().backward()
+    assert rounded.dtype == torch.float32 and all(p.grad.isfinite().all() for p in model.parameters())
+    assert 0 < (rounded - exact).abs().mean() < 0.03 * exact.abs().mean()
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------------------
+
+CONVS = r"upsample\.\d\.(out_layers\.[03]|skip_connection)\.conv"
+
+
+def with_adapters(seed=0):
+    """(a decoder with adapters on its convolutions that change what it says, its base)."""
+    model, base = small_decoder(), small_decoder()
+    inject_lora(model, LoRAConfig(r=3, lora_alpha=6, target_modules=CONVS))
+    return model, base
+
+
+def test_an_adapter_on_convolutions_starts_as_the_base_and_merges_into_it(tmp_path):
+    model, base = with_adapters()
+    coords = some_cells()
+    latents = torch.randn(len(coords), 8)
+    assert torch.equal(model(coords, latents).features, base(coords, latents).features)
+    assert {row["shape"][1]: row["parameters"] for row in coverage(model)} == {3: 3 * (27 * 4 + 4), 1: 3 * (8 + 4)}
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    adapted = model(coords, latents).features
+    assert (adapted - base(coords, latents).features).abs().mean() > 0.05
+    merged = merge_lora(model, inplace=False)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    scale = adapted.abs().max()
+    assert (merged(coords, latents).features - adapted).abs().max() < 1e-5 * scale
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(base(coords, latents).features, adapted)
+
+
+@pytest.mark.parametrize("kernel, children", [(3, False), (3, True), (1, False), (1, True)])
+def test_the_gradients_of_an_adapter_are_those_of_its_product(kernel, children):
+    holder = torch.nn.ModuleDict({"layer": SparseConv3d(6, 5, kernel)}).double()
+    inject_lora(holder, LoRAConfig(r=2, target_modules=["conv"]))
+    layer, coords = holder["layer"].conv, some_cells(2)
+    feats, table = torch.randn(len(coords), 6, dtype=torch.double, requires_grad=True), neighbours(coords)
+    for parameter in layer.adapter().values():
+        torch.nn.init.normal_(parameter)
+    found = layer(feats, table, children)
+    expected = sparse_conv(feats, layer.weight, layer.bias, table, children)
+    assert (found - expected).abs().max() < 1e-10
+    inputs, shares = [feats, *layer.adapter().values()], torch.randn_like(found)
+    gradients = [torch.autograd.grad((y * shares).sum(), inputs) for y in (found, expected)]
+    assert all((a - b).abs().max() < 1e-8 for a, b in zip(*gradients, strict=True))
+
+
+def test_adapters_of_the_official_size_have_the_numbers_of_their_formula():
+    attention, both = r"blocks\.\d+\.attn\.to_(qkv|out)", r"blocks\.\d+\.(attn\.to_(qkv|out)|mlp\.mlp\.[02])"
+    for target, r, expected in ((attention, 4, 221_184), (attention, 16, 884_736), (both, 4, 589_824), (both, 8, 1_179_648)):
+        with torch.device("meta"):
+            model = SLatMeshDecoder(DecoderConfig())
+            inject_lora(model, LoRAConfig(r=r, target_modules=target))
+        assert sum(p.numel() for p in lora_parameters(model)) == expected
