@@ -1,4 +1,4 @@
-"""Organs as data: what lies in a folder, its split by patient, cubes at random places and thick slices at random phases, batches."""
+"""Organs as data: a folder and its split by patient, cubes at random places, thick slices at random phases, batches."""
 
 import hashlib
 from collections import Counter
@@ -238,7 +238,7 @@ class OrganData(torch.utils.data.Dataset):
 
 
 def load_stack(item: Item) -> np.ndarray:
-    """An organ as the cache keeps it, in the precision of its file: mask, signed distance in mm, image if any: (2 or 3, X, Y, Z)."""
+    """An organ as the cache keeps it, in the precision of its file: mask, distance in mm, image if any: (2 or 3, X, Y, Z)."""
     organ = item.load()
     return np.stack([part for part in (organ.mask, organ.sdf, organ.image) if part is not None], dtype=np.float16)
 
@@ -354,7 +354,7 @@ def tell(facts: dict, train: OrganData, val: OrganData) -> None:
 def seen_as(data: OrganData) -> str:
     if data.latents_dir:
         return f"by the latents in {data.latents_dir}"
-    return f"every {data.every}th slice, the rest interpolated" if data.every > 1 else "all slices"
+    return f"one slice in {data.every}, the rest interpolated" if data.every > 1 else "all slices"
 
 
 def data_sha256(*parts: OrganData) -> str:

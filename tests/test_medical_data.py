@@ -1,23 +1,29 @@
 """Organs as the model gets them: what thick slices show, the cube and its cells on any grid of voxels, latents of others."""
 
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import pytest
 import torch
 from conftest import MEDICAL, use_task
 
+from common.batches import EpochBatches
 from common.config import UserError
-from common.samples import BadFile
+from common.samples import BadFile, Faults
 
 TASK = MEDICAL
 use_task(TASK)
 
+from data import OrganData, build_loaders, collate, find_organs, load_for_eval, split_items  # noqa: E402
 from distance import signed_distance  # noqa: E402
 from latents import OFFICIAL_MEAN, OFFICIAL_STD, LatentEncoder, Latents, find_latents, read_latents  # noqa: E402
 from observe import fill, kept_slices, observe, spacing_of  # noqa: E402
 from organs import Organ  # noqa: E402
+from prepared import Item, prepared_folder  # noqa: E402
 from processor import Frame, OrganProcessor, augmented, look_up, surface_points  # noqa: E402
 
 BALLS = (((0, 0, 0), 20), ((16, 0, 0), 11), ((0, 15, 0), 9), ((2, 0, 16), 7))  # centre and radius in mm: no two sides are alike
@@ -324,3 +330,179 @@ def test_a_sample_of_given_latents_has_their_cells_and_cube(organ):
     latents = Latents(CELLS.astype(np.int32), FEATS, Frame(PLACE, 120.0))
     sample = replace(OrganProcessor(resolution=16), latents="precomputed").sample(organ, observe(organ), latents=latents)
     assert (sample.coords == latents.coords).all() and (sample.inputs == latents.feats).all() and sample.frame.edge == 120
+
+
+# ---- a data set ------------------------------------------------------------------------------------------------------
+
+PATIENTS = ("p1", "p2", "p3", "p4", "p5")
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Five patients with a liver and a spleen each, on a tilted grid of unlike edges, as TotalSegmentator has them."""
+    folder, rng = tmp_path_factory.mktemp("scans"), np.random.default_rng(0)
+    affine = np.eye(4)
+    affine[:3, :3] = tilt() * (1.5, 1.5, 2)
+    grid = np.stack(np.meshgrid(*map(np.arange, (44, 30, 26)), indexing="ij"), -1)
+    for patient in PATIENTS:
+        (folder / patient / "segmentations").mkdir(parents=True)
+        nibabel.save(
+            nibabel.Nifti1Image(rng.normal(40, 20, grid.shape[:3]).astype(np.int16), affine), folder / patient / "ct.nii.gz"
+        )
+        for organ, middle in (("liver", (12, 15, 13)), ("spleen", (32, 14, 12))):
+            radii = rng.uniform(6, 8, 3)
+            mask = (((grid - middle) / radii) ** 2).sum(-1) < 1
+            file = folder / patient / "segmentations" / f"{organ}.nii.gz"
+            nibabel.save(nibabel.Nifti1Image(mask.astype(np.uint8), affine), file)
+    return folder
+
+
+@pytest.fixture
+def settings(scans, tmp_path_factory, monkeypatch):
+    """Settings of a run on the scans, prepared by this process alone and once."""
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path_factory.getbasetemp() / "medical"))
+    made = {"data_dir": str(scans), "organs": "", "modality": "auto", "every": 3, "crop": 0, "augment": True, "latents_dir": ""}
+    return SimpleNamespace(**made, cache="auto", batch_size=2, seed=0, num_workers=1)
+
+
+PROCESSOR = OrganProcessor(resolution=8)
+
+
+def loaders(settings, processor=PROCESSOR):
+    return build_loaders(settings, processor, find_organs(settings.data_dir, settings.organs, settings.seed))
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
+
+
+def test_scans_become_organs_split_by_patient(settings, capsys):
+    train, val, processor, facts = loaders(settings)
+    sides = [{item.patient for item in loader.dataset.items} for loader in (train, val)]
+    assert not sides[0] & sides[1] and sides[0] | sides[1] == set(PATIENTS)
+    assert facts["train"] == 2 * facts["patients"] and facts["val"] == 2 * facts["val_patients"]
+    assert processor.organs == ["liver", "spleen"] and processor.every == 3 and facts["coverage"] > 0.98
+    said = capsys.readouterr().out
+    assert f"{facts['train']} training organs of {facts['patients']} patients" in said and "one slice in 3" in said
+    again = loaders(settings)[3]
+    assert again == facts
+    settings.organs = "spleen"
+    _, _, processor, less = loaders(settings)
+    assert processor.organs == ["spleen"] and less["train"] == facts["train"] / 2 and less["sha256"] != facts["sha256"]
+
+
+def test_all_of_a_patient_stays_on_one_side_for_any_seed(tmp_path):
+    items = [Item(f"{p}_{n}/{o}", f"{p}_{n}", o, 1, p, None, tmp_path) for p in "abcdefg" for n in (1, 2) for o in ("x", "y")]
+    held_out = set()
+    for seed in range(10):
+        splits = split_items(items, seed, tmp_path, Faults())
+        sides = [{item.patient for item in splits[split]} for split in ("train", "val")]
+        assert all(sides) and not sides[0] & sides[1]
+        held_out |= sides[1]
+    assert len(held_out) > 3
+    with pytest.raises(UserError, match="too few training patients"):
+        split_items([item for item in items if item.patient == "a"], 0, tmp_path, Faults())
+    own = [replace(item, split="val" if item.case in ("a_1", "b_1", "b_2") else "train") for item in items]
+    faults = Faults()
+    assert {item.case for item in split_items(own, 0, tmp_path, faults)["val"]} == {"a_1", "b_1", "b_2"}
+    assert list(faults.notes.values()) == [["a"]]
+
+
+def test_an_item_is_a_function_of_seed_epoch_and_index(settings):
+    data = loaders(settings)[0].dataset
+    new = OrganData(data.items, data.processor, training=True, seed=0, augment=True)  # keeps nothing in memory
+    keys = [(epoch, index) for epoch in (1, 2) for index in range(3)]
+    first = {key: data[key] for key in keys}
+    assert all(same(first[key], new[key]) for key in reversed(keys))
+    assert not torch.equal(first[1, 0]["to_voxel"], first[2, 0]["to_voxel"])
+    assert {len(new.views[new.places[0, phase]]) > 0 for phase in range(3)} == {True}
+    whole = [key for batch in EpochBatches(len(data), 4, 0) for key in batch]
+    halves = [EpochBatches(len(data), 2, 0, rank, 2) for rank in (0, 1)]
+    shared = [key for parts in zip(*halves, strict=True) for part in parts for key in part]
+    assert whole == shared
+
+
+def test_evaluation_sees_an_organ_alike_whatever_else_is_there(settings):
+    val = loaders(settings)[1].dataset
+    alone = OrganData(val.items[1:2], replace(val.processor), seed=7)
+    assert same(val[0, 1] | {"index": 0}, alone[0, 0])
+    seen, sample = val.observed(1), val.sample(1)
+    assert val.organ(1).mask[..., seen.kept].any() and len(seen.kept) < val.organ(1).mask.shape[2]
+    assert (sample.coords == val[0, 1]["coords"].numpy()).all() and (sample.frame.rotation == np.eye(3)).all()
+
+
+def test_truth_image_and_what_is_seen_are_of_one_place_however_the_cube_moves(settings):
+    settings.every = 1  # so that what is seen is the truth
+    data = loaders(settings, replace(PROCESSOR, channels=("tsdf", "image")))[0].dataset
+    parts = np.stack(np.meshgrid(*[(np.arange(4) + 0.5) / 4] * 3, indexing="ij"), -1)
+    for key in ((1, 0), (2, 3)):
+        item, organ = data[key], data.organ(key[1])
+        points = (item["coords"].numpy()[:, None, None, None] + parts) / 8 - 0.5
+        matrix = item["to_voxel"].numpy()
+        places = points @ matrix[:, :3].T + matrix[:, 3]
+        inner = ((places >= 0) & (places <= np.array(organ.mask.shape) - 1)).all(-1)
+        nearest = tuple(places[inner].round().astype(int).T)
+        truth = np.clip(item["truth"].numpy()[nearest] * 8 / item["edge"], -1, 1)
+        seen = item["inputs"].numpy()
+        assert np.abs(seen[:, 0][inner] - truth).max() * item["edge"] / 8 < 1.5  # mm, to the nearest of voxels of 2
+        assert np.corrcoef(seen[:, 1][inner], organ.image[nearest])[0, 1] > 0.6
+        assert inner.mean() > 0.8
+
+
+def test_a_batch_holds_organs_one_after_another(settings):
+    data = loaders(settings)[0].dataset
+    items = [data[1, index] for index in (2, 0)]
+    batch = collate(items)
+    for row, item in enumerate(items):
+        own = batch["coords"][:, 0] == row
+        assert torch.equal(batch["coords"][own, 1:], item["coords"]) and torch.equal(batch["inputs"][own], item["inputs"])
+        assert torch.equal(batch["truth"][row], item["truth"]) and batch["edge"][row] == np.float32(item["edge"])
+    assert batch["index"].tolist() == [2, 0] and batch["to_voxel"].shape == (2, 3, 4)
+    settings.crop = 60
+    assert max(len(loaders(settings)[0].dataset[1, index]["coords"]) for index in range(3)) <= 60
+
+
+def test_a_file_that_goes_bad_in_training_costs_only_itself(settings):
+    settings.cache = "off"
+    data = loaders(settings)[0].dataset
+    file, kept = data.items[0].path, data.items[0].path.read_bytes()
+    try:
+        file.write_bytes(b"gone")
+        item = data[1, 0]
+        assert len(item["coords"]) and item["index"] == 0
+        assert [path for path, _ in data.new_faults()] == [str(file)] and not data.new_faults()
+        with pytest.raises(UserError, match="damaged or gone"):
+            data[0, 0]
+    finally:
+        file.write_bytes(kept)
+
+
+def test_latents_that_are_missing_are_named_and_the_rest_is_used(settings, tmp_path, capsys):
+    settings.latents_dir = str(tmp_path)
+    for patient in PATIENTS:
+        for organ in ("liver", "spleen")[patient == "p3" :]:
+            np.savez(tmp_path / f"{patient}_{organ}.npz", coords=CELLS, feats=FEATS)
+    train, val, _, facts = loaders(settings, replace(PROCESSOR, latents="precomputed"))
+    assert facts["left_out"] == {"organ without latents": 1} and facts["train"] + facts["val"] == 9
+    said = capsys.readouterr().out
+    assert "p3/liver" in said and "which is little" in said  # two cells hold next to nothing of a surface
+    first, second = train.dataset[1, 0], train.dataset[2, 0]
+    assert torch.equal(first["inputs"], torch.from_numpy(FEATS)) and same(first, second)
+
+
+def test_eval_reads_the_split_that_was_asked_for(settings, scans, tmp_path):
+    origin = {"data_dir": str(scans), "seed": 0, "batch_size": 2}
+    config = SimpleNamespace(data_dir="", split="val", batch_size=0, num_workers=1)
+    loader, name = load_for_eval(config, replace(PROCESSOR, every=3, organs=["liver", "spleen"]), origin)
+    val = loaders(settings)[1].dataset
+    assert [item.name for item in loader.dataset.items] == [item.name for item in val.items] and name == str(scans)
+    assert same(loader.dataset[0, 0], val[0, 0])
+    config.split = "test"
+    with pytest.raises(UserError, match="no test split"):
+        load_for_eval(config, PROCESSOR, origin)
+    shutil.copytree(prepared_folder(scans), tmp_path / "prepared")  # as preprocess.py leaves it
+    config = SimpleNamespace(data_dir=str(tmp_path / "prepared"), split="val", batch_size=1, num_workers=0, organs="spleen")
+    found = load_for_eval(config, replace(PROCESSOR, every=3), origin)[0].dataset.items
+    assert [item.name for item in found] == [item.name for item in val.items if item.organ == "spleen"]
+    with pytest.raises(UserError, match="no organ kidney; it has liver, spleen"):
+        load_for_eval(SimpleNamespace(**vars(config) | {"organs": "kidney"}), PROCESSOR, origin)
