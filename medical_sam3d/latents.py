@@ -155,6 +155,7 @@ def frame_in(arrays: dict[str, np.ndarray]) -> Frame | None:
 # ---- latents that know the truth -------------------------------------------------------------------------------------
 
 
+@torch.enable_grad()
 def optimise_latents(decoder: nn.Module, batch: dict, steps: int = 200, lr: float = 0.1) -> tuple[torch.Tensor, float]:
     """(latents (N, C), their loss): the best that a frozen decoder can do with the cells of a batch (data.collate).
 
