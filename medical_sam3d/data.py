@@ -66,18 +66,14 @@ def find_organs(data_dir: str, organs: str = "", seed: int = 0) -> Found:
     if not found.prepared:
         with found.faults:
             found.cases, facts = find_cases(folder, found.faults, organs)
-            found.format = facts["format"]
+            found.format = facts["layout"]
     return found
 
 
 def read_items(found: Found, modality: str = "auto", workers: int = 0) -> list[Item]:
     """The organs of what was found; those of volumes are prepared on the way, on the main process."""
     if found.prepared:
-        items, _ = open_prepared(found.folder)
-        there = sorted({item.organ for item in items})
-        if strange := [name for name in found.organs if name not in there]:
-            raise UserError(f"{found.name} has no organ {strange[0]}; it has {', '.join(there)}")
-        return [item for item in items if not found.organs or item.organ in found.organs]
+        return chosen_items(open_prepared(found.folder)[0], found)
     folder = prepared_folder(found.folder)
 
     def make():
@@ -91,6 +87,20 @@ def read_items(found: Found, modality: str = "auto", workers: int = 0) -> list[I
         for fault, places in new.items():
             table[fault] += places
     return items
+
+
+def chosen_items(items: list[Item], found: Found) -> list[Item]:
+    """Those whose organ, by its name or label, was asked for; all where none was. UserError for one that is not there."""
+    there = {name for item in items for name in names_of(item)}
+    if strange := [name for name in found.organs if name.casefold() not in there]:
+        known = ", ".join(sorted({item.organ for item in items}))
+        raise UserError(f"--organs: there is no {strange[0]} in {found.name}; there are {known}")
+    wanted = {name.casefold() for name in found.organs}
+    return [item for item in items if not wanted or names_of(item) & wanted]
+
+
+def names_of(item: Item) -> set[str]:
+    return {item.organ.casefold(), str(item.label)}
 
 
 def split_items(items: list[Item], seed: int, where, faults: Faults) -> dict[str, list[Item]]:

@@ -504,5 +504,5 @@ def test_eval_reads_the_split_that_was_asked_for(settings, scans, tmp_path):
     config = SimpleNamespace(data_dir=str(tmp_path / "prepared"), split="val", batch_size=1, num_workers=0, organs="spleen")
     found = load_for_eval(config, replace(PROCESSOR, every=3), origin)[0].dataset.items
     assert [item.name for item in found] == [item.name for item in val.items if item.organ == "spleen"]
-    with pytest.raises(UserError, match="no organ kidney; it has liver, spleen"):
+    with pytest.raises(UserError, match="there is no kidney .*; there are liver, spleen"):
         load_for_eval(SimpleNamespace(**vars(config) | {"organs": "kidney"}), PROCESSOR, origin)
