@@ -89,7 +89,7 @@ def filled_cells(coords, beside, inside, resolution: int) -> torch.Tensor:
     return filled[regions]
 
 
-def find_cut_cubes(coords, sdf, corners, names, lattice, flood: bool):
+def find_cut_cubes(coords, sdf, corners, names, lattice, interior: str):
     """Cubes with corners inside and outside: keys (S,), which of the active ones the first A are (A,), what is filled (S,) bool.
 
     sdf (V,) of the corners `names` (V,), corners (M, 8) of the active cubes `coords` (M, 3). An inactive cube is cut where an
@@ -102,10 +102,11 @@ def find_cut_cubes(coords, sdf, corners, names, lattice, flood: bool):
     rim = (torch.bincount(corners.flatten()) < 8).nonzero()[:, 0]  # corners with inactive cubes around them
     beside = names[rim, None] - lattice.corner_steps  # (rim, 8) cubes
     points = lattice.points(beside)
-    if flood:
+    if interior == "flood":
         filled, there = filled_cells(coords, points, inside[rim], lattice.resolution)[cell_of(points)], True
     else:  # a surface that leaves the grid ends at its border
-        filled, there = torch.zeros_like(beside, dtype=torch.bool), ((points >= 0) & (points < lattice.resolution)).all(-1)
+        within = (points >= 0) & (points < lattice.resolution) & (interior != "open")
+        filled, there = torch.zeros_like(beside, dtype=torch.bool), within.all(-1)
     wanted = there & (inside[rim, None] != filled) & ~torch.isin(beside, keys)
     inactive, first = torch.unique(beside[wanted], return_inverse=True)
     filled = torch.zeros_like(inactive, dtype=torch.bool).index_put((first,), filled[wanted])
@@ -126,12 +127,12 @@ def moved_corners(points, deform, resolution: int) -> torch.Tensor:
     return points / resolution - 0.5 + (1 - 1e-8) / (2 * resolution) * deform.tanh()
 
 
-def gather_corners(cubes, lattice, flood: bool) -> tuple[Corners, torch.Tensor, torch.Tensor]:
+def gather_corners(cubes, lattice, interior: str) -> tuple[Corners, torch.Tensor, torch.Tensor]:
     """The corners of the S cut cubes, the keys (S,) of these and their weights (S, 21); an inactive cube's are 0."""
     coords, sdf = cubes.coords[:, 1:], cubes.sdf
     names, corners = lattice.corners(lattice.keys(coords))
     sdf = corner_mean(sdf[..., None], corners, len(names))[:, 0]
-    cut, active, filled = find_cut_cubes(coords, sdf.detach(), corners, names, lattice, flood)
+    cut, active, filled = find_cut_cubes(coords, sdf.detach(), corners, names, lattice, interior)
     used, of = lattice.corners(cut)
 
     place = torch.searchsorted(names, used).clamp(max=len(names) - 1)
@@ -251,10 +252,10 @@ def split_quads_smoothly(quads, gamma, values) -> tuple[torch.Tensor, torch.Tens
     return torch.stack(triangles, 1).view(-1, 3), torch.cat([values, centre])
 
 
-def surface_of(cubes, flood: bool, training: bool) -> Surface:
+def surface_of(cubes, interior: str, training: bool) -> Surface:
     """The mesh of one sample's cubes."""
     lattice = Lattice(cubes.resolution, cubes.coords.device)
-    corners, cut, weights = gather_corners(cubes, lattice, flood)
+    corners, cut, weights = gather_corners(cubes, lattice, interior)
     found, owner = find_crossings(corners, cut, lattice)
     vertices, color, l_dev = dual_vertices(corners, found, weights, len(owner))
     quads = find_quads(corners, found)
@@ -270,10 +271,11 @@ def extract(cubes, samples: int, interior: str = "flood", training: bool = False
     """The surface of each of `samples` samples, where values on `cubes` (a decoder's Cubes) change their sign.
 
     interior: "flood" fills what the active cells enclose and closes the mesh at the border of the grid; "official" takes all
-    that is inactive for outside. training: a vertex more in each quad, through which gradients reach all weights.
+    that is inactive for outside; "open" ends the mesh where active cells end. training: a vertex more in each quad, through
+    which gradients reach all weights.
     """
-    if interior not in ("flood", "official"):
-        raise ValueError(f"interior is flood or official, not {interior!r}")
+    if interior not in ("flood", "official", "open"):
+        raise ValueError(f"interior is flood, official or open, not {interior!r}")
     cubes = cubes._replace(features=full_precision(cubes.features))
     with torch.autocast(cubes.features.device.type, enabled=False):
-        return [surface_of(cubes.of(sample), interior == "flood", training) for sample in range(samples)]
+        return [surface_of(cubes.of(sample), interior, training) for sample in range(samples)]
