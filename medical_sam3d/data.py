@@ -34,15 +34,14 @@ LEAST_COVERAGE = 0.98  # of the cells with true surface, in the median; what is 
 
 
 @dataclass
-class Found:
+class FoundOrgans:
     """What a data folder is, before any volume is read: see find_organs. cases: of volumes; a prepared folder has none."""
 
     name: str
     folder: Path
     organs: list[str]  # asked for; none: all
-    seed: int
-    prepared: bool
-    format: str
+    seed: int  # of the split
+    format: str  # "prepared" (by preprocess.py), or the layout of the volumes
     cases: list[Case] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
 
@@ -54,25 +53,24 @@ def demo_data() -> Path:
     return make_once(HERE / "data" / "demo", make_demo_data) / "target"
 
 
-def find_organs(data_dir: str, organs: str = "", seed: int = 0) -> Found:
+def find_organs(data_dir: str, organs: str = "", seed: int = 0) -> FoundOrgans:
     """What is in a folder of volumes and masks (cases.find_cases), in one that preprocess.py wrote, or in the demo data ("").
 
     organs: names with commas between them; empty: all. UserError where there is no organ.
     """
-    folder = Path(data_dir).expanduser() if data_dir else demo_data()
-    folder = data_folder(folder, is_prepared)
+    folder = data_folder(Path(data_dir).expanduser() if data_dir else demo_data(), is_prepared)
     names = [name.strip() for name in organs.split(",") if name.strip()]
-    found = Found(data_dir or "demo", folder, names, seed, is_prepared(folder), "prepared")
-    if not found.prepared:
+    found = FoundOrgans(data_dir or "demo", folder, names, seed, "prepared")
+    if not is_prepared(folder):
         with found.faults:
             found.cases, facts = find_cases(folder, found.faults, organs)
             found.format = facts["layout"]
     return found
 
 
-def read_items(found: Found, modality: str = "auto", workers: int = 0) -> list[Item]:
+def read_items(found: FoundOrgans, modality: str = "auto", workers: int = 0) -> list[Item]:
     """The organs of what was found; those of volumes are prepared on the way, on the main process."""
-    if found.prepared:
+    if found.format == "prepared":
         return chosen_items(open_prepared(found.folder)[0], found)
     folder = prepared_folder(found.folder)
 
@@ -89,7 +87,7 @@ def read_items(found: Found, modality: str = "auto", workers: int = 0) -> list[I
     return items
 
 
-def chosen_items(items: list[Item], found: Found) -> list[Item]:
+def chosen_items(items: list[Item], found: FoundOrgans) -> list[Item]:
     """Those whose organ, by its name or label, was asked for; all where none was. UserError for one that is not there."""
     there = {name for item in items for name in names_of(item)}
     if strange := [name for name in found.organs if name.casefold() not in there]:
@@ -123,7 +121,7 @@ def split_items(items: list[Item], seed: int, where, faults: Faults) -> dict[str
 # ---- what the model gets ---------------------------------------------------------------------------------------------
 
 
-class View(NamedTuple):
+class ThickView(NamedTuple):
     """An organ, its number, as thick slices at one phase show it."""
 
     number: int
@@ -158,7 +156,7 @@ class OrganData(torch.utils.data.Dataset):
         stacks = [(2 + (facts["modality"] is not None), *shape) for facts, shape in zip(self.facts, shapes, strict=True)]
         self.organs = SampleCache(items, load_stack, stacks, limit, "float16")
         phases = [range(self.every) if training else [self.phase(number)] for number in range(len(items))]
-        views = [View(number, phase, item.path) for number, item in enumerate(items) for phase in phases[number]]
+        views = [ThickView(number, phase, item.path) for number, item in enumerate(items) for phase in phases[number]]
         self.places = {view[:2]: place for place, view in enumerate(views)}
         self.views = SampleCache(views, self.load_view, [shapes[v.number] for v in views], limit - self.organs.bytes, "float16")
 
@@ -192,7 +190,7 @@ class OrganData(torch.utils.data.Dataset):
         image = stack[2] if len(stack) > 2 else None
         return Organ(stack[0] > 0, stack[1], image, affine, facts["thick_axis"], facts["notes"])
 
-    def load_view(self, view: View) -> np.ndarray:
+    def load_view(self, view: ThickView) -> np.ndarray:
         return observe(self.organ(view.number), self.every, view.phase).sdf.astype(np.float16)
 
     def phase(self, index: int) -> int:
@@ -237,14 +235,19 @@ class OrganData(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
         _, (sample, organ) = first_readable(self, partial(self.draw, epoch, index), index, self.seed, epoch)
-        return {
-            "coords": torch.from_numpy(sample.coords),
-            "inputs": torch.from_numpy(sample.inputs),
-            "truth": torch.from_numpy(organ.sdf),
-            "to_voxel": torch.from_numpy(sample.frame.to_voxel(organ.affine)).float(),
-            "edge": sample.frame.edge,
-            "index": index,
-        }
+        return as_item(sample, organ, index)
+
+
+def as_item(sample: Sample, organ: Organ, index: int) -> dict:
+    """A sample as tensors, with the truth (see `collate`)."""
+    return {
+        "coords": torch.from_numpy(sample.coords),
+        "inputs": torch.from_numpy(sample.inputs),
+        "truth": torch.from_numpy(organ.sdf),
+        "to_voxel": torch.from_numpy(sample.frame.to_voxel(organ.affine)).float(),
+        "edge": sample.frame.edge,
+        "index": index,
+    }
 
 
 def load_stack(item: Item) -> np.ndarray:
@@ -294,7 +297,7 @@ def look_through(data: OrganData, faults: Faults, most: int, text: str) -> tuple
     return data if len(good) == len(data) else data.only(good), covered
 
 
-def build_loaders(config, processor: OrganProcessor, found: Found):
+def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
     """(train loader, validation loader, the processor with the organs' names, facts for the summary).
 
     processor: the base's; found: what find_organs gave. A batch is what `collate` gives. Volumes are prepared first, if that
@@ -303,7 +306,7 @@ def build_loaders(config, processor: OrganProcessor, found: Found):
     rank, world = process_index()
     limit, faults = cache_limit(config.cache), found.faults
     with faults:
-        splits = split_items(read_items(found, config.modality, config.num_workers), config.seed, found.folder, faults)
+        splits = split_items(read_items(found, config.modality, config.num_workers), found.seed, found.folder, faults)
         if "train" not in splits:
             raise UserError(f"{found.name} has no training split; it has {', '.join(splits)}")
         learnt = sorted({item.organ for item in splits["train"]})
@@ -315,7 +318,7 @@ def build_loaders(config, processor: OrganProcessor, found: Found):
         train, covered = look_through(train, faults, LOOKED_AT, "training")
         if not len(train) or not len(val):
             raise UserError(f"{found.name}: no organ is left to {'validate' if len(train) else 'train'} on")
-    facts = facts_of(found, train, val, covered + val_covered)
+    facts = data_facts(found, train, val, covered + val_covered)
     batch_size = max(1, min(config.batch_size, len(train) // world))
     if rank == 0:
         faults.report()
@@ -332,7 +335,7 @@ def eval_loader(data: OrganData, batch_size: int, num_workers: int = 0):
     return build_loader(data, EvalBatches([0] * len(data), batch_size, *process_index()), collate, num_workers)
 
 
-def facts_of(found: Found, train: OrganData, val: OrganData, covered: list[float]) -> dict:
+def data_facts(found: FoundOrgans, train: OrganData, val: OrganData, covered: list[float]) -> dict:
     """What the summary says of the data. covered: of the organs that were looked at."""
     facts = {"name": found.name, "format": found.format, "sha256": data_sha256(train, val)}
     for part, data in (("", train), ("val_", val)):
@@ -383,7 +386,7 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
     latents_dir = getattr(config, "latents_dir", "") or origin.get("latents_dir", "")
     with found.faults:
         items = read_items(found, origin.get("modality", "auto"), config.num_workers)
-        splits = split_items(items, origin["seed"], found.folder, found.faults)
+        splits = split_items(items, found.seed, found.folder, found.faults)
         if config.split not in splits:
             raise UserError(f"{found.name} has no {config.split} split; it has {', '.join(splits)}")
         data = OrganData(splits[config.split], processor, latents_dir, cache_limit("auto"))

@@ -21,7 +21,7 @@ from common.checkpoint import read_json, write_json
 from common.config import Range, UserError, check_ranges, convert, field_kinds, shown
 from observe import Observed, spacing_of
 
-CHANNELS = (("tsdf",), ("tsdf", "image"))
+INPUT_CHANNELS = (("tsdf",), ("tsdf", "image"))
 POINTS = 4  # samples along each edge of a cell: the decoder divides a cell as often
 MOST_TURN = math.radians(15)  # of augmentation; and how far it scales and shifts, in edges of the cube
 MOST_SCALE = 0.1
@@ -104,8 +104,8 @@ class OrganProcessor:
         if not isinstance(data, dict) or data.keys() != kinds.keys():
             raise UserError(f"{where} must have {', '.join(kinds)}, but has {shown(data)}")
         channels, organs = data["channels"], data["organs"]
-        if not isinstance(channels, list) or tuple(channels) not in CHANNELS:
-            raise UserError(f"{where}: channels is {shown(channels)}, but must be one of {shown(CHANNELS)}")
+        if not isinstance(channels, list) or tuple(channels) not in INPUT_CHANNELS:
+            raise UserError(f"{where}: channels is {shown(channels)}, but must be one of {shown(INPUT_CHANNELS)}")
         if not (isinstance(organs, list) and all(isinstance(name, str) for name in organs)):
             raise UserError(f"{where}: organs is {shown(organs)}, but must be a list of names")
         values = {"channels": tuple(channels), "organs": organs}
