@@ -44,10 +44,11 @@ def middle_slices(mask: np.ndarray) -> list[int]:
     return found
 
 
-def draw_planes(shown: list[Shown], path: Path) -> None:
-    """A row for each organ, its three planes side by side: the truth's outline, and those of the masks, over the image.
+def draw_planes(shown: list[Shown], path: Path, own: str = "truth") -> None:
+    """A row for each organ, its three planes side by side: its own mask's outline, and those of the masks, over the image.
 
-    Where there is no image, over the true mask. Voxels have their true shape; R, L, A, P, S, I name the sides of the patient.
+    Where there is no image, over its own mask. own: what that is called. Voxels have their true shape; R, L, A, P, S, I name
+    the sides of the patient.
     """
     page, axes = figure(len(shown), 3, 3.6, 3.7)
     for item, line in zip(shown, axes, strict=True):
@@ -56,7 +57,7 @@ def draw_planes(shown: list[Shown], path: Path) -> None:
             draw_plane(axis, item, plane, places[plane[1]])
         line[0].set_title(f"{plot_text(item.title, 60)}", fontsize=9, loc="left", pad=22)
     names = list(dict.fromkeys(name for item in shown for name in item.masks))
-    handles = [axes[0, 0].plot([], [], color=TRUTH_COLOR, lw=3, label="truth")[0]]
+    handles = [axes[0, 0].plot([], [], color=TRUTH_COLOR, lw=3, label=own)[0]]
     handles += [axes[0, 0].plot([], [], color=c, ls=ls, label=plot_text(n))[0] for n, (c, ls) in looks(names).items()]
     page.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     save_figure(page, path)

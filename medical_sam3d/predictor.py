@@ -89,9 +89,10 @@ class Predictor:
         return {name: self.mesh(*organ_of(volume, label)[:2], every, model)[0] for name, label in organs.items()}
 
     def mesh(self, organ: Organ, kept: tuple | None = None, every: int | None = None, model: str = "", latents=None):
-        """(Mesh, Observed) of one organ. kept, every: as of reconstruct.seen. model: a name given to `add`; "": the first.
+        """(Mesh, organ on the grid it was seen on, Observed) of one organ. kept, every: as of reconstruct.seen.
 
-        latents (latents.Latents): of the official pipeline, for a model that was trained on these.
+        model: a name given to `add`; "": the first. latents (latents.Latents): of the official pipeline, for a model that was
+        trained on these.
         """
         if model not in self.models:
             raise UserError(f"there is no model {model!r}; added were: {', '.join(filter(None, self.models)) or 'none'}")
@@ -101,7 +102,7 @@ class Predictor:
         with self.lock:
             if model != self.current:
                 self.put_on(model)
-            return reconstruct(self.model, processor, [sample])[0], observed
+            return reconstruct(self.model, processor, [sample])[0], organ, observed
 
     def put_on(self, name: str) -> None:
         """Exchanges the adapter on the base, which stays where it is."""
