@@ -42,11 +42,13 @@ def in_parts(items: list, work, text: str) -> list:
 class FileReader:
     """How to look at a kind of file. look(path) reads its header and gives the facts that `fields` names, whole numbers
     above 0; BadFile where it is no such file. kind names the reader and its version: what another one found is not believed.
+    With `more`, as many as there are in a file follow these: the labels of a mask.
     """
 
     kind: str
     fields: tuple[str, ...]
     look: Callable[[Path], tuple[int, ...]]
+    more: bool = False
 
 
 class Scan:
@@ -88,7 +90,7 @@ class Scan:
             except OSError:
                 stamps.append([-1, -1])  # not kept; the reader says what is wrong
             entry = known.get(path[len(self.folder) :])
-            if well_formed(entry, len(self.reader.fields)) and entry[:2] == stamps[number]:
+            if well_formed(entry, len(self.reader.fields), self.reader.more) and entry[:2] == stamps[number]:
                 self.entries[number] = entry
         new = sorted(set(gather_lists([number for number, entry in enumerate(self.entries) if entry is None])))
 
@@ -162,8 +164,8 @@ def user_cache() -> Path:
     return Path(own) if own else Path(general or Path.home() / ".cache") / "lora_workshop"
 
 
-def well_formed(entry, count: int) -> bool:
-    """Whether something from a scan file can be an entry with `count` facts: whoever wrote the file is not known."""
+def well_formed(entry, count: int, more: bool = False) -> bool:
+    """Whether something from a scan file can be an entry with `count` facts, or more: whoever wrote the file is not known."""
     if not (isinstance(entry, list) and len(entry) == 5):
         return False
     size, mtime, facts, fault, whole = entry
@@ -173,7 +175,8 @@ def well_formed(entry, count: int) -> bool:
         return False
     if facts is None:
         return fault != ""
-    return isinstance(facts, list) and len(facts) == count and all(type(v) is int and 0 < v < 2**48 for v in facts)
+    enough = isinstance(facts, list) and (len(facts) == count or (more and len(facts) > count))
+    return enough and all(type(v) is int and 0 < v < 2**48 for v in facts)
 
 
 def check_files(

@@ -22,21 +22,21 @@ NOT_READ = {
 }
 # The first bytes of what is found under a NIfTI's name.
 SIGNATURES = {
-    b"PK\3\4": "a zip archive: unpack it",
-    b"Rar!": "a RAR archive: unpack it",
-    b"7z\xbc\xaf": "a 7z archive: unpack it",
-    b"BZh": "packed with bzip2: unpack it",
-    b"\xfd7zXZ": "packed with xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "packed with Zstandard: unpack it",
-    b"\x1f\x8b": "packed with gzip twice: unpack it once",
+    b"PK\3\4": "a zip archive, unpack it",
+    b"Rar!": "a RAR archive, unpack it",
+    b"7z\xbc\xaf": "a 7z archive, unpack it",
+    b"BZh": "one packed with bzip2, unpack it",
+    b"\xfd7zXZ": "one packed with xz, unpack it",
+    b"\x28\xb5\x2f\xfd": "one packed with Zstandard, unpack it",
+    b"\x1f\x8b": "one packed with gzip twice, unpack it once",
     b"\x89PNG": "a PNG picture",
     b"\xff\xd8\xff": "a JPEG picture",
-    b"version https://git-lfs": "a Git LFS pointer, not the file: git lfs pull",
-    b"NRRD": "an NRRD file under another name",
-    b"ObjectType": "a MetaImage file under another name",
-    b"\x89HDF": "an HDF5 file under another name",
-    b"\0\0\0\1\0\0": "a FreeSurfer volume under another name: mri_convert makes a NIfTI of it",
-    b"\0\5\x16\7": "a Mac's side file (AppleDouble), not the volume",
+    b"version https://git-lfs": "a Git LFS pointer, git lfs pull fetches the file",
+    b"NRRD": "an NRRD file",
+    b"ObjectType": "a MetaImage file",
+    b"\x89HDF": "an HDF5 file",
+    b"\0\0\0\1\0\0": "a FreeSurfer volume, mri_convert makes a NIfTI of it",
+    b"\0\5\x16\7": "a Mac's side file (AppleDouble)",
     b"<": "a web page or XML file",
 }
 
@@ -140,20 +140,21 @@ def open_header(block: bytes):
             raise BadVolume("not a NIfTI file, Analyze 7.5 or a damaged header: it has no orientation; convert it to NIfTI")
         single = magic[1:2] == b"+"
         return kinds[size][0 if single else 1](block[:size], "<" if order == "little" else ">", check=False), single
-    raise BadVolume(f"not a NIfTI file, {kind_of(block)}")
+    raise BadVolume(kind_of(block))
 
 
 def kind_of(block: bytes) -> str:
-    """What a file is that is no NIfTI, by its first bytes."""
+    """The fault of a file that is no NIfTI, by its first bytes."""
     if not block:
-        return "empty: 0 bytes"
+        return "empty file, 0 bytes"
     if block[257:262] == b"ustar":
-        return "a tar archive: unpack it"
+        return "not a NIfTI file but a tar archive, unpack it"
     if block[128:132] == b"DICM":
-        return "a DICOM file: dcm2niix makes a NIfTI of its series"
+        return "not a NIfTI file but DICOM, dcm2niix makes a NIfTI of its series"
     text = block.lstrip()
     known = (what for start, what in SIGNATURES.items() if block.startswith(start) or (start == b"<" and text.startswith(start)))
-    return next(known, f"its {len(block)} first bytes are no header")
+    what = next(known, "")
+    return f"not a NIfTI file but {what}" if what else "not a NIfTI file, it does not begin with a header"
 
 
 def shape_of(header) -> tuple[int, int, int]:
