@@ -20,7 +20,7 @@ from common.samples import Faults, readable, split_of, visible_entries
 from common.scan import FileReader, Scan
 from common.tables import read_table
 from grids import check_pair, pair_note
-from layouts import Found, find_layout
+from layouts import FoundCase, find_layout
 from nifti_header import Geometry
 from volumes import look, read_mask
 
@@ -75,7 +75,7 @@ def find_cases(folder, faults: Faults, organs: str = "") -> tuple[list[Case], di
         if masks:
             split = splits.get(one.name, one.split)
             cases.append(Case(one.name, patient_of(one), one.image, tuple(masks), split, one.modality))
-    note_absent(found, cases, faults)
+    note_missing_organs(found, cases, faults)
     cases = choose_organs(cases, organs)
     if not cases:
         alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
@@ -90,30 +90,30 @@ def find_cases(folder, faults: Faults, organs: str = "") -> tuple[list[Case], di
 
 
 def look_at_volume(path: Path) -> tuple[int, ...]:
-    return facts_of(look(path).geometry)
+    return geometry_facts(look(path).geometry)
 
 
 def look_at_mask(path: Path) -> tuple[int, ...]:
     """Facts of the geometry and the labels that are in the mask, which is read to its end."""
     labels, geometry, _ = read_mask(path)
     present = np.flatnonzero(np.bincount(labels.ravel(order="K")))
-    return *facts_of(geometry), *(int(label) for label in present if label)
+    return *geometry_facts(geometry), *(int(label) for label in present if label)
 
 
-def facts_of(geometry: Geometry) -> tuple[int, ...]:
+def geometry_facts(geometry: Geometry) -> tuple[int, ...]:
     """Shape and affine (rounded to float32) as whole numbers above 0, as a scan keeps them."""
     bits = geometry.affine[:3].astype(np.float32).ravel().view(np.uint32)
     return *geometry.shape, *(int(number) + 1 for number in bits)
 
 
 def geometry_of(facts) -> Geometry:
-    """The geometry that facts_of was given, to float32, without the file's header."""
+    """The geometry that geometry_facts was given, to float32, without the file's header."""
     affine = np.eye(4)
     affine[:3] = (np.array(facts[3:15], np.int64) - 1).astype(np.uint32).view(np.float32).reshape(3, 4)
     return Geometry(tuple(facts[:3]), affine)
 
 
-def look_at_files(found: list[Found]) -> dict[Path, tuple[list[int], str]]:
+def look_at_files(found: list[FoundCase]) -> dict[Path, tuple[list[int], str]]:
     """File -> (facts, fault): of masks of several organs what look_at_mask finds, of all others what their headers say."""
     several = {path for case in found for organ, path in case.masks if not organ}
     others = {path for case in found for path in (case.image, *(mask for _, mask in case.masks)) if path} - several
@@ -130,7 +130,7 @@ def look_at_files(found: list[Found]) -> dict[Path, tuple[list[int], str]]:
     return files
 
 
-def masks_of(case: Found, files: dict, root: Path, faults: Faults) -> list[tuple[str, Path, int]]:
+def masks_of(case: FoundCase, files: dict, root: Path, faults: Faults) -> list[tuple[str, Path, int]]:
     """(organ, file, label) of each mask of a case that can be used; none where its image cannot."""
 
     def shown(path):
@@ -184,7 +184,7 @@ def plain_name(organ: str) -> str:
     return re.sub(r"[\s/\\:*?\"<>|]+", "_", "".join(c if c.isprintable() else " " for c in organ).strip())
 
 
-def note_absent(found: list[Found], cases: list[Case], faults: Faults) -> None:
+def note_missing_organs(found: list[FoundCase], cases: list[Case], faults: Faults) -> None:
     """Notes each organ that a dataset.json declares and no mask holds."""
     declared = {name: label for case in found for label, name in names_of_labels(case.about).items() if name != "ignore"}
     there = {organ for case in cases for organ, _, _ in case.masks}
@@ -215,7 +215,7 @@ def choose_organs(cases: list[Case], organs: str) -> list[Case]:
 # ---- patients and splits ---------------------------------------------------------------------------------------------------
 
 
-def patient_of(case: Found) -> str:
+def patient_of(case: FoundCase) -> str:
     """Whose scan it is, by its name: sub-01 of sub-01_ses-2 (BIDS), P07 of P07_visit2; with the folders where names repeat."""
     where, _, own = case.name.rpartition("/")
     folders = [folder for folder in (*case.place, own) if re.match(r"(?i)sub-[a-z0-9]+", folder)]
@@ -228,7 +228,7 @@ def patient_of(case: Found) -> str:
     return f"{where}/{shorter}" if where else shorter
 
 
-def read_splits(root: Path, found: list[Found], faults: Faults) -> tuple[dict[str, str], str]:
+def read_splits(root: Path, found: list[FoundCase], faults: Faults) -> tuple[dict[str, str], str]:
     """(case -> split, the file that says so) by a meta.csv, as TotalSegmentator has it; ({}, "") where there is none."""
     folders = [root, *sorted({root / case.place[0] for case in found if len(case.place) > 1})]
     tables = [folder / entry.name for folder in folders for entry in visible_entries(folder) if entry.name.lower() == "meta.csv"]

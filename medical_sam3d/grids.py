@@ -4,7 +4,7 @@ import numpy as np
 
 from nifti_header import Geometry, in_mm
 
-SAME_GRID = 0.02  # voxels that two grids may be apart to count as one: rounding, however two programs write numbers
+GRID_TOLERANCE = 0.02  # voxels that two grids may be apart to count as one: rounding, however two programs write numbers
 OVERLAP = 0.5  # of the smaller volume, least of a mask and an image that belong together
 PROBES = 12  # points along each axis, by which the overlap is measured
 
@@ -56,7 +56,7 @@ def same_grid(one: Geometry, other: Geometry) -> bool:
     if one.shape != other.shape:
         return False
     apart = np.linalg.norm(one.corners - other.corners, axis=1).max()
-    return bool(apart <= max(1e-3, SAME_GRID * one.spacing.min()))
+    return bool(apart <= max(1e-3, GRID_TOLERANCE * one.spacing.min()))
 
 
 def same_axes(one: Geometry, other: Geometry) -> bool:

@@ -22,32 +22,39 @@ MASK_WORDS = frozenset(
     + ("annotation", "annotations", "gt", "groundtruth", "ground", "truth", "roi", "rois", "contour", "contours")
 )
 # What a scan was made with, which also tells the images of one case apart.
-MODALITIES = {
-    **dict.fromkeys(("ct", "cta", "cbct"), "ct"),
-    **dict.fromkeys(("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t1n", "t2", "t2w", "t2f"), "mr"),
-    **dict.fromkeys(("flair", "dwi", "adc", "pd", "pdw", "bold"), "mr"),
-}
+CT_WORDS = frozenset(("ct", "cta", "cbct"))
+MR_WORDS = frozenset(
+    ("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t1n", "t2", "t2w", "t2f", "flair", "dwi", "adc", "pd", "pdw", "bold")
+)
 IMAGE_WORDS = frozenset(
-    ("image", "images", "img", "imgs", "imaging", "scan", "scans", "volume", "volumes", "vol", "vols", *MODALITIES)
+    ("image", "images", "img", "imgs", "imaging", "scan", "scans", "volume", "volumes", "vol", "vols", *CT_WORDS, *MR_WORDS)
 )
 SPLIT_ENDINGS = {"tr": "train", "va": "val", "ts": "test"}  # imagesTr
 CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's, at the end of an image's name
 PER_CASE = "a folder for each case"
 LISTED = "pairs that dataset.json lists"
-CHANNELS = "nnU-Net's channels"
+NNUNET = "nnU-Net"
 BY_NAME = "images and masks of one name"
 BY_WORDS = "images and masks told apart by a word of their names"
 # Endings that hold volumes, too -> what makes a NIfTI of them.
 OTHER_FORMATS = {
-    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), "3D Slicer or SimpleITK"),
-    **dict.fromkeys((".mgz", ".mgh"), "mri_convert"),
-    **dict.fromkeys((".mnc", ".par", ".vti", ".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"), "the program that wrote it"),
+    ".nrrd": "3D Slicer or SimpleITK",
+    ".nhdr": "3D Slicer or SimpleITK",
+    ".mha": "3D Slicer or SimpleITK",
+    ".mhd": "3D Slicer or SimpleITK",
+    ".mgz": "mri_convert",
+    ".mgh": "mri_convert",
+    ".mnc": "mnc2nii",
+    ".nii.bz2": "bunzip2",
+    ".nii.xz": "unxz",
+    ".nii.zst": "unzstd",
+    ".nii.zip": "unzip",
 }
 DICOM = (".dcm", ".dicom", ".ima")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCase:
     """A case as its files' names have it. masks: (organ, path); organ "": the file holds several, told apart by label.
 
     place: the folders above it; about: the dataset.json that speaks of it, {} where there is none.
@@ -77,7 +84,7 @@ class VolumeFile:
         return tuple(words_of(bare_name(self.stem)))
 
 
-def find_layout(root: Path, faults: Faults) -> tuple[list[Found], str]:
+def find_layout(root: Path, faults: Faults) -> tuple[list[FoundCase], str]:
     """(cases in order of their places, what the layout is called) of a folder; faults is told of files that belong to no case."""
     volumes, tables = sort_files(root, faults)
     cases, volumes = take_listed(volumes, tables, faults)
@@ -158,7 +165,7 @@ def describe(path: Path, root: Path) -> VolumeFile:
     words = [word for folder in folders for word in words_of(folder)]
     split = next((SPLIT_ENDINGS[word] for word in words if word in SPLIT_ENDINGS), None)
     split = split or next(filter(None, map(split_of, folders)), None)
-    modality = next((MODALITIES[word] for word in (*own, *reversed(words)) if word in MODALITIES), None)
+    modality = next(filter(None, map(modality_word, (*own, *reversed(words)))), None)
     return VolumeFile(path, stem, role, place, split, modality)
 
 
@@ -178,9 +185,13 @@ def words_of(name: str) -> list[str]:
     words = []
     for word in filter(None, re.split(r"[\W_]+", apart.casefold())):
         numbered = re.fullmatch(r"([a-z]+)(\d+)", word)
-        known = numbered and numbered[1] in MASK_WORDS | IMAGE_WORDS and word not in MODALITIES
+        known = numbered and numbered[1] in MASK_WORDS | IMAGE_WORDS and not modality_word(word)
         words += numbered.groups() if known else [word]
     return words
+
+
+def modality_word(word: str) -> str | None:
+    return "ct" if word in CT_WORDS else "mr" if word in MR_WORDS else None
 
 
 def bare_name(stem: str, dropped: frozenset = MASK_WORDS | IMAGE_WORDS) -> str:
@@ -210,7 +221,7 @@ def with_roles(group: list[VolumeFile], faults: Faults, root: Path) -> list[Volu
 # ---- pairs -----------------------------------------------------------------------------------------------------------------
 
 
-def take_listed(volumes: list[VolumeFile], tables: dict[Path, dict], faults: Faults) -> tuple[list[Found], list[VolumeFile]]:
+def take_listed(volumes: list[VolumeFile], tables: dict[Path, dict], faults: Faults) -> tuple[list[FoundCase], list[VolumeFile]]:
     """(cases that a dataset.json lists with image and label, the volumes that are left)."""
     there = {volume.path: volume for volume in volumes}
     cases, taken = [], set()
@@ -230,8 +241,8 @@ def take_listed(volumes: list[VolumeFile], tables: dict[Path, dict], faults: Fau
     return cases, [volume for volume in volumes if volume.path not in taken]
 
 
-def a_case(name: str, image: VolumeFile, masks: list, about: dict, split: str | None) -> Found:
-    return Found(name or last_of(image), image.place, image.path, tuple(masks), split, modality_of(image, about), about)
+def a_case(name: str, image: VolumeFile, masks: list, about: dict, split: str | None) -> FoundCase:
+    return FoundCase(name or last_of(image), image.place, image.path, tuple(masks), split, modality_of(image, about), about)
 
 
 def last_of(volume: VolumeFile) -> str:
@@ -243,11 +254,10 @@ def modality_of(image: VolumeFile, about: dict) -> str | None:
     """ct or mr, by the first channel that dataset.json names, or else by the names of the file and its folders."""
     channels = about.get("channel_names", about.get("modality"))
     first = channels.get("0") if isinstance(channels, dict) else None
-    known = [MODALITIES[word] for word in words_of(str(first)) if word in MODALITIES]
-    return known[0] if known else image.modality
+    return next(filter(None, map(modality_word, words_of(str(first)))), image.modality)
 
 
-def pair_group(group: list[VolumeFile], about: dict, faults: Faults) -> tuple[list[Found], list[VolumeFile], str]:
+def pair_group(group: list[VolumeFile], about: dict, faults: Faults) -> tuple[list[FoundCase], list[VolumeFile], str]:
     """(cases, volumes that are left over, layout) of the volumes of one place."""
     images = [volume for volume in group if volume.role == "image"]
     masks = [volume for volume in group if volume.role == "mask"]
@@ -255,7 +265,7 @@ def pair_group(group: list[VolumeFile], about: dict, faults: Faults) -> tuple[li
         return [a_case(bare_name(images[0].stem), images[0], organs_of(masks), about, images[0].split)], [], PER_CASE
     ways = {
         BY_NAME: (attrgetter("stem"), attrgetter("stem")),
-        CHANNELS: (without_channel, attrgetter("stem")),
+        NNUNET: (without_channel, attrgetter("stem")),
         BY_WORDS: (attrgetter("key"), attrgetter("key")),
     }
     # The way that fits most comes first: among nnU-Net's channels the image P_0000 is not that of the mask P_0000.
@@ -303,7 +313,7 @@ def matches(images: list[VolumeFile], masks: list[VolumeFile], of_image, of_mask
     return pairs
 
 
-def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, faults: Faults, root: Path) -> list[Found]:
+def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, faults: Faults, root: Path) -> list[FoundCase]:
     """Cases of masks alone, where a folder holds no image at all; else faults is told of what has no partner."""
     images = [volume for volume in rest if volume.role == "image"]
     masks = [volume for volume in rest if volume.role == "mask"]
@@ -312,9 +322,9 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
             faults.add("image without a mask", readable(image.path.relative_to(root).as_posix()))
     together = masks and (per_case or all(mask.path.parent.name.casefold() == "segmentations" for mask in masks))
     if alone and together:
-        return [Found(last_of(masks[0]), masks[0].place, None, tuple(organs_of(masks)), masks[0].split, None, about)]
+        return [FoundCase(last_of(masks[0]), masks[0].place, None, tuple(organs_of(masks)), masks[0].split, None, about)]
     if alone:
-        return [Found(mask.stem, mask.place, None, (("", mask.path),), mask.split, None, about) for mask in masks]
+        return [FoundCase(mask.stem, mask.place, None, (("", mask.path),), mask.split, None, about) for mask in masks]
     if together and masks[0].place:
         faults.add("case without an image (looked for ct.nii.gz, mri.nii.gz ...)", "/".join(masks[0].place))
         return []
@@ -323,7 +333,7 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
     return []
 
 
-def unique_names(cases: list[Found], root: Path) -> list[Found]:
+def unique_names(cases: list[FoundCase], root: Path) -> list[FoundCase]:
     """Cases under names that differ: with the folders above them where several have one (site_a/001)."""
     cases = [case if case.name else replace(case, name=root.resolve().name) for case in cases]
     counts = Counter(case.name for case in cases)

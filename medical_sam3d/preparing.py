@@ -116,10 +116,10 @@ def prepare_case(case: Case, keys: dict[str, str], job: Job) -> dict[str, dict]:
     for path in dict.fromkeys(mask for _, mask, _ in case.masks):
         organs = [(organ, label) for organ, mask, label in case.masks if mask == path and organ in keys]
         if organs and not fault:
-            volume, bad, bad_stays = try_reading(read_labels, path, picture)
+            volume, bad, bad_stays = try_reading(read_labels, path, picture, not all(label for _, label in organs))
             made |= dict.fromkeys((organ for organ, _ in organs), {"fault": bad, "notes": [], "lasting": bad_stays})
             if not bad:
-                made |= {organ: make_organ(volume, label, keys[organ], job) for organ, label in organs}
+                made |= {organ: make_organ(volume, label or 1, keys[organ], job) for organ, label in organs}
         elif fault:
             made |= dict.fromkeys((organ for organ, _ in organs), {"fault": fault, "notes": [], "lasting": lasting})
     for organ, facts in made.items():
@@ -170,11 +170,14 @@ def read_picture(case: Case, modality: str) -> Picture | None:
     return Picture(values, replace(geometry, affine=affine, shape=values.shape), geometry, kind, notes)
 
 
-def read_labels(path: Path, picture: Picture | None) -> Volume:
-    """A mask file with the image on its voxels. BadVolume, or BadFile where mask and image do not belong together."""
+def read_labels(path: Path, picture: Picture | None, one_organ: bool) -> Volume:
+    """A mask file with the image on its voxels. BadVolume, or BadFile where mask and image do not belong together.
+
+    one_organ: all that is above 0 is label 1.
+    """
     from scipy.ndimage import find_objects
 
-    labels, geometry, notes = read_mask(path)
+    labels, geometry, notes = read_mask(path, one_organ)
     if picture and (difference := check_pair(picture.as_read, geometry)):
         raise BadFile(difference)
     labels, affine = to_ras(labels, geometry.affine)

@@ -58,11 +58,11 @@ def look(path: Path) -> Stored:
     return stored
 
 
-def read_mask(path: Path) -> tuple[np.ndarray, Geometry, list[str]]:
+def read_mask(path: Path, one_organ: bool = False) -> tuple[np.ndarray, Geometry, list[str]]:
     """(labels (X, Y, Z) uint8 or uint16, geometry, notes) of a mask; the whole file is read and its checksum compared.
 
-    Values within ROUNDED of whole numbers are rounded. BadVolume for what is damaged or no mask: fractions, negative values,
-    as many values as an image has.
+    one_organ: whatever is above 0 is label 1. Values within ROUNDED of whole numbers are rounded. BadVolume for what is damaged
+    or no mask: fractions, negative values, as many values as an image has.
     """
     stored = look(path)
     notes = list(stored.notes)
@@ -78,6 +78,9 @@ def read_mask(path: Path) -> tuple[np.ndarray, Geometry, list[str]]:
         labels[start : start + len(whole)] = whole
     labels = labels.reshape(stored.geometry.shape, order="F")
     check_is_mask(labels, counts, notes)
+    if one_organ and len(other := np.flatnonzero(counts[2:])):
+        np.minimum(labels, 1, out=labels)
+        notes.append(f"mask of one organ with other values than 0 and 1, {', '.join(map(str, other[:5] + 2))}: read as 1")
     if worst > 1e-6:
         notes.append(f"labels rounded to whole numbers, they were up to {worst:.2g} off")
     return labels, stored.geometry, notes
@@ -176,7 +179,7 @@ def check_is_mask(labels: np.ndarray, counts: np.ndarray, notes: list[str]) -> N
         if (middle[1:] != middle[:-1])[inside].mean() > 0.5 if inside.any() else False:
             raise BadVolume(f"values that are no labels, {len(values)} that change from voxel to voxel: an image, not a mask?")
     if values[-1] == 255 and len(values) == 2:
-        notes.append("mask of 0 and 255, read as one organ of label 255")
+        notes.append("mask of 0 and 255, one organ of label 255")
 
 
 # ---- files and streams -----------------------------------------------------------------------------------------------------
