@@ -161,7 +161,7 @@ def crossing(a, b, sdf_a, sdf_b) -> torch.Tensor:
     return torch.lerp(a, b, (sdf_a / safe)[:, None])
 
 
-def find_cases(inside, cut, doubtful, lattice) -> torch.Tensor:
+def cases_of_cubes(inside, cut, doubtful, lattice) -> torch.Tensor:
     """inside (S, 8) of the cubes with keys `cut` (S,) -> the case (S,) whose sheets they have."""
     case = (inside.long() << torch.arange(8, device=inside.device)).sum(1)
     face = doubtful[case]
@@ -184,7 +184,7 @@ def find_crossings(corners: Corners, cut, lattice) -> tuple[Crossings, torch.Ten
     """And of which cube each dual vertex is, (D,)."""
     device = cut.device
     tables = cube_tables(device)
-    case = find_cases((corners.sdf < 0)[corners.of], cut, tables.doubtful, lattice)
+    case = cases_of_cubes((corners.sdf < 0)[corners.of], cut, tables.doubtful, lattice)
     sheets = tables.groups[case]
     cube, edge = (tables.group[case] >= 0).nonzero().unbind(1)
     dual = (sheets.cumsum(0) - sheets)[cube] + tables.group[case[cube], edge]

@@ -14,7 +14,7 @@ TASK = MEDICAL
 use_task(TASK)
 
 from cube_tables import CUBE_CORNERS, CUBE_EDGES, CUBE_FACES, crossings, cube_tables  # noqa: E402
-from flexicubes import extract, find_cases  # noqa: E402
+from flexicubes import cases_of_cubes, extract  # noqa: E402
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "slat_mesh_decoder_a.safetensors"
 
@@ -139,7 +139,7 @@ def test_an_ambiguous_face_between_two_doubtful_cubes_is_cut_alike_by_both():
     for seed in range(40):
         cubes = random_cubes(seed)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flexicubes.find_cases", lambda *args: find_cases(*args[:2], torch.full((256,), -1), args[3]))
+            patch.setattr("flexicubes.cases_of_cubes", lambda *args: cases_of_cubes(*args[:2], torch.full((256,), -1), args[3]))
             broken += not as_mesh(extract(cubes, 1, "official")[0]).is_watertight
         case = ((cubes.sdf < 0).long() << torch.arange(8)).sum(1)
         changed += int((tables.doubtful[case] >= 0).any())
