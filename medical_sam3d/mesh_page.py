@@ -55,7 +55,7 @@ def simplified(mesh: Mesh, values: np.ndarray, most: int) -> tuple[Mesh, np.ndar
         _, member, counts = np.unique(keys, return_inverse=True, return_counts=True)
         if len(counts) <= most:
             break
-        cell *= 1.05
+        cell *= max(1.02, np.sqrt(len(counts) / most))
     means = [np.bincount(member, column) / counts for column in (*vertices.T, values)]
     faces = member[faces]
     kept = (faces != np.roll(faces, 1, axis=1)).all(axis=1)  # what shrank to a line or a point goes

@@ -81,10 +81,13 @@ def median_text(score: dict, times: float = 1) -> str:
 
 
 def markdown_table(head: list[str], lines: list[list]) -> str:
-    """A table in Markdown; a name of a stranger's file cannot break out of its cell."""
     rows = [head, ["---"] * len(head), *lines]
-    cells = [[" ".join(str(cell).split()).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + "\n"
+    return "\n".join(f"| {' | '.join(plain(cell) for cell in row)} |" for row in rows) + "\n"
+
+
+def plain(text) -> str:
+    """A stranger's name as Markdown that shows it: on one line, no HTML, no end of a cell."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def system_lines(systems: dict[str, dict], text=mean_text) -> list[list[str]]:
@@ -107,7 +110,7 @@ def write_report(path: Path, title: str, about: list[str], rows: list[dict], own
     """report.md of the rows of systems.score_systems. about: lines on data and model; own: the system that was trained."""
     head = ["", "n", "missed", *(title for title, _ in SCORED.values())]
     systems, organs = system_scores(rows), by_organ(rows)
-    parts = [f"# {title}\n", "".join(f"- {' '.join(line.split())}\n" for line in about)]
+    parts = [f"# {title}\n", "".join(f"- {plain(line)}\n" for line in about)]
     parts += ["## All organs: means\n", markdown_table(head, system_lines(systems))]
     parts += ["".join(f"- {name}: {ABOUT[name]}.\n" for name in systems if name in ABOUT)]
     parts += ["## All organs: medians\n", markdown_table(head, system_lines(systems, median_text))]
@@ -181,9 +184,10 @@ def leave_results(folder: Path, config, about: dict, rows: list[dict], own: str,
     about: facts as eval.json has them; loader, systems: what the rows were made of, to make a few organs' meshes once more.
     """
     title = f"{own} on {about['split']} organs"
+    seen = f"one slice in {about['every']} of a mask" if about["every"] > 1 else "all slices of a mask"
     lines = [
         f"Data: {about['data']}, {about['split']} split, {about['organs']} organs of {about['patients']} patients.",
-        f"Seen: each {about['every']}. slice of a mask. Base: {about['base']['name']}. Checkpoint: {config.checkpoint}.",
+        f"Seen: {seen}. Base: {about['base']['name']}. Checkpoint: {config.checkpoint}.",
     ]
     write_report(folder / "report.md", title, lines, rows, own, config)
     write_csv(folder / "results.csv", rows)

@@ -1,23 +1,53 @@
 """Distances between masks and meshes, against what can be worked out by hand; what becomes of organs that are missed."""
 
+import csv
 import json
 import time
 from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import pytest
+import torch
 from conftest import MEDICAL, use_task
 from trimesh.creation import box, icosphere
 
 TASK = MEDICAL
 use_task(MEDICAL)
+import metrics as metrics_module  # noqa: E402
+from common.batches import EvalBatches, build_loader  # noqa: E402
+from common.plots import figure  # noqa: E402
+from data import collate  # noqa: E402
+from decoder import Cubes  # noqa: E402
+from distance import signed_distance  # noqa: E402
+from mesh_page import CaseViews, View, simplified, write_page  # noqa: E402
+from meshes import Mesh  # noqa: E402
+from metrics import evaluate, organ_metrics, predict, save_samples  # noqa: E402
+from observe import observe  # noqa: E402
+from organs import Organ  # noqa: E402
+from pages import PLANES, Shown, draw_plane, worst_median_best  # noqa: E402
+from processor import OrganProcessor  # noqa: E402
+from scores_report import leave_results, page_rows, write_csv  # noqa: E402
 from surface_scores import (  # noqa: E402
     distance_scores,
+    file_scores,
+    looked_up,
     mask_scores,
     mesh_scores,
-    on_grid,
     one_grid,
+    signed_distances,
     summary_of,
+)
+from systems import (  # noqa: E402
+    FILLED,
+    FLOOR,
+    INPUT,
+    UNTRAINED,
+    differences,
+    interval_of,
+    mean_of_organs,
+    score_systems,
+    system_scores,
 )
 
 SPACING = np.array([0.5, 1.5, 4.0])
@@ -110,11 +140,24 @@ def test_masks_are_compared_where_they_lie_in_the_world():
     assert scores["hd"] == pytest.approx(12.0) and scores["pred_ml"] == pytest.approx(scores["truth_ml"])
 
 
+def test_mask_files_are_compared_label_by_label_in_world_space(tmp_path):
+    labels = np.zeros((40, 30, 16), np.uint8)
+    labels[10:30, 8:20, 4:12], labels[2:8, 2:8, 2:8] = 1, 3
+    moved = np.where(labels == 3, 0, labels)
+    moved[np.roll(labels == 3, 1, axis=2)] = 3
+    lps = AFFINE @ np.array([[-1, 0, 0, 39], [0, -1, 0, 29], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    nibabel.Nifti1Image(labels, AFFINE).to_filename(tmp_path / "truth.nii.gz")
+    nibabel.Nifti1Image(np.ascontiguousarray(moved[::-1, ::-1]), lps).to_filename(tmp_path / "pred.nii.gz")
+    scores = file_scores(tmp_path / "pred.nii.gz", tmp_path / "truth.nii.gz")
+    assert scores.keys() == {1, 3} and scores[1]["dice"] == 1 and scores[1]["hd"] == 0
+    assert scores[3]["hd"] == pytest.approx(4.0) and scores[3]["dice"] == pytest.approx(5 / 6)
+
+
 def test_on_another_grid_each_voxel_is_that_of_its_centre():
     fine = ball(10, (0, 0, 0), 0.5)
     halves, wholes = np.diag([0.5] * 3 + [1]), np.eye(4)
     wholes[:3, 3] = 0.25
-    coarse = on_grid(fine, halves, (32, 32, 32), wholes)
+    coarse = looked_up(fine, halves, (32, 32, 32), wholes)
     assert coarse.sum() == pytest.approx(4 / 3 * np.pi * 1000, rel=0.02)
 
 
@@ -137,3 +180,231 @@ def test_two_hundred_thousand_surface_voxels_take_seconds():
     began = time.perf_counter()
     assert mask_scores(np.roll(mask, 1, 0), mask, np.eye(4))["hd"] == 1
     assert time.perf_counter() - began < 10
+
+
+# ---- a model on organs -----------------------------------------------------------------------------------------------
+
+TILTED = np.array([[-1.4, 0.3, 0, 30], [0.28, 1.5, 0, -8], [0, 0, 2.0, 12], [0, 0, 0, 1]])  # turned about z, x to the left
+
+
+class ToyOrgans:
+    """Ellipsoids on a tilted grid, as data.OrganData has organs: two of each patient, a liver and a spleen."""
+
+    processor = OrganProcessor(resolution=8, every=4)
+
+    def __init__(self, count=4):
+        names = [(f"s<b>{i // 2}", ("spleen", "liver")[i % 2]) for i in range(count)]
+        self.items = [SimpleNamespace(name=f"{c}/{o}", case=c, organ=o, patient=f"patient {c}") for c, o in names]
+
+    def __len__(self):
+        return len(self.items)
+
+    def organ(self, index):
+        half = np.random.default_rng(index).uniform(9, 15, 3)
+        points = np.moveaxis(np.indices((30, 28, 24)), 0, -1) - (14.5, 13.5, 11.5)
+        mask = (((points * (1.4, 1.5, 2.0)) / half) ** 2).sum(-1) <= 1
+        return Organ(mask, signed_distance(mask, np.linalg.norm(TILTED[:3, :3], axis=0)), None, TILTED, 2, [])
+
+    def observed(self, index):
+        return observe(self.organ(index), 4, index % 4)
+
+    def __getitem__(self, key):
+        index, organ = key[1], self.organ(key[1])
+        sample = self.processor.sample(organ, self.observed(index))
+        to_voxel = torch.from_numpy(sample.frame.to_voxel(organ.affine)).float()
+        tensors = {"coords": sample.coords, "inputs": sample.inputs, "truth": organ.sdf}
+        tensors = {key: torch.from_numpy(value) for key, value in tensors.items()}
+        return {**tensors, "to_voxel": to_voxel, "edge": sample.frame.edge, "index": index}
+
+
+class ToyModel(torch.nn.Module):
+    """Says of each corner of a cell's cubes what was observed at the cell's middle, plus `added` cells: a rough surface."""
+
+    def __init__(self, added=0.0):
+        super().__init__()
+        self.added = torch.nn.Parameter(torch.tensor(added))
+        self.new_layers = []
+
+    def forward(self, coords, inputs):
+        steps = torch.cartesian_prod(*[torch.arange(4)] * 3).int()
+        cubes = torch.cat([coords[:, :1].repeat_interleave(64, 0), (4 * coords[:, None, 1:] + steps).view(-1, 3)], 1)
+        features = torch.zeros(len(cubes), 101)
+        features[:, :8] = ((inputs.view(len(coords), 64) + self.added) / 8).view(-1, 1) + 1 / 32  # a decoder's bias is -1 / 4R
+        return Cubes(cubes, features, 32)
+
+
+def loader_of(data, batch_size=2, rank=0, world=1):
+    return build_loader(data, EvalBatches([0] * len(data), batch_size, rank, world), collate)
+
+
+@pytest.fixture(scope="module")
+def organs():
+    return ToyOrgans()
+
+
+@pytest.fixture(scope="module")
+def found(organs):
+    """What predict gives of a model, all organs in one batch."""
+    return predict(ToyModel(), loader_of(organs, 4))
+
+
+@pytest.fixture(scope="module")
+def rows(organs):
+    return score_systems({UNTRAINED: ToyModel(0.5), "LoRA": ToyModel()}, loader_of(organs), 2.0)
+
+
+def test_what_a_model_makes_lies_where_the_organ_is(organs, found):
+    metrics = organ_metrics(organs, found)
+    assert metrics["dice"] > 0.8 and metrics["assd"] < 2.0 and metrics["failed"] == 0 < metrics["val_loss"] < 1
+    assert metrics["dice"] == pytest.approx(np.mean(list(metrics["per_organ_dice"].values())))
+
+
+def test_no_number_depends_on_batches_or_processes(organs, found, monkeypatch):
+    first, second = (predict(ToyModel(), loader_of(organs, 3, rank, 2)) for rank in (0, 1))
+    assert [len(first), len(second)] == [3, 1], "a batch of three in one process, of one in the other"
+    monkeypatch.setattr(metrics_module, "gather_lists", lambda own: [*second, *first, *own])
+    assert evaluate(ToyModel(), loader_of(organs, 3, 1, 2)) == organ_metrics(organs, found)
+
+
+def test_missing_more_organs_never_improves_a_score(organs, found):
+    missed = predict(ToyModel(added=5.0), loader_of(organs))  # all of it is outside
+    assert all(item["dice"] == 0 and item["hd95"] == np.inf for item in missed)
+    best, some = organ_metrics(organs, found), organ_metrics(organs, [*found[:3], missed[3]])
+    assert (best["failed"], some["failed"], organ_metrics(organs, missed)["failed"]) == (0, 1, 4)
+    assert some["dice"] == pytest.approx(np.mean([item["dice"] for item in found[:3]] + [0]))
+    assert some["nsd"] < best["nsd"] and some["hd95"] == some["assd"] == np.inf
+
+
+def test_a_patient_is_one_sample_however_many_organs(organs, found, tmp_path):
+    save_samples(organs, found, tmp_path / "samples.json")
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert (record["metric"], record["higher_is_better"]) == ("dice", True)
+    assert [(row["file"], row["weight"]) for row in record["rows"]] == [("patient s<b>0", 2), ("patient s<b>1", 2)]
+    assert record["rows"][1]["value"] == pytest.approx((found[2]["dice"] + found[3]["dice"]) / 2)
+
+
+# ---- beside others ---------------------------------------------------------------------------------------------------
+
+
+def test_all_systems_answer_for_the_same_organs(rows):
+    scores = system_scores(rows)
+    assert list(scores) == [FLOOR, INPUT, FILLED, UNTRAINED, "LoRA"] and {each["dice"]["n"] for each in scores.values()} == {4}
+    assert scores[FLOOR]["dice"]["mean"] > 0.99 and scores[FLOOR]["chamfer_mm"]["mean"] < 0.01
+    assert scores[FILLED]["dice"]["mean"] > scores[INPUT]["dice"]["mean"], "interpolation betters the slices that it is made of"
+    assert scores["LoRA"]["dice"]["mean"] > scores[UNTRAINED]["dice"]["mean"]
+    assert scores[UNTRAINED]["volume_error"]["mean"] < scores["LoRA"]["volume_error"]["mean"], (
+        "whose surface lies half a cell inside"
+    )
+
+
+def test_the_report_says_all_and_names_nothing_wrong(rows, organs, tmp_path):
+    about = {"data": "a <script>", "split": "val", "organs": 4, "patients": 2, "every": 4, "base": {"name": "demo"}}
+    systems = {UNTRAINED: ToyModel(0.5), "LoRA": ToyModel()}
+    config = SimpleNamespace(tolerance=2.0, checkpoint="best")
+    leave_results(tmp_path, config, about, rows, "LoRA", loader_of(organs), systems)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "results.csv", "scores.png", "planes.png", "page.html"}
+    report, page = ((tmp_path / name).read_text() for name in ("report.md", "page.html"))
+    assert "too few patients to say" in report and "within 2 mm" in report and "Mean of the 2 organs' means" in report
+    for text in (report, page):
+        assert "<b>0" not in text and "a <script>" not in text
+    assert "://" not in page and "default-src 'none'" in page, "nothing comes from elsewhere"
+    with open(tmp_path / "results.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 4 * 5 and {row["system"] for row in table} == {row["system"] for row in rows}
+    assert float(table[0]["hd95_mm"]) == pytest.approx(rows[0]["hd95"], rel=1e-5)
+    assert float(table[1]["volume_error_percent"]) == pytest.approx(100 * rows[1]["volume_error"], rel=1e-5)
+
+
+def test_a_table_holds_what_was_missed(rows, tmp_path):
+    missed = rows[0] | {"hd95": np.inf, "dice": 0.0, "outcome": "missed", "chamfer_mm": None}
+    write_csv(tmp_path / "results.csv", [missed])
+    with open(tmp_path / "results.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert (row["outcome"], row["hd95_mm"], row["chamfer_mm"]) == ("missed", "inf", "")
+
+
+def made_rows(values: dict[str, list], per_patient=1):
+    """Rows of systems with these Dice values and HD95 of ten times what is missing to 1; infinite where Dice is 0."""
+    found = []
+    for system, dices in values.items():
+        for i, dice in enumerate(dices):
+            place = {"index": i, "case": f"c{i}", "organ": "liver", "patient": f"p{i // per_patient}", "system": system}
+            scores = dict.fromkeys(("iou", "assd", "nsd", "chamfer_mm", "volume_error"), 0.5)
+            hd95 = 10 * (1 - dice) if dice else np.inf
+            found.append({**place, "outcome": "found" if dice else "missed", **scores, "dice": dice, "hd95": hd95})
+    return found
+
+
+def test_a_difference_is_claimed_only_where_its_interval_carries_it():
+    rng = np.random.default_rng(0)
+    hard = rng.uniform(0.5, 0.9, 12)  # what is hard is hard for both
+    made = made_rows({"other": hard, "same": hard + rng.normal(0, 0.01, 12), "worse": hard - 0.03, "own": hard + 0.02})
+    says = {(each["to"], each["metric"]): each for each in differences(made, "own")}
+    assert says["other", "dice"]["says"] == "better" and says["other", "dice"]["mean"] == pytest.approx(0.02)
+    assert says["other", "hd95"]["says"] == "better" and says["other", "hd95"]["mean"] == pytest.approx(-0.2)
+    assert says["other", "nsd"]["says"] == "no difference shown"
+    assert {each["says"] for each in differences(made, "worse") if each["to"] == "own" and each["metric"] == "dice"} == {"worse"}
+    few = made_rows({"other": hard[:8], "own": hard[:8] + 0.02}, per_patient=2)
+    assert {each["says"] for each in differences(few, "own")} == {"too few patients to say"}
+    missed = made_rows({"other": hard, "own": [0.0, *hard[1:]]})
+    says = {each["metric"]: each for each in differences(missed, "own")}
+    assert says["hd95"]["mean"] is None and says["hd95"]["says"].startswith("an organ is missed")
+    assert says["dice"]["mean"] == pytest.approx(-hard[0] / 12), "and in Dice it counts as 0"
+    assert system_scores(missed)["own"]["missed"] == ["c0/liver"]
+
+
+def test_organs_of_a_patient_are_drawn_together():
+    values, patients = np.repeat(np.linspace(0.5, 0.9, 6), 10), np.repeat(np.arange(6), 10)
+    together, apart = interval_of(values, patients), interval_of(values, np.arange(60))
+    assert together[1] - together[0] > 2.5 * (apart[1] - apart[0])
+    assert interval_of(values[:40], patients[:40]) is None, "four patients are too few, however many organs"
+
+
+def test_a_rare_organ_counts_as_much_as_others_in_the_mean_of_means(rows):
+    organs = {"liver": system_scores(made_rows({"own": [0.9] * 9})), "rib": system_scores(made_rows({"own": [0.5]}))}
+    assert mean_of_organs(organs, "own", "dice") == pytest.approx(0.7)
+
+
+# ---- pictures and the page -------------------------------------------------------------------------------------------
+
+
+def test_the_patients_right_is_on_the_left_of_the_picture():
+    mask = block((28, 10, 4), (34, 20, 12))  # far to the right
+    organ = Organ(mask, None, np.random.default_rng(0).random(mask.shape), AFFINE, 2, [])
+    page, ((axis,),) = figure()
+    draw_plane(axis, Shown("", organ, {"same": mask}), PLANES[0], 8)
+    page.canvas.draw()
+    outline = axis.transAxes.inverted().transform(axis.transData.transform(axis.collections[0].get_paths()[0].vertices))
+    assert outline[:, 0].max() < 0.5
+    assert [text.get_text() for text in axis.texts] == ["R", "L", "A", "P"]
+    box = axis.get_window_extent()
+    assert box.width / box.height == pytest.approx(40 * 0.5 / (30 * 1.5), rel=0.02), "voxels have their true shape"
+
+
+def test_the_worst_the_middle_and_the_best_are_shown():
+    assert list(worst_median_best([{"dice": 0.5}])) == ["median"] and worst_median_best([{"dice": None}]) == {}
+    many = [{"dice": dice} for dice in np.linspace(1, 0, 41)]
+    shown = [row["dice"] for row in page_rows(many)]
+    assert len(shown) == 12 and shown == sorted(shown) and {0.0, 0.5, 1.0} <= set(shown)
+
+
+def test_a_mesh_on_the_page_is_smaller_and_at_the_same_place():
+    ball_mesh = icosphere(subdivisions=5, radius=20)
+    mesh, values = simplified(Mesh(ball_mesh.vertices + 7, ball_mesh.faces), ball_mesh.vertices[:, 2], 1500)
+    assert 700 < len(mesh.vertices) <= 1500 and mesh.volume == pytest.approx(ball_mesh.volume, rel=0.03)
+    assert np.abs(values - (mesh.vertices[:, 2] - 7)).max() < 1e-6, "colours go with their places"
+
+
+def test_distances_on_the_page_are_positive_outside(organs):
+    organ = organs.organ(0)
+    middle = organ.affine @ (14.5, 13.5, 11.5, 1)
+    assert signed_distances(middle[None, :3], organ)[0] < -5 and signed_distances(organ.affine[None, :3, 3], organ)[0] > 5
+
+
+def test_a_page_of_many_large_meshes_stays_small(tmp_path):
+    large = icosphere(subdivisions=5, radius=30)
+    mesh = Mesh(large.vertices, large.faces)
+    views = [View(name, "", mesh, None if i == 0 else np.full(len(mesh.vertices), 1.5)) for i, name in enumerate("abcde")]
+    write_page(tmp_path / "page.html", "all", [], [CaseViews(f"c{i}", views) for i in range(12)], {}, {})
+    assert (tmp_path / "page.html").stat().st_size < 4_000_000
+    assert "+2 mm" in (tmp_path / "page.html").read_text()
