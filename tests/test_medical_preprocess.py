@@ -262,7 +262,7 @@ def test_a_second_start_reads_no_volume_and_a_damaged_file_is_made_again(tmp_pat
     items, faults = made_by(cases, tmp_path / "kept")
     assert faults.counts() == {"mask that is empty": 1}
     read = []
-    monkeypatch.setattr("preparing.read_mask", lambda path: read.append(path.name) or read_mask(path))
+    monkeypatch.setattr("preparing.read_mask", lambda path, *how: read.append(path.name) or read_mask(path, *how))
     assert made_by(cases, tmp_path / "kept")[0] == items and not read
     for damage in (lambda content: content[: len(content) // 2], lambda content: b"\xff" * 8 + content[8:]):
         items[1].path.write_bytes(damage(items[1].path.read_bytes()))
