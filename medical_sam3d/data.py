@@ -19,7 +19,7 @@ from common.runtime import from_main, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import SPLIT_NAMES, Faults, attempt, data_folder, hold_out
 from common.scan import in_parts
-from latents import Latents, find_latents, read_latents
+from latents import Latents, find_latents, latents_folder, read_latents
 from observe import Observed, observe
 from organs import Organ
 from prepared import Item, is_prepared, open_prepared, prepare, prepared_folder
@@ -141,7 +141,7 @@ class OrganData(torch.utils.data.Dataset):
         self,
         items: list[Item],
         processor: OrganProcessor,
-        latents_dir: str = "",
+        latents_dir: Path | None = None,
         limit: int = 0,
         training: bool = False,
         seed: int = 0,
@@ -150,7 +150,7 @@ class OrganData(torch.utils.data.Dataset):
     ):
         self.items, self.processor, self.latents_dir = items, processor, latents_dir
         self.seed, self.augment, self.crop = seed, augment, crop
-        self.every = processor.every if processor.latents == "encoder" else 1
+        self.every = processor.every if latents_dir is None else 1
         self.facts = [known_facts(item.path.parent, item.path.stem) for item in items]
         shapes = [tuple(facts["shape"]) for facts in self.facts]
         stacks = [(2 + (facts["modality"] is not None), *shape) for facts, shape in zip(self.facts, shapes, strict=True)]
@@ -181,7 +181,8 @@ class OrganData(torch.utils.data.Dataset):
         return self.organs.bytes + self.views.bytes
 
     def new_faults(self) -> list[tuple[str, str]]:
-        return list(dict.fromkeys(self.organs.new_faults() + self.views.new_faults()))
+        names = {str(item.path): item.name for item in self.items}  # a file's own name is a hash
+        return [(names[path], fault) for path, fault in dict.fromkeys(self.organs.new_faults() + self.views.new_faults())]
 
     def organ(self, index: int) -> Organ:
         """BadFile where its file is damaged or gone."""
@@ -206,7 +207,7 @@ class OrganData(torch.utils.data.Dataset):
         return self.draw(0, index)[0]
 
     def latents(self, index: int) -> Latents | None:
-        if self.processor.latents == "encoder":
+        if self.latents_dir is None:
             return None
         return read_latents(find_latents(self.latents_dir, self.items[index].name), self.processor.resolution)
 
@@ -311,9 +312,10 @@ def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
             raise UserError(f"{found.name} has no training split; it has {', '.join(splits)}")
         learnt = sorted({item.organ for item in splits["train"]})
         processor = replace(processor, every=config.every or processor.every, organs=learnt)
-        val = OrganData(splits["val"], processor, config.latents_dir, limit // 4)
+        latents_dir = latents_folder(config.latents_dir, processor)
+        val = OrganData(splits["val"], processor, latents_dir, limit // 4)
         draws = {"seed": config.seed, "augment": config.augment, "crop": config.crop}
-        train = OrganData(splits["train"], processor, config.latents_dir, limit - val.bytes, training=True, **draws)
+        train = OrganData(splits["train"], processor, latents_dir, limit - val.bytes, training=True, **draws)
         val, val_covered = look_through(val, faults, len(val), "validation")
         train, covered = look_through(train, faults, LOOKED_AT, "training")
         if not len(train) or not len(val):
@@ -383,7 +385,7 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
     """
     organs = getattr(config, "organs", "") or origin.get("organs", "")
     found = find_organs(config.data_dir or origin["data_dir"], organs, origin["seed"])
-    latents_dir = getattr(config, "latents_dir", "") or origin.get("latents_dir", "")
+    latents_dir = latents_folder(getattr(config, "latents_dir", "") or origin.get("latents_dir", ""), processor)
     with found.faults:
         items = read_items(found, origin.get("modality", "auto"), config.num_workers)
         splits = split_items(items, found.seed, found.folder, found.faults)

@@ -8,6 +8,7 @@ Those of the encoder are its own. They have eight channels as the official ones,
 but the official encoder has never seen them: what they mean is what the decoder and the encoder have learnt together.
 """
 
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -19,13 +20,15 @@ from torch import nn
 
 from common.config import UserError, shown
 from common.samples import BadFile
-from processor import POINTS, Frame
+from processor import POINTS, Frame, OrganProcessor
 from sparse_ops import SparseConv3d, neighbours
 
 # Mean and standard deviation of the official latents in their eight channels, by which the pipeline normalises them.
 OFFICIAL_MEAN = (-2.16875, -0.00435, -0.13352, -0.08418, -0.52712, 0.72387, -1.14145, 1.20394)
 OFFICIAL_STD = (2.37765, 2.38638, 2.12442, 2.17486, 2.66394, 2.37119, 2.62174, 2.68452)
 LARGEST_LATENTS = 2**28  # bytes when unpacked; 64^3 cells in doubles take a tenth
+# numpy parses the header of an array by ast, which Python 3.11 cannot do in two threads at once.
+READING = threading.Lock()
 LATENT_KEYS = ("coords", "feats", "centre", "edge", "rotation")
 ENCODER_RANGES = {"channels": range(1, 9), "width": range(1, 1025), "latent_channels": range(1, 1025)}
 
@@ -87,6 +90,17 @@ class Latents(NamedTuple):
     frame: Frame | None
 
 
+def latents_folder(named: str, processor: OrganProcessor) -> Path | None:
+    """The folder of latents that a processor takes, by --latents_dir; None where it takes none. UserError where none is."""
+    if processor.latents == "encoder":
+        return None
+    folder = Path(named).expanduser()
+    if not named or not folder.is_dir():
+        why = f"there is no folder {named}" if named else "the model takes latents of others: name the folder of their .npz files"
+        raise UserError(f"--latents_dir: {why}")
+    return folder
+
+
 def find_latents(folder: Path, name: str) -> Path:
     """The file of an organ "case/organ" in a folder of latents: case/organ.npz or case_organ.npz. BadFile where neither is."""
     places = [Path(folder) / f"{name}.npz", Path(folder) / f"{name.replace('/', '_')}.npz"]
@@ -130,7 +144,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > LARGEST_LATENTS:
             raise BadFile(f"latents that are too large, {size / 1e6:.0f} MB when unpacked")
-        with np.load(file, allow_pickle=False) as arrays:  # pickles would run code
+        with READING, np.load(file, allow_pickle=False) as arrays:  # pickles would run code
             return {key: arrays[key] for key in LATENT_KEYS if key in arrays}
     except BadFile:
         raise

@@ -18,9 +18,10 @@ from common.samples import BadFile, Faults
 TASK = MEDICAL
 use_task(TASK)
 
-from data import OrganData, build_loaders, collate, find_organs, load_for_eval, split_items  # noqa: E402
+from data import OrganData, as_item, build_loaders, collate, find_organs, load_for_eval, split_items  # noqa: E402
+from decoder import DecoderConfig, SLatMeshDecoder  # noqa: E402
 from distance import signed_distance  # noqa: E402
-from latents import OFFICIAL_MEAN, OFFICIAL_STD, LatentEncoder, Latents, find_latents, read_latents  # noqa: E402
+from latents import OFFICIAL_MEAN, OFFICIAL_STD, LatentEncoder, Latents, find_latents, optimise_latents, read_latents  # noqa: E402
 from observe import fill, kept_slices, observe, spacing_of  # noqa: E402
 from organs import Organ  # noqa: E402
 from prepared import Item, prepared_folder  # noqa: E402
@@ -332,6 +333,20 @@ def test_a_sample_of_given_latents_has_their_cells_and_cube(organ):
     assert (sample.coords == latents.coords).all() and (sample.inputs == latents.feats).all() and sample.frame.edge == 120
 
 
+def test_latents_fitted_to_the_truth_come_closer_and_leave_the_decoder_alone(organ):
+    torch.manual_seed(0)
+    decoder = SLatMeshDecoder(DecoderConfig(resolution=8, model_channels=16, num_blocks=1, num_heads=1, num_groups=2))
+    torch.nn.init.normal_(decoder.out_layer.weight, std=0.1)
+    before = {name: weight.clone() for name, weight in decoder.state_dict().items()}
+    sample = OrganProcessor(resolution=8).sample(organ, observe(organ, 5), crop=12, rng=np.random.default_rng(0))
+    batch = collate([as_item(sample, organ, 0)])
+    with torch.no_grad():  # as in an evaluation
+        (_, first), (latents, last) = (optimise_latents(decoder, batch, steps) for steps in (1, 8))
+    assert latents.shape == (len(sample.coords), 8) and last < 0.95 * first
+    assert all(torch.equal(before[name], weight) for name, weight in decoder.state_dict().items())
+    assert all(weight.requires_grad for weight in decoder.parameters())
+
+
 # ---- a data set ------------------------------------------------------------------------------------------------------
 
 PATIENTS = ("p1", "p2", "p3", "p4", "p5")
@@ -470,7 +485,7 @@ def test_a_file_that_goes_bad_in_training_costs_only_itself(settings):
         file.write_bytes(b"gone")
         item = data[1, 0]
         assert len(item["coords"]) and item["index"] == 0
-        assert [path for path, _ in data.new_faults()] == [str(file)] and not data.new_faults()
+        assert [name for name, _ in data.new_faults()] == [data.items[0].name] and not data.new_faults()
         with pytest.raises(UserError, match="damaged or gone"):
             data[0, 0]
     finally:
@@ -487,6 +502,9 @@ def test_latents_that_are_missing_are_named_and_the_rest_is_used(settings, tmp_p
     said = capsys.readouterr().out
     assert "p3/liver" in said and "which is little" in said  # two cells hold next to nothing of a surface
     first, second = train.dataset[1, 0], train.dataset[2, 0]
+    settings.latents_dir = str(tmp_path / "gone")
+    with pytest.raises(UserError, match="there is no folder"):
+        loaders(settings, replace(PROCESSOR, latents="precomputed"))
     assert torch.equal(first["inputs"], torch.from_numpy(FEATS)) and same(first, second)
 
 
