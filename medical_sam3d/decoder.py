@@ -303,9 +303,7 @@ def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> Non
 
     path = Path(path)
     check_tensors(path, config, tensors)
-    half = {name for name in tensors if name.startswith("blocks.") or ".conv." in name}
-    kinds = {name: torch.float16 if name in half else torch.float32 for name in tensors}
-    content = {name: t.detach().to("cpu", kinds[name], copy=True).contiguous() for name, t in tensors.items()}
+    content = {name: t.detach().to("cpu", file_dtype(name), copy=True).contiguous() for name, t in tensors.items()}
     if large := [name for name, tensor in content.items() if not is_finite(tensor)]:
         raise UserError(f"{large[0]} has numbers above 65,504, which half precision cannot hold")
     about = {"name": "SLatMeshDecoder", "args": official_arguments(config)}
@@ -322,6 +320,11 @@ def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> Non
     write_json(path.with_suffix(".json"), about)
 
 
+def file_dtype(name: str) -> torch.dtype:
+    """What a tensor is kept in: 181,891,796 bytes in all at official size."""
+    return torch.float16 if name.startswith("blocks.") or ".conv." in name else torch.float32
+
+
 def official_arguments(config: DecoderConfig) -> dict:
     """The architecture as the JSON beside a decoder of TRELLIS says it."""
     args = {key: value for key, value in config.to_json().items() if key not in ("use_color", "num_groups")}
@@ -332,14 +335,15 @@ def official_arguments(config: DecoderConfig) -> dict:
 # ---- memory -----------------------------------------------------------------------------------------------------------
 
 
-def memory_needed(config: DecoderConfig, cells: int, training: bool) -> int:
-    """Bytes that a pass over so many cells takes at its peak, beside the weights: a rough estimate, in float32.
+def memory_needed(config: DecoderConfig, cells: int, training: bool, checkpointing: bool = False) -> int:
+    """Bytes that a pass over so many cells takes in float32, beside weights, their gradients and the optimizer's state.
 
-    training: with gradient_checkpointing, which keeps each block's input and the inside of one. Measured: docs/benchmark.md.
+    training: with a loss that makes two tensors of the features' size. A rough estimate, within a fifth of measured peaks.
     """
-    width = config.model_channels
-    finest = 64 * cells * (width // 8)  # numbers of a tensor on the cubes
-    inside = cells * width * (3 + 3 + 2 * config.mlp_ratio)
-    kept = cells * width * (config.num_blocks + 1) if training else 0
+    unit = 4 * cells * config.model_channels  # bytes of a tensor on the cells; one on the finest voxels has 8 of them
     tables = 8 * 27 * (1 + 8 + 64) * cells
-    return 4 * (max(inside, (10 if training else 5) * finest) + kept + 2 * 64 * cells * config.out_channels) + tables
+    features = 4 * 64 * cells * config.out_channels
+    block = 1 if checkpointing else 10 + 2 * config.mlp_ratio  # units that a block of the torso keeps
+    if training:  # the upsampling keeps 50 units, and its gradients take 25 more
+        return tables + 5 * features + (75 + config.num_blocks * block) * unit
+    return tables + features + 36 * unit

@@ -81,8 +81,8 @@ def children_neighbours(table: torch.Tensor) -> torch.Tensor:
     """The table (8 N, 27) of the children, from their parents' (N, 27): a child is there where its parent is."""
     count = len(table)
     parents, parities = child_offsets(table.device)  # (8, 27) each
-    found = table[:, parents] * 8 + parities
-    return found.clamp(max=8 * count).view(8 * count, 27)
+    found = table[:, parents].mul_(8).add_(parities)  # (N, 8, 27): with 216 numbers a voxel worth no copies
+    return found.clamp_(max=8 * count).view(8 * count, 27)
 
 
 def child_offsets(device) -> tuple[torch.Tensor, torch.Tensor]:

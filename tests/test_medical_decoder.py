@@ -1,19 +1,22 @@
 """The SLAT mesh decoder: names and numbers of the official one, what is absent, adapters, files of strangers."""
 
 import json
+import zipfile
 
 import pytest
 import torch
-from conftest import MEDICAL, ROOT, use_task
+from conftest import MEDICAL, ROOT, Payload, use_task
 from torch.nn import functional as F
 
+from common.checkpoint import write_json
+from common.config import UserError
 from common.lora import LoRAConfig, coverage, inject_lora, lora_parameters, merge_lora
 from common.lora_files import load_adapter, save_adapter
 
 TASK = MEDICAL
 use_task(TASK)
 
-from decoder import DecoderConfig, SLatMeshDecoder  # noqa: E402
+from decoder import DecoderConfig, SLatMeshDecoder, config_of, file_dtype, memory_needed, read_decoder, write_decoder  # noqa: E402
 from sparse_ops import SparseConv3d, children_neighbours, neighbours, sparse_conv, subdivide  # noqa: E402
 
 GOLDEN = ROOT.parent / "shared" / "golden" / "slat_mesh_decoder_a.safetensors"
@@ -263,3 +266,156 @@ def test_adapters_of_the_official_size_have_the_numbers_of_their_formula():
             model = SLatMeshDecoder(DecoderConfig())
             inject_lora(model, LoRAConfig(r=r, target_modules=target))
         assert sum(p.numel() for p in lora_parameters(model)) == expected
+
+
+def test_the_estimate_of_memory_grows_with_what_it_depends_on():
+    official = DecoderConfig()
+    plain, training, less = (memory_needed(official, 1000, *how) for how in ((False,), (True,), (True, True)))
+    assert plain < less < training and memory_needed(official, 2000, True) == 2 * training
+    assert 0.8e9 < training < 1.2e9 and memory_needed(SMALL, 1000, True) < training / 3
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt", "pt"])
+@pytest.mark.parametrize("use_color", [True, False])
+def test_a_decoder_is_read_as_it_was_written_halved_where_the_official_one_is(tmp_path, ending, use_color):
+    model, path = small_decoder(DecoderConfig(**{**SMALL.to_json(), "use_color": use_color})), tmp_path / f"slat.{ending}"
+    write_decoder(path, model.config, model.state_dict())
+    config, tensors = read_decoder(path)
+    assert config == model.config and tensors.keys() == model.state_dict().keys()
+    kinds = {"blocks.0.attn.to_qkv.bias": 1, "upsample.1.skip_connection.conv.weight": 1, "upsample.0.out_layers.1.weight": 0}
+    for name, half in {**kinds, "input_layer.weight": 0, "out_layer.bias": 0}.items():
+        expected = model.state_dict()[name].half().float() if half else model.state_dict()[name]
+        assert tensors[name].dtype == torch.float32 and torch.equal(tensors[name], expected)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["slat.json", path.name])
+
+
+def test_a_file_of_the_official_size_has_the_official_bytes():
+    with torch.device("meta"):
+        state = SLatMeshDecoder(DecoderConfig()).state_dict()
+    assert sum(t.numel() * file_dtype(name).itemsize for name, t in state.items()) == 181_891_796
+    assert config_of(state, None) == DecoderConfig()
+
+
+def test_a_state_dict_under_its_key_and_the_names_that_training_puts_before_are_read(tmp_path):
+    state = small_decoder().state_dict()
+    torch.save({"state_dict": {f"module.{name}": t.double() for name, t in state.items()}, "epoch": 3}, tmp_path / "last.ckpt")
+    write_json(tmp_path / "config.json", SMALL.to_json())
+    config, tensors = read_decoder(tmp_path / "last.ckpt")
+    assert config == SMALL and all(torch.equal(tensors[name], t) for name, t in state.items())
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="its architecture cannot be told: decoder: model_channels is 32, .* 8 num_groups, 256"):
+        read_decoder(tmp_path / "last.ckpt")
+    write_json(tmp_path / "last.json", {"name": "SLatMeshDecoder", "args": {"num_groups": 2, "num_heads": 4, "use_fp16": True}})
+    official = {"resolution": 64, "window_size": 8}
+    assert read_decoder(tmp_path / "last.ckpt")[0] == DecoderConfig(**{**SMALL.to_json(), **official})
+
+
+def bad_states():
+    """What is done to the tensors of a decoder -> what the error says."""
+    nan = torch.full((32, 8), torch.nan)
+    return {
+        "missing": ({"blocks.1.attn.to_out.bias": None}, r"'blocks.1.attn.to_out.bias' is missing, expected \(32,\)$"),
+        "left over": ({"norm.weight": torch.ones(3)}, r"'norm.weight' is \(3,\), expected no such tensor$"),
+        "misshapen": (
+            {"upsample.0.out_layers.1.bias": torch.ones(9)},
+            r"'upsample.0.out_layers.1.bias' is \(9,\), expected \(8,\)$",
+        ),
+        "not finite": ({"input_layer.weight": nan}, r"'input_layer.weight' is not finite, expected \(32, 8\)$"),
+        "many": ({f"x{i}": torch.ones(2) for i in range(9)}, r"'x0' is \(2,\), .*'x2' is .*; and 6 more$"),
+        "other model": ({"upsample.1.out_layers.3.conv.weight": None}, "is no SLAT mesh decoder: it has no upsample.1"),
+        "nothing": ("", "holds no weights by their names"),
+        "whole numbers": (
+            {"out_layer.bias": torch.ones(101).int()},
+            "'out_layer.bias' among its weights, which is no plain tensor",
+        ),
+        "text": ({"note": "hello"}, "'note' among its weights, which is no plain tensor"),
+        "one number in many places": ({"out_layer.bias": torch.ones(1).expand(10**9)}, "claims more numbers than it has bytes"),
+        "no blocks": (
+            {"blocks.0.mlp.mlp.0.weight": torch.ones(3, 32)},
+            "its architecture cannot be told: decoder: mlp_ratio is 0",
+        ),
+        "empty width": ({"input_layer.weight": torch.ones(0, 8)}, "its architecture cannot be told"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_states())
+def test_a_file_that_is_no_whole_decoder_says_what_is_wrong_in_a_line(tmp_path, name):
+    changes, what = bad_states()[name]
+    state = {**small_decoder().state_dict(), **(changes or {})} if isinstance(changes, dict) else {}
+    torch.save({key: value for key, value in state.items() if value is not None}, tmp_path / "bad.pt")
+    write_json(tmp_path / "bad.json", SMALL.to_json())
+    with pytest.raises(UserError, match=what) as caught:
+        read_decoder(tmp_path / "bad.pt")
+    assert "\n" not in str(caught.value) and "bad.pt" in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_files_that_are_cut_off_or_foreign_are_refused_in_a_line(tmp_path, ending):
+    path = tmp_path / f"decoder.{ending}"
+    write_decoder(path, SMALL, small_decoder().state_dict())
+    whole = path.read_bytes()
+    junk = [
+        b"",
+        b"\0" * 100,
+        b"<!DOCTYPE html>",
+        whole[:50],
+        whole[: len(whole) // 2],
+        whole[:-9],
+        b"\x80\x02}q\x00.",
+        b"PK\x03\x04x",
+    ]
+    for content in junk:
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_decoder(path)
+        assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    for place in (tmp_path, tmp_path / "nothing.pt"):
+        with pytest.raises(UserError, match="cannot read"):
+            read_decoder(place)
+
+
+def test_code_in_a_file_does_not_run_and_a_packed_one_does_not_unpack(tmp_path):
+    for legacy in (True, False):
+        content = {**small_decoder().state_dict(), "extra": Payload(tmp_path / "made")}
+        torch.save(content, tmp_path / "code.pt", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(UserError, match=r"holds \w+\.mkdir, which would run code as it is loaded: refused"):
+            read_decoder(tmp_path / "code.pt")
+    assert not (tmp_path / "made").exists()
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**6)
+    with pytest.raises(UserError, match="would unpack to more bytes than it has"):
+        read_decoder(tmp_path / "bomb.pt")
+
+
+def test_nothing_is_written_that_half_precision_cannot_hold_or_that_is_of_another_decoder(tmp_path):
+    state = small_decoder().state_dict()
+    state["blocks.0.attn.to_out.bias"] = torch.full((32,), 1e5)
+    with pytest.raises(UserError, match="blocks.0.attn.to_out.bias has numbers above 65,504"):
+        write_decoder(tmp_path / "a.safetensors", SMALL, state)
+    with pytest.raises(UserError, match="does not fit the decoder"):
+        write_decoder(tmp_path / "a.safetensors", DecoderConfig(), state)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"num_groups": 3}, "model_channels is 32, but must be a multiple of 8 num_groups, 24"),
+        ({"num_heads": 5}, "model_channels is 32, but must be a multiple of num_heads, 5"),
+        ({"resolution": 10**9}, "resolution is 1000000000, but must be 2 to 256"),
+        ({"num_blocks": "many"}, "num_blocks is 'many', but must be a whole number"),
+        ({"model_channels": None}, "model_channels is None, but must be a whole number"),
+        ({"use_color": "yes"}, "use_color is 'yes', but must be true or false"),
+        ({"window_size": float("nan")}, "window_size is nan, but must be a whole number"),
+        ({"extra": 1}, "missing or unknown: .*extra"),
+    ],
+)
+def test_numbers_that_no_decoder_has_are_refused(changes, what):
+    assert DecoderConfig.from_json(json.loads(json.dumps(SMALL.to_json()))) == SMALL
+    with pytest.raises(UserError, match=what):
+        DecoderConfig.from_json({**SMALL.to_json(), **changes})
+    with pytest.raises(UserError, match="missing or unknown"):
+        DecoderConfig.from_json({"resolution": 8})
