@@ -28,7 +28,7 @@ MOST_SCALE = 0.1
 MOST_SHIFT = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one answer to ==
 class Frame:
     """Where a cube [-.5, .5]^3 lies in the world: centre (3,) RAS mm, edge mm, rotation (3, 3): its axes as columns."""
 
