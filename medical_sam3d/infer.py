@@ -109,14 +109,14 @@ def make_organs(case, predictor, config, faults) -> list[Made]:
     for path in dict.fromkeys(mask for _, mask, _ in case.masks):
         organs = [(organ, label) for organ, mask, label in case.masks if mask == path]
         try:
-            volume = read_labels(path, picture)
+            volume = read_labels(path, picture, not all(label for _, label in organs))
         except (OSError, ValueError, MemoryError) as error:
             faults.add_error(str(error) or type(error).__name__, f"{case.name}/{organs[0][0]}" if len(organs) == 1 else case.name)
             continue
         for organ, label in organs:
             began = time.perf_counter()
             try:
-                item = make_one(case, organ, label, volume, predictor, config)
+                item = make_one(case, organ, label or 1, volume, predictor, config)
             except (OSError, ValueError, RuntimeError, MemoryError) as error:
                 faults.add_error(str(error) or type(error).__name__, f"{case.name}/{organ}")
                 continue

@@ -191,9 +191,12 @@ def write_mesh(path: Path, mesh: Mesh, comment: str = "", space: str = "RAS") ->
     else:
         raise ValueError(f"{path.name} is of no format that is written ({', '.join(MESH_ENDINGS)})")
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_bytes(content)
-    fsync(aside)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content)
+        fsync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_mesh(path: Path) -> Mesh:

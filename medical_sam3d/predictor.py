@@ -125,7 +125,7 @@ def read_volume(source, image=None) -> Volume:
     if not isinstance(source, (tuple, list)):
         path = Path(source).expanduser()
         case = Case(path.name, path.name, image and Path(image).expanduser(), ((path.name, path, 1),), None, None)
-        return read_labels(path, read_picture(case, "auto"))
+        return read_labels(path, read_picture(case, "auto"), False)
     labels, affine = np.asarray(source[0]), np.asarray(source[1], np.float64)
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
     if labels.ndim != 3 or not whole or affine.shape != (4, 4) or not np.linalg.det(affine[:3, :3]):
