@@ -12,8 +12,8 @@ MIN_VOXELS = 200  # fewer tell no shape
 MIN_SLICES = 3  # along every axis
 # Of the organ's greatest extent, kept around it. Distances count up to 3 fine voxels, 3 / (4 R) of the cube's edge of 1.12
 # extents: 0.105 extents at R = 8. So what lies outside of the crop is farther than they count, wherever the cube is turned.
-MARGIN = 0.15
-MARGIN_VOXELS = 3  # at least
+ROOM_AROUND = 0.15
+LEAST_ROOM = 3  # at least
 LARGE_PART = 0.1  # of the voxels, from which on a part that is dropped may be anatomy, such as the other kidney
 SIDES = (("left", "right"), ("back", "front"), ("bottom", "top"))  # where the RAS axes start and end
 
@@ -63,7 +63,7 @@ def crop_organ(
         check_trainable(part, first, labels.shape, min_voxels)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     extent = max(part.shape * spacing)
-    margins = np.maximum(MARGIN_VOXELS, np.ceil(MARGIN * extent / spacing)).astype(int)
+    margins = np.maximum(LEAST_ROOM, np.ceil(ROOM_AROUND * extent / spacing)).astype(int)
     mask, first = np.pad(part, [(margin, margin) for margin in margins]), first - margins
     if image is not None:
         image = cut_out(to_ras(image, geometry.affine)[0], first, mask.shape).astype(np.float32)

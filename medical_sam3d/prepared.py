@@ -35,7 +35,7 @@ class Item:
     name: str  # case/organ
     case: str
     organ: str
-    label: int
+    label: int  # 0: the mask is of this organ alone
     patient: str  # whose organs stay on one side of a split; scans that are copies of each other are of one patient
     split: str | None  # train, val or test, as the data set says
     path: Path
@@ -100,7 +100,7 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
         for case, facts in zip(cases, found, strict=True):
             left_out += faults_of_case(case, facts)
             note_case(case, facts, told)
-        note_absent(found, told)
+        note_in_no_case(found, told)
         kept = [
             {"case": case.name, "organ": organ, "label": label, "patient": case.patient, "split": case.split}
             | {"key": keys[number][organ], "image": case.image and digests.get(case.image)}
@@ -190,7 +190,7 @@ def note_case(case: Case, facts: dict[str, dict], told: Faults) -> None:
     """What is worth knowing of the organs of a case that are used: of its files once, of each organ by its name."""
     used = {organ: noted for organ, noted in facts.items() if not noted["fault"]}
     if used and (absent := sum(noted["fault"].startswith(EMPTY) for noted in facts.values())):
-        told.note("organs that a mask is there for, but no voxel", f"{case.name} ({absent})")
+        told.note("organs of which the masks are empty", f"{case.name} ({absent})")
     for organ, noted in used.items():
         for text in noted["notes"]:
             note, _, detail = text.partition(", ")
@@ -201,7 +201,7 @@ def note_case(case: Case, facts: dict[str, dict], told: Faults) -> None:
                 told.note(note, where)
 
 
-def note_absent(found: list[dict[str, dict]], told: Faults) -> None:
+def note_in_no_case(found: list[dict[str, dict]], told: Faults) -> None:
     """Names the organs that masks are there for, and no case has."""
     there = {organ for facts in found for organ, noted in facts.items() if not noted["fault"].startswith(EMPTY)}
     for organ in dict.fromkeys(organ for facts in found for organ in facts if organ not in there):

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 # needs: safetensors
-from cases import Case, check_pair
+from cases import Case
 from common.checkpoint import fsync
 from common.config import UserError
 from common.runtime import cores, progress_bar, say
 from common.sample_cache import free_memory
 from common.samples import BadFile, attempt
+from grids import check_pair, same_grid
 from nifti_header import Geometry, in_bytes
 from organs import MIN_VOXELS, BadOrgan, Organ, crop_organ
 from volumes import doubt, guess_modality, look, normalise, read_image, read_mask, to_ras
@@ -116,10 +117,10 @@ def prepare_case(case: Case, keys: dict[str, str], job: Job) -> dict[str, dict]:
     for path in dict.fromkeys(mask for _, mask, _ in case.masks):
         organs = [(organ, label) for organ, mask, label in case.masks if mask == path and organ in keys]
         if organs and not fault:
-            volume, bad, bad_stays = try_reading(read_labels, path, picture, not all(label for _, label in organs))
+            volume, bad, bad_stays = try_reading(read_labels, path, picture, organs[0][1] == 0)
             made |= dict.fromkeys((organ for organ, _ in organs), {"fault": bad, "notes": [], "lasting": bad_stays})
             if not bad:
-                made |= {organ: make_organ(volume, label or 1, keys[organ], job) for organ, label in organs}
+                made |= {organ: make_organ(volume, label, keys[organ], job) for organ, label in organs}
         elif fault:
             made |= dict.fromkeys((organ for organ, _ in organs), {"fault": fault, "notes": [], "lasting": lasting})
     for organ, facts in made.items():
@@ -154,7 +155,6 @@ class Picture:
 
     values: np.ndarray
     geometry: Geometry
-    as_read: Geometry
     modality: str
     notes: list[str]
 
@@ -167,46 +167,46 @@ def read_picture(case: Case, modality: str) -> Picture | None:
     kind = modality if modality != "auto" else case.modality or guess_modality(image)
     notes += [doubt(image, kind)] if doubt(image, kind) else []
     values, affine = to_ras(normalise(image, kind), geometry.affine)
-    return Picture(values, replace(geometry, affine=affine, shape=values.shape), geometry, kind, notes)
+    return Picture(values, replace(geometry, affine=affine, shape=values.shape), kind, notes)
 
 
-def read_labels(path: Path, picture: Picture | None, one_organ: bool) -> Volume:
-    """A mask file with the image on its voxels. BadVolume, or BadFile where mask and image do not belong together.
+def read_labels(path: Path, picture: Picture | None, alone: bool = False) -> Volume:
+    """A mask file with the image on its voxels; alone: it is of one organ, which gets label 1.
 
-    one_organ: all that is above 0 is label 1.
+    BadFile where it is damaged, or of another place than the image.
     """
     from scipy.ndimage import find_objects
 
-    labels, geometry, notes = read_mask(path, one_organ)
-    if picture and (difference := check_pair(picture.as_read, geometry)):
-        raise BadFile(difference)
+    labels, geometry, notes = read_mask(path, alone)
     labels, affine = to_ras(labels, geometry.affine)
     geometry = replace(geometry, affine=affine, shape=labels.shape)
-    image = on_grid(picture, geometry) if picture else None
-    boxes = {value + 1: box for value, box in enumerate(find_objects(labels)) if box} if labels.max(initial=0) < 2**16 else {}
+    if picture and (difference := check_pair(picture.geometry, geometry)):
+        raise BadFile(difference)
+    image = resampled(picture, geometry) if picture else None
+    boxes = {value + 1: box for value, box in enumerate(find_objects(labels)) if box}
     return Volume(labels, geometry, image, boxes, notes + (picture.notes if picture else []), picture and picture.modality)
 
 
-def on_grid(picture: Picture, geometry: Geometry) -> np.ndarray:
+def resampled(picture: Picture, geometry: Geometry) -> np.ndarray:
     """The image (X, Y, Z) at the voxels of another geometry in the same space, linearly between its own; 0 outside of it."""
     from scipy.ndimage import affine_transform
 
-    way = np.linalg.inv(picture.geometry.affine) @ geometry.affine  # index of the mask's voxel -> index in the image
-    if picture.values.shape == geometry.shape and np.allclose(way, np.eye(4), atol=0.05):
+    if same_grid(picture.geometry, geometry):
         return picture.values
+    way = np.linalg.inv(picture.geometry.affine) @ geometry.affine  # index of the mask's voxel -> index in the image
     return affine_transform(picture.values, way[:3, :3], way[:3, 3], geometry.shape, order=1)
 
 
 def make_organ(volume: Volume, label: int, key: str, job: Job) -> dict:
     """Writes one organ; the facts of it."""
-    facts = {"fault": "", "notes": list(volume.notes), "label": label}
+    facts, value = {"fault": "", "notes": list(volume.notes), "label": label}, label or 1
     try:
-        if volume.boxes and label not in volume.boxes:
+        if value not in volume.boxes:
             raise BadOrgan(f"{EMPTY}, no voxel of the organ")
         organ = crop_organ(
-            *(volume.labels, label, volume.geometry, volume.image),
+            *(volume.labels, value, volume.geometry, volume.image),
             min_voxels=job.preparation.min_voxels,
-            box=volume.boxes.get(label),
+            box=volume.boxes[value],
         )
     except (ValueError, MemoryError) as error:
         fault = str(error) if isinstance(error, ValueError) else "organ for which the memory does not suffice"
@@ -246,13 +246,12 @@ def say_plan(cases: list[Case], folder: Path) -> None:
 
     organs = list(dict.fromkeys(organ for case in cases for organ, _, _ in case.masks))
     named = ", ".join(organs[:8]) + (f" and {len(organs) - 8} more" if len(organs) > 8 else "")
-    patients = len({case.patient for case in cases})
     memory = max(map(bytes_needed, cases), default=0)
     disk = sum(voxels_of(case) * min(len(case.masks), CROWDED) * BYTES_KEPT for case in cases)
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     needed, free = in_bytes(memory + LIBRARIES), in_bytes(free_memory())
     room = f"{in_bytes(disk)} in {folder} ({in_bytes(disk_usage(place).free)} free)"
-    say(f"{len(cases)} cases of {patients} patients, {len(organs)} organs ({named})")
+    say(f"{len(organs)} organ{'s' * (len(organs) != 1)}: {named}")
     say(f"preparing takes up to {needed} of memory a process ({free} free) and up to {room}")
 
 

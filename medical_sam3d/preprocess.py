@@ -42,10 +42,10 @@ def main(argv=None):
     from data import find_organs
     from prepared import open_prepared, prepare, prepared_folder
     from preparing import Preparation, say_plan
-    from report import write_report
+    from report import report_on
 
     found = find_organs(config.data_dir, config.organs)
-    if found.prepared:
+    if found.format == "prepared":
         raise UserError(f"{found.folder} is what this script leaves: train takes it as it is; name the volumes' own folder")
     folder = Path(config.output_dir).expanduser() if config.output_dir else prepared_folder(found.folder)
     if (folder.exists() and not folder.is_dir()) or folder.resolve() == found.folder.resolve():
@@ -58,7 +58,7 @@ def main(argv=None):
     if config.meshes:
         write_meshes(items, folder / "meshes")
     with guard("the report"):
-        say(write_report(items, open_prepared(folder)[1], folder))
+        say(report_on(items, open_prepared(folder)[1], folder))
         say(f"report.md, slices.png and volumes.png are in {folder}")
     say(f"{len(items)} organs are ready: python train_lora.py --data_dir {folder}")
 

@@ -15,13 +15,13 @@ PICTURED = 6  # organs in the picture of slices
 FEW = 10  # patients below which a metric on those that are held out says little
 # A plane: its name, the axis that goes to the left in the picture, the one that goes up, and what is on the picture's left,
 # right, bottom and top. As radiologists see a patient: from the feet, from the front, from the left.
-PLANES = (("axial", 0, 1, "RLPA"), ("coronal", 0, 2, "RLIS"), ("sagittal", 1, 2, "APIS"))
+SECTIONS = (("axial", 0, 1, "RLPA"), ("coronal", 0, 2, "RLIS"), ("sagittal", 1, 2, "APIS"))
 DARK = {"facecolor": "k", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # under the letters
 HEADS = ["organ", "n", "ml, mean", "ml, least to most", "spacing, mm", "left out"]
 IMAGE_RANGE = {"ct": (0.42, 0.62)}  # of a CT in 0..1, shown from black to white: -160 to 240 HU of a window of -1000 to 1000
 
 
-def write_report(items: list[Item], about: dict, folder: Path) -> str:
+def report_on(items: list[Item], about: dict, folder: Path) -> str:
     """Writes report.md, slices.png and volumes.png into the folder; returns what is to be printed of it."""
     folder = Path(folder)
     facts = [known_facts(folder, item.path.stem) for item in items]
@@ -125,17 +125,17 @@ def choose_pictured(items: list[Item]) -> list[Item]:
 
 def draw_slices(items: list[Item], path: Path) -> None:
     """A row for each organ: the middle slices in three planes, the mask's outline over the image, sides of the patient marked."""
-    drawing, axes = figure(len(items), len(PLANES), width=3.4, height=3.2)
+    drawing, axes = figure(len(items), len(SECTIONS), width=3.4, height=3.2)
     for item, row in zip(items, axes, strict=True):
         organ = item.load()
         low, high = IMAGE_RANGE.get(known_facts(item.path.parent, item.path.stem)["modality"], (0, 1))
-        for axis, plane in zip(row, PLANES, strict=True):
-            draw_plane(axis, organ, plane, low, high)
+        for axis, plane in zip(row, SECTIONS, strict=True):
+            draw_section(axis, organ, plane, low, high)
         row[0].set_title(plot_text(item.name), fontsize=9, loc="left")
     save_figure(drawing, path)
 
 
-def draw_plane(axis, organ: Organ, plane: tuple, low: float, high: float) -> None:
+def draw_section(axis, organ: Organ, plane: tuple, low: float, high: float) -> None:
     """The slice that shows most of the organ, in mm, with letters for the sides of the patient."""
     name, across, up, letters = plane
     through = 3 - across - up

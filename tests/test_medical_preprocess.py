@@ -1,6 +1,10 @@
 """Signed distances in mm, organs cropped out of masks, what is kept of them on disk, and the script that prepares and reports."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,17 +13,21 @@ from conftest import MEDICAL, use_task
 from tqdm import tqdm
 
 from common.config import UserError
+from common.plots import figure
 from common.samples import BadFile, Faults
 
 TASK = MEDICAL
 use_task(TASK)
 
+import preprocess  # noqa: E402
 from cases import Case  # noqa: E402
 from distance import signed_distance  # noqa: E402
+from meshes import read_mesh  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
-from organs import BadOrgan, crop_organ  # noqa: E402
+from organs import BadOrgan, Organ, crop_organ  # noqa: E402
 from prepared import is_prepared, open_prepared, prepare  # noqa: E402
 from preparing import Job, Preparation, in_processes  # noqa: E402
+from report import SECTIONS, advice, choose_pictured, draw_section, split_rows  # noqa: E402
 from volumes import normalise, read_mask  # noqa: E402
 
 
@@ -295,7 +303,7 @@ def test_bad_cases_are_named_and_cost_no_good_one(tmp_path):
     assert sum(faults.counts().values()) == 3
     named = {where.partition(" ")[0] for places in faults.found.values() for where in places}
     assert named == {"broken", "absent", "gone"}
-    assert faults.notes["organs that a mask is there for, but no voxel"] == ["two (1)"]
+    assert faults.notes["organs of which the masks are empty"] == ["two (1)"]
     with pytest.raises(UserError, match="no organ to train on in 2 cases; the first, broken: file that is truncated"):
         made_by([broken, absent], tmp_path / "kept")
 
@@ -335,3 +343,119 @@ def test_processes_make_the_same_and_one_that_dies_names_its_case(tmp_path, monk
     job = Job(tmp_path / "kept", Preparation())
     with pytest.raises(UserError, match="a process that prepared deadly .*died"):
         in_processes([(replace(cases[0], name="deadly", image=Deadly()), {"liver": "0"})], job, 1, tqdm(disable=True))
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------------
+
+
+def patients_of(folder, organs=("liver", "spleen"), count=3):
+    """A folder as TotalSegmentator has it: every patient has the first organ, the first of them no other."""
+    for number in range(count):
+        labels, affine = blob(label=1)
+        labels = np.roll(labels, number % 3, 1)
+        write_volume(folder / f"s{number:04}" / "ct.nii.gz", scan(labels) + np.int16(number), affine)
+        for organ in organs:
+            mask = labels * (organ == organs[0] or number > 0)
+            write_volume(folder / f"s{number:04}" / "segmentations" / f"{organ}.nii.gz", mask, affine)
+    return folder
+
+
+def test_the_script_says_what_it_takes_and_leaves_organs_meshes_and_a_report(tmp_path, capsys):
+    data, out = patients_of(tmp_path / "data"), tmp_path / "out"
+    write_volume(data / "s0002/segmentations/spleen.nii.gz", np.ones((34, 30, 26), np.uint8), blob()[1])
+    preprocess.main(["--data_dir", str(data), "--output_dir", str(out), "--meshes"])
+    said = capsys.readouterr().out
+    assert is_prepared(out) and [item.name for item in open_prepared(out)[0]] == [
+        "s0000/liver",
+        "s0001/liver",
+        "s0001/spleen",
+        "s0002/liver",
+    ]
+    for words in ("2 organs: liver, spleen", "of memory a process", "mask that is full (1): s0002/spleen", "| spleen | 1 |"):
+        assert words in said
+    report = (out / "report.md").read_text()
+    assert "4 organs in 3 scans of 3 patients" in report and "mask that is full (1): s0002/spleen" in report
+    assert "organs of which the masks are empty (1): s0000 (1)" in report
+    assert (out / "slices.png").stat().st_size > 10_000 < 3 * (out / "volumes.png").stat().st_size
+    mesh = read_mesh(out / "meshes" / "s0001" / "liver.ply")
+    voxels, affine = blob()
+    assert mesh.volume == pytest.approx((voxels > 0).sum() * 3.6, rel=0.05)
+    assert mesh.vertices.mean(0) == pytest.approx(world(voxels.shape, affine)[:, voxels > 0].mean(1) + (0, 1.2, 0), abs=1)
+    assert len(list(data.rglob("*"))) == 3 * 5  # nothing was written beside the data
+
+
+def test_the_script_ends_with_2_and_a_reason_where_nothing_can_be_used(tmp_path):
+    data, out = patients_of(tmp_path / "data", ("liver",), 1), tmp_path / "out"
+    for flags, words in (
+        (("--data_dir", tmp_path / "none", "--output_dir", out), "there is no folder"),
+        (("--data_dir", data, "--output_dir", data), "the data's own folder"),
+        (("--data_dir", data, "--output_dir", data / "s0000" / "ct.nii.gz"), "is no folder"),
+        (("--data_dir", data, "--output_dir", out, "--organs", "heart"), "there is no heart; there are liver"),
+        (("--data_dir", data, "--output_dir", out, "--min_voxels", "9000"), "s0000: organ too small, 2.* of at least 9000"),
+    ):
+        with pytest.raises(UserError, match=words):
+            preprocess.main([*map(str, flags)])
+    assert not is_prepared(out)
+    preprocess.main(["--data_dir", str(data), "--output_dir", str(out)])
+    with pytest.raises(UserError, match="is what this script leaves"):
+        preprocess.main(["--data_dir", str(out)])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    data, out = patients_of(tmp_path / "data", ("liver",), 20), tmp_path / "out"
+    command = [sys.executable, MEDICAL / "preprocess.py", "--data_dir", data, "--output_dir", out]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("*.safetensors"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    there = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 3 <= len(there) < 20
+    with pytest.raises(UserError, match="not prepared to the end"):
+        open_prepared(out)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert len(open_prepared(out)[0]) == 20
+    assert {path: path.stat().st_mtime_ns for path in there} == there
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_patients_scans_and_organs_of_each_split(tmp_path):
+    cases = [
+        replace(case_of(tmp_path, name, np.roll(blob()[0], shift, 1)), split=split, patient=name[:2])
+        for shift, (name, split) in enumerate((("p1_a", "train"), ("p1_b", "train"), ("p2_a", "test"), ("p3_a", "train")))
+    ]
+    items, _ = made_by(cases, tmp_path / "kept")
+    assert split_rows(items) == [["train", 2, 3, 3], ["test", 1, 1, 1]]
+    spoken = " ".join(advice(items))
+    assert "No validation split" in spoken and "3 patients: metrics" in spoken and "WARNING" not in spoken
+    moved = [replace(item, split="test") if item.case == "p1_b" else item for item in items]
+    assert "WARNING: patients in several splits: p1" in " ".join(advice(moved))
+    assert "One patient: nobody can be held out" in " ".join(advice(items[:2]))
+
+
+def test_pictures_show_all_organs_before_a_second_case_of_one(tmp_path):
+    cases = [case_of(tmp_path, name, np.roll(blob()[0], shift, 1)) for shift, name in enumerate("abc")]
+    spleen = blob(label=8)[0]
+    cases.append(case_of(tmp_path, "d", spleen, masks=((8, "spleen"),)))
+    items, _ = made_by(cases, tmp_path / "kept")
+    assert [item.name for item in choose_pictured(items)] == ["a/liver", "d/spleen", "b/liver", "c/liver"]
+
+
+def test_slices_are_drawn_to_scale_with_the_right_side_of_the_patient_on_the_left():
+    mask = np.zeros((20, 16, 9), bool)
+    mask[12:17, 4:12, 3:6] = True  # in the right half of the volume, in its lower half
+    affine = np.diag([1.0, 1, 4, 1])
+    organ = Organ(mask, None, None, affine, 2, [])
+    drawing, axes = figure(1, 1)
+    draw_section(axes[0, 0], organ, SECTIONS[1], 0, 1)
+    axis = axes[0, 0]
+    left, right, bottom, top = (*axis.get_xlim(), *axis.get_ylim())
+    assert (left, right, bottom, top) == (20, 0, 0, 36) and axis.get_aspect() == 1
+    outline = np.concatenate([path.vertices for path in axis.collections[0].get_paths()])
+    assert outline.mean(0) == pytest.approx((14.4, 17.9), abs=0.6)
+    letters = {text.get_text(): text.get_position() for text in axis.texts}
+    assert letters["R"][0] < letters["L"][0] and letters["I"][1] < letters["S"][1]
