@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cube_tables import CUBE_CORNERS
-from flexicubes import Lattice, corner_mean, extract, full_precision, moved_corners
+from flexicubes import Lattice, corner_mean, full_precision, moved_corners, surface_of
 
 BAND = 3  # cubes to either side of the surface within which its distance is told; farther away the side alone is
 WEIGHTS_WEIGHT = 0.02  # keeps alpha and beta near 1, so that cubes do not drift where no crossing needs them
@@ -141,14 +141,15 @@ def surface_losses(surface, cubes, true, rng) -> dict[str, torch.Tensor]:
     return {"chamfer": (there + back) / band, "normals": (1 - (normals * wanted).sum(1)).mean()}
 
 
-def sample_losses(cubes, true, surface, mesh_weight: float, rng) -> dict[str, torch.Tensor]:
-    """The weighted parts for one sample; `surface`: its mesh, where there is a mesh_weight."""
+def sample_losses(cubes, true, mesh_weight: float, rng) -> dict[str, torch.Tensor]:
+    """The weighted parts for the cubes of one sample."""
     parts = {
         "sdf": distance_loss(cubes, true),
         "weights": WEIGHTS_WEIGHT * cubes.weights[:, :20].abs().mean(),
         "consistency": consistency_loss(cubes),
     }
-    if surface is not None:
+    if mesh_weight:
+        surface = surface_of(cubes, "open", training=True)
         parts["dev"] = DEV_WEIGHT * surface.l_dev
         parts |= {name: mesh_weight * value for name, value in surface_losses(surface, cubes, true, rng).items()}
     return parts
@@ -163,13 +164,12 @@ def mesh_losses(cubes, batch, mesh_weight: float = 0.0) -> dict[str, torch.Tenso
     "dev" (FlexiCubes' regulariser), "chamfer" and "normals". Points are drawn by the sample's index and place in the world.
     """
     cubes = cubes._replace(features=full_precision(cubes.features))
-    samples = len(batch["truth"])
+    parts = []
     with torch.autocast(cubes.features.device.type, enabled=False):
-        meshes = extract(cubes, samples, "open", training=True) if mesh_weight else [None] * samples
-        parts = []
-        for sample, surface in enumerate(meshes):
-            to_voxel, index = batch["to_voxel"][sample], int(batch["index"][sample])
-            true = TrueDistance(batch["truth"][sample], to_voxel, batch["edge"][sample], like=cubes.features)
-            rng = torch.Generator().manual_seed(zlib.crc32(to_voxel.cpu().numpy().tobytes(), index % 2**32))
-            parts.append(sample_losses(cubes.of(sample), true, surface, mesh_weight, rng))
-    return {name: sum(part[name] for part in parts) / samples for name in parts[0]}
+        for sample, (truth, to_voxel, edge, index) in enumerate(
+            zip(batch["truth"], batch["to_voxel"], batch["edge"], batch["index"], strict=True)
+        ):
+            rng = torch.Generator().manual_seed(zlib.crc32(to_voxel.cpu().numpy().tobytes(), int(index) % 2**32))
+            true = TrueDistance(truth, to_voxel, edge, like=cubes.features)
+            parts.append(sample_losses(cubes.of(sample), true, mesh_weight, rng))
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}

@@ -200,7 +200,7 @@ def test_every_weight_is_taught_by_the_mesh():
 
 @pytest.mark.parametrize("mesh_weight", [0.0, 0.5])
 def test_free_cubes_become_the_shape_that_they_are_taught(mesh_weight):
-    cubes, batch = shell_of(ellipsoid, 32, thick=1), batch_of(ellipsoid)
+    cubes, batch = shell_of(ellipsoid, 24, thick=1), batch_of(ellipsoid)
     features = torch.zeros_like(cubes.features).requires_grad_()
     optimizer = torch.optim.Adam([features])
     for step in range(15):
