@@ -105,9 +105,9 @@ class Cubes(NamedTuple):
         return self.features[:, 53:].unflatten(1, (CORNERS, 6)) if self.features.shape[1] > 53 else None
 
     def of(self, sample: int) -> "Cubes":
-        """The cubes of one sample."""
+        """The cubes of one sample; no copy where that is all."""
         mine = self.coords[:, 0] == sample
-        return Cubes(self.coords[mine], self.features[mine], self.resolution)
+        return self if mine.all() else Cubes(self.coords[mine], self.features[mine], self.resolution)
 
 
 class SLatMeshDecoder(nn.Module):

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 from conftest import MEDICAL, use_task
-from test_medical_mesh import Cubes, as_mesh, ball, shell_of
+from test_medical_mesh import as_mesh, ball, shell_of
 
 TASK = MEDICAL
 use_task(TASK)
 
+from decoder import Cubes  # noqa: E402
 from flexicubes import extract  # noqa: E402
 from losses import TrueDistance, mesh_losses  # noqa: E402
 from meshes import Mesh, mesh_to_mask  # noqa: E402
