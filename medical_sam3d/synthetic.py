@@ -23,7 +23,7 @@ ORGANS = {
 }
 FAT = -90  # HU around the organs
 CORTICAL = 550  # HU in the outer 3 mm of a bone
-MARGIN = 5  # voxels between an organ and the border, or another organ
+GAP = 5  # voxels between an organ and the border, or another organ
 
 
 def make_demo_data(folder, seed=0, train=20, val=6, test=10):
@@ -73,10 +73,10 @@ def draw_masks(shapes, rng):
     """
     spacing = rng.uniform(1.6, 2.2) * np.array([1, 1, rng.choice([1, 1.25])])
     boxes = [extent(shape) for shape in shapes]
-    sizes = np.array([high - low for low, high in boxes]) + MARGIN * spacing
-    room = np.array([sizes[:, 0].sum(), *sizes[:, 1:].max(0)]) + MARGIN * spacing
+    sizes = np.array([high - low for low, high in boxes]) + GAP * spacing
+    room = np.array([sizes[:, 0].sum(), *sizes[:, 1:].max(0)]) + GAP * spacing
     points = np.stack(np.meshgrid(*(np.arange(0, *pair) for pair in zip(room, spacing, strict=True)), indexing="ij"), -1)
-    distances, left = [], MARGIN * spacing[0]
+    distances, left = [], GAP * spacing[0]
     for shape, (low, high), size in zip(shapes, boxes, sizes, strict=True):
         centre = np.array([left + (high - low)[0] / 2, *room[1:] / 2])
         distances.append(shape(points - centre + (low + high) / 2).astype(np.float32))

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.config import UserError, cli, parse  # noqa: E402
 
-TASKS = ("classification", "clip", "detection", "pose", "voice")
+TASKS = ("classification", "clip", "detection", "medical", "pose", "voice")
 
 
 def recipe(task):
@@ -33,6 +33,10 @@ def recipe(task):
         from base_detection import DetectionConfig, make_detection
 
         return DetectionConfig, make_detection
+    if task == "medical":
+        from base_medical import MedicalBaseConfig, make_medical
+
+        return MedicalBaseConfig, make_medical
     if task == "pose":
         from base_pose import PoseConfig, make_pose
 
