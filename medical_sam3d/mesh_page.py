@@ -87,10 +87,9 @@ def packed_case(case: CaseViews, limit: float, most: int) -> dict:
 
 
 def round_limit(cases: list[CaseViews]) -> float:
-    """Where the colours end, in mm: a round number that nearly all distances are below."""
-    everything = [np.abs(view.distances) for case in cases for view in case.views if view.distances is not None]
-    everything = np.concatenate([np.zeros(0), *everything])
-    most = float(np.percentile(everything, 98)) if len(everything) else 1.0
+    """Where the colours end, in mm: a round number that nearly all distances of the better half of the meshes are below."""
+    views = [view.distances for case in cases for view in case.views if view.distances is not None and len(view.distances)]
+    most = float(np.median([np.percentile(np.abs(distances), 98) for distances in views])) if views else 1.0
     power = 10.0 ** np.floor(np.log10(max(most, 1e-2)))
     return float(next(step * power for step in (1, 2, 5, 10) if most <= step * power * (1 + 1e-9)))
 
@@ -109,8 +108,14 @@ def data_of(cases: list[CaseViews]) -> str:
 
 
 def html_table(head: list[str], lines: list[list]) -> str:
+    """A table; what follows a line break in a cell is written small below the rest."""
+
+    def cell(text):
+        first, _, rest = html.escape(str(text)).partition("\n")
+        return first + (f"<small>{rest}</small>" if rest else "")
+
     rows = [("th", head), *(("td", line) for line in lines)]
-    cells = ["".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in line) for tag, line in rows]
+    cells = ["".join(f"<{tag}>{cell(text)}</{tag}>" for text in line) for tag, line in rows]
     return f'<div class="table"><table>{"".join(f"<tr>{line}</tr>" for line in cells)}</table></div>'
 
 
@@ -166,7 +171,7 @@ figcaption small { display: block; opacity: 0.75; }
 .marks { display: flex; justify-content: space-between; font-size: 0.85rem; } .legend .note { text-align: center; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; } td small { display: block; opacity: 0.75; }
 img { max-width: 100%; height: auto; background: white; border-radius: 0.4rem; }
 """
 
@@ -241,7 +246,7 @@ function draw({ canvas, mesh }) {
   if (canvas.width !== size) canvas.width = canvas.height = size;
   const context = canvas.getContext("2d"), image = context.createImageData(size, size);
   const pixels = new Uint32Array(image.data.buffer), depth = new Float32Array(size * size).fill(-1e9);
-  const scale = 0.72 * size * zoom, { at, normal, color, on, lit, faces } = mesh, t = turn;
+  const scale = 0.8 * size * zoom, { at, normal, color, on, lit, faces } = mesh, t = turn;
   for (let i = 0; i < 3 * mesh.n; i += 3) {
     const x = at[i], y = at[i + 1], z = at[i + 2], u = normal[i], v = normal[i + 1], w = normal[i + 2];
     on[i] = size / 2 + scale * (t[0] * x + t[1] * y + t[2] * z);
@@ -336,4 +341,5 @@ onClick("closer", () => nearer(1.25));
 onClick("farther", () => nearer(0.8));
 addEventListener("resize", redraw);
 choose(0);
+rotate(0.45, 0.35);  // from the front, a little from above and from the side
 """

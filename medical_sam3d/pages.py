@@ -78,7 +78,7 @@ def draw_plane(axis, item: Shown, plane: tuple[str, int, int, int], place: int) 
         return part.T
 
     picture = cut(0.35 * organ.mask if organ.image is None else organ.image)
-    low, high = (0.0, 1.0) if organ.image is None else np.percentile(picture, [0.5, 99.5])
+    low, high = (0.0, 1.0) if organ.image is None else window_of(organ.image)
     w, h = picture.shape[1] * spacing[left], picture.shape[0] * spacing[up]
     look = {"cmap": "gray", "origin": "lower", "vmin": low, "vmax": max(high, low + 1e-3)}
     axis.imshow(picture, extent=(0, w, 0, h), **look)
@@ -96,6 +96,12 @@ def draw_plane(axis, item: Shown, plane: tuple[str, int, int, int], place: int) 
     axis.text(0.98, 0.5, ENDS[left][0], ha="right", va="center", **style)
     axis.text(0.5, 0.98, ENDS[up][1], ha="center", va="top", **style)
     axis.text(0.5, 0.02, ENDS[up][0], ha="center", va="bottom", **style)
+
+
+def window_of(image: np.ndarray) -> tuple[float, float]:
+    """Which values of an image (X, Y, Z) are black and white: those between which nearly all lie, but for 0 around a volume."""
+    there = image[image > 0]
+    return tuple(np.percentile(there, [1, 99])) if there.size else (0.0, 1.0)
 
 
 # ---- box plots -------------------------------------------------------------------------------------------------------

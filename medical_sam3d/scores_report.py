@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.batches import to_device
 from common.checkpoint import write_text
+from common.config import one_line
 from mesh_page import CaseViews, View, html_table, write_page
 from metrics import one_of
 from pages import Shown, draw_planes, draw_scores, worst_median_best
@@ -62,7 +63,7 @@ All distances are in mm, through the affine of the true mask, on whose voxels ev
 
 def number_text(value: float) -> str:
     """A score with the digits that say something: 0.912, 2.65, 61.3."""
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def mean_text(score: dict, times: float = 1) -> str:
@@ -71,8 +72,8 @@ def mean_text(score: dict, times: float = 1) -> str:
         return "-"
     if score["infinite"]:
         rest = "" if score["mean_finite"] is None else f", {number_text(score['mean_finite'] * times)} over the others"
-        return f"inf ({score['infinite']} missed{rest})"
-    ends = "" if score["interval"] is None else " ({} to {})".format(*(number_text(end * times) for end in score["interval"]))
+        return f"inf\n({score['infinite']} missed{rest})"
+    ends = "" if score["interval"] is None else "\n({} to {})".format(*(number_text(end * times) for end in score["interval"]))
     return number_text(score["mean"] * times) + ends
 
 
@@ -98,12 +99,21 @@ def system_lines(systems: dict[str, dict], text=mean_text) -> list[list[str]]:
     ]
 
 
-def difference_line(difference: dict) -> str:
-    """One paired difference in words."""
-    title = SCORED[difference["metric"]][0]
-    mean = "-" if difference["mean"] is None else f"{difference['mean']:+.3f}"
-    ends = "" if difference["interval"] is None else " ({:+.3f} to {:+.3f})".format(*difference["interval"])
-    return f"{title} {mean}{ends}: {difference['says']}"
+def difference_text(difference: dict) -> str:
+    """One paired difference, and what it says."""
+    mean = "" if difference["mean"] is None else f"{difference['mean']:+.3f} "
+    ends = "" if difference["interval"] is None else "({:+.3f} to {:+.3f}) ".format(*difference["interval"])
+    return f"{mean}{ends}\n{difference['says']}"
+
+
+def difference_lines(found: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """(head, lines) of a table: a line for each system that differences are taken to, a column for each metric."""
+    cells = {}
+    for each in found:
+        cells.setdefault(each["to"], {})[each["metric"]] = difference_text(each)
+    metrics = list(dict.fromkeys(each["metric"] for each in found))
+    lines = [[name, *(row.get(key, "-") for key in metrics)] for name, row in cells.items()]
+    return ["compared with", *(SCORED[key][0] for key in metrics)], lines
 
 
 def write_report(path: Path, title: str, about: list[str], rows: list[dict], own: str, config) -> None:
@@ -114,7 +124,10 @@ def write_report(path: Path, title: str, about: list[str], rows: list[dict], own
     parts += ["## All organs: means\n", markdown_table(head, system_lines(systems))]
     parts += ["".join(f"- {name}: {ABOUT[name]}.\n" for name in systems if name in ABOUT)]
     parts += ["## All organs: medians\n", markdown_table(head, system_lines(systems, median_text))]
-    parts += [f"## {own} against each of the others\n", difference_table(differences(rows, own))]
+    parts += [
+        f"## {own} less each of the others: mean paired difference (95 %)\n",
+        markdown_table(*difference_lines(differences(rows, own))),
+    ]
     parts += ["## Each organ: means\n", *(f"### {name}\n\n{markdown_table(head, system_lines(organs[name]))}" for name in organs)]
     if len(organs) > 1:
         means = {name: [mean_of_organs(organs, name, key) for key in SCORED] for name in systems}
@@ -130,11 +143,6 @@ def write_report(path: Path, title: str, about: list[str], rows: list[dict], own
     parts += [worst_organs([row for row in rows if row["system"] == own], own), faults_of(systems)]
     parts += ["## What the numbers are\n" + DEFINITIONS.format(tolerance=config.tolerance, fewest=FEWEST)]
     write_text(path, "\n".join(part for part in parts if part))
-
-
-def difference_table(found: list[dict]) -> str:
-    lines = [[each["to"], each["n"], each["patients"], difference_line(each)] for each in found]
-    return markdown_table(["compared with", "organs", "patients", "mean difference (95 %)"], lines)
 
 
 def worst_organs(rows: list[dict], own: str) -> str:
@@ -169,10 +177,11 @@ def say_scores(rows: list[dict], own: str) -> None:
     print(" " * 24 + "".join(f"{SCORED[key][0]:>24}" for key in shown))
     for name, scores in system_scores(rows).items():
         missed = f"  {len(scores['missed'])} missed" if scores["missed"] else ""
-        print(f"  {name:22}" + "".join(f"{mean_text(scores[key]):>24}" for key in shown) + missed)
+        print(f"  {name:22}" + "".join(f"{one_line(mean_text(scores[key])):>24}" for key in shown) + missed)
     for each in differences(rows, own):
         if each["metric"] == "dice":
-            print(f"  {own} against {each['to']}, {each['n']} organs of {each['patients']} patients: {difference_line(each)}")
+            many = f"{each['n']} organs of {each['patients']} patients"
+            print(f"  {own} less {each['to']}, {many}: Dice {one_line(difference_text(each))}")
 
 
 # ---- all that is left ------------------------------------------------------------------------------------------------
@@ -183,7 +192,7 @@ def leave_results(folder: Path, config, about: dict, rows: list[dict], own: str,
 
     about: facts as eval.json has them; loader, systems: what the rows were made of, to make a few organs' meshes once more.
     """
-    title = f"{own} on {about['split']} organs"
+    title = f"Meshes of {about['split']} organs: {own}"
     seen = f"one slice in {about['every']} of a mask" if about["every"] > 1 else "all slices of a mask"
     lines = [
         f"Data: {about['data']}, {about['split']} split, {about['organs']} organs of {about['patients']} patients.",
@@ -208,7 +217,9 @@ def leave_results(folder: Path, config, about: dict, rows: list[dict], own: str,
         scores = {each["system"]: each for each in rows if each["index"] == row["index"]}
         cases.append(CaseViews(said, [view_of(name, answer, scores[name], organ) for name, answer in answers.items()]))
     draw_planes(shown, folder / "planes.png")
-    tables = {"All organs: means": page_table(rows), f"{own} against each of the others": difference_html(differences(rows, own))}
+    head = ["", "n", "missed", *(title for title, _ in SCORED.values())]
+    tables = {"All organs: means (95 %)": html_table(head, system_lines(system_scores(rows)))}
+    tables[f"{own} less each of the others, paired (95 %)"] = html_table(*difference_lines(differences(rows, own)))
     pictures = {"Scores": folder / "scores.png", "Over the truth, in three planes": folder / "planes.png"}
     write_page(folder / "page.html", title, lines, cases, tables, pictures)
 
@@ -237,12 +248,3 @@ def view_of(name: str, answer, row: dict, organ) -> View:
         return View("truth", f"{row['truth_ml']:.1f} ml", answer.mesh, None)
     caption = f"Dice {row['dice']:.3f}, HD95 {row['hd95']:.1f} mm" if row["outcome"] == "found" else "missed: no surface"
     return View(name, caption, answer.mesh, signed_distances(answer.mesh.vertices, organ))
-
-
-def page_table(rows: list[dict]) -> str:
-    return html_table(["", "n", "missed", *(title for title, _ in SCORED.values())], system_lines(system_scores(rows)))
-
-
-def difference_html(found: list[dict]) -> str:
-    lines = [[each["to"], each["n"], each["patients"], difference_line(each)] for each in found]
-    return html_table(["compared with", "organs", "patients", "mean difference (95 %)"], lines)

@@ -18,7 +18,7 @@ FLOOR = "truth as a mesh"
 INPUT = "thick slices"
 FILLED = "interpolation"
 UNTRAINED = "base as it is"
-LABELS = {"full": "full", "lora": "LoRA", "head": "output layer alone"}  # of what was trained, by its method
+LABELS = {"full": "fully tuned", "lora": "LoRA", "head": "output layer alone"}  # of what was trained, by its method
 OPTIMISED = "optimised latents"
 ABOUT = {
     FLOOR: "the true mask, made a mesh and a mask again: what no mesh can better",
