@@ -10,6 +10,7 @@ folder, written last, makes it one that train takes as it is.
 
 import hashlib
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +23,20 @@ from common.runtime import cores
 from common.samples import Faults, attempt
 from common.scan import user_cache
 from organs import Organ
-from preparing import EMPTY, PREPARED_FORMAT, Job, Preparation, known_facts, organ_file, organ_key, prepare_cases, read_organ
+from preparing import (
+    EMPTY,
+    PREPARED_FORMAT,
+    Job,
+    Preparation,
+    in_processes,
+    known_facts,
+    organ_file,
+    organ_key,
+    prepare_cases,
+    read_organ,
+)
 
+MESHES_A_WORKER = 50  # for which it is worth to start another process
 PREPARED = "prepared.json"
 SOURCES = "sources.json"  # path -> [bytes and time of the last change, digest]: what is unchanged is not read again
 
@@ -224,3 +237,37 @@ def unite_copies(kept: list[dict], told: Faults) -> None:
             old = entry["patient"]
             for other in kept:
                 other["patient"] = patient if other["patient"] == old else other["patient"]
+
+
+# ---- meshes ----------------------------------------------------------------------------------------------------------------
+
+
+def write_surfaces(items: list[Item], folder: Path, workers: int) -> None:
+    """The surface of each item's mask as folder/<case>/<organ>.ply, in RAS mm; one that is there already is not made again."""
+    paths, taken = [], set()
+    for item in items:
+        parts = [re.sub(r"[^\w.+-]", "_", part).lstrip(".") or "_" for part in item.name.split("/")]
+        path = folder.joinpath(*parts[:-1], f"{parts[-1]}.ply")
+        path = path if path not in taken else path.with_name(f"{parts[-1]}_{item.path.stem[:8]}.ply")
+        taken.add(path)
+        paths.append(path)
+    tasks = [(item, path) for item, path in zip(items, paths, strict=True) if not is_surface_of(path, item)]
+    workers = min(workers or cores(), 1 + len(tasks) // MESHES_A_WORKER)
+    in_processes(write_surface, tasks, [item.name for item, _ in tasks], workers, f"making {len(tasks)} meshes")
+
+
+def is_surface_of(path: Path, item: Item) -> bool:
+    """Whether a mesh file is of this item as it is now: its comment names the prepared file."""
+    try:
+        with open(path, "rb") as file:
+            return item.path.stem.encode() in file.read(1000)
+    except OSError:
+        return False
+
+
+def write_surface(item: Item, path: Path) -> None:
+    from meshes import mask_to_mesh, write_mesh
+
+    organ = item.load()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_mesh(path, mask_to_mesh(organ.mask, organ.affine), f"{item.name}, prepared as {item.path.stem}")

@@ -263,15 +263,8 @@ def prepare_cases(tasks: list[tuple[Case, dict]], job: Job, workers: int) -> lis
     workers = max(1, min(wanted, room))
     if workers < wanted:
         say(f"{workers} processes instead of {wanted}: the largest case takes up to {max(sizes) / 1e9:.1f} GB of memory")
-    text = f"preparing {len(tasks)} cases"
-    with progress_bar(None, text, total=len(tasks)) as bar:
-        if workers == 1:
-            made = []
-            for task in tasks:
-                made.append(prepare_case(*task, job))
-                bar.update()
-            return made
-        return in_processes(tasks, job, workers, bar)
+    named = [case.name for case, _ in tasks]
+    return in_processes(prepare_case, [(*task, job) for task in tasks], named, workers, f"preparing {len(tasks)} cases")
 
 
 @contextmanager
@@ -294,26 +287,30 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def in_processes(tasks: list[tuple], job: Job, workers: int, bar) -> list[dict[str, dict]]:
-    """prepare_case of all tasks, in their order. UserError that names the cases in work where a process dies."""
+def in_processes(work, tasks: list[tuple], named: list[str], workers: int, text: str) -> list:
+    """[work(*task)] of all tasks, with a progress bar called `text`; by more processes than this one where workers > 1.
+
+    named: the tasks, for the UserError where a process dies, which says what was in work.
+    """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
+    if workers < 2:
+        return [work(*task) for task in progress_bar(tasks, text)]
     context = multiprocessing.get_context("spawn")  # threads do not survive a fork
     with one_thread_each():
         pool = ProcessPoolExecutor(workers, context, end_with_parent)
-        futures = {pool.submit(prepare_case, *task, job): task[0].name for task in tasks}
+        futures = {pool.submit(work, *task): name for task, name in zip(tasks, named, strict=True)}
         try:
-            for future in as_completed(futures):
+            for future in progress_bar(as_completed(futures), text, total=len(futures)):
                 future.result()
-                bar.update()
             return [future.result() for future in futures]
         except BrokenProcessPool:
             left = [name for future, name in futures.items() if not future.done() or future.exception()]
             raise UserError(
-                f"a process that prepared {' or '.join(left[:workers])} died, perhaps for want of memory: what is done is kept; "
-                "start again, with --workers 1"
+                f"a process that worked on {' or '.join(left[:workers])} died, perhaps for want of memory: what is done is kept; "
+                "start again, with --num_workers 1"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

@@ -40,7 +40,7 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.runtime import guard, say
     from data import find_organs
-    from prepared import open_prepared, prepare, prepared_folder
+    from prepared import open_prepared, prepare, prepared_folder, write_surfaces
     from preparing import Preparation, say_plan
     from report import report_on
 
@@ -56,29 +56,12 @@ def main(argv=None):
         items = prepare(found.cases, folder, config.num_workers, faults, Preparation(config.modality, config.min_voxels))
     faults.report()
     if config.meshes:
-        write_meshes(items, folder / "meshes")
+        write_surfaces(items, folder / "meshes", config.num_workers)
+        say(f"{len(items)} meshes in RAS mm are in {folder / 'meshes'}")
     with guard("the report"):
         say(report_on(items, open_prepared(folder)[1], folder))
         say(f"report.md, slices.png and volumes.png are in {folder}")
     say(f"{len(items)} organs are ready: python train_lora.py --data_dir {folder}")
-
-
-def write_meshes(items: list, folder: Path) -> None:
-    """The surface of each item's mask in folder/<case>/<organ>.ply, in RAS mm."""
-    import re
-
-    from common.runtime import progress_bar, say
-    from meshes import mask_to_mesh, write_mesh
-
-    taken = set()
-    for item in progress_bar(items, "meshes"):
-        path = folder / "/".join(re.sub(r"[^\w.+-]", "_", part).lstrip(".") or "_" for part in item.name.split("/"))
-        path = path if path not in taken else path.with_name(f"{path.name}_{item.label}")
-        taken.add(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        organ = item.load()
-        write_mesh(path.with_name(f"{path.name}.ply"), mask_to_mesh(organ.mask, organ.affine), item.name)
-    say(f"{len(items)} meshes in RAS mm are in {folder}")
 
 
 if __name__ == "__main__":

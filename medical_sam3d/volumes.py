@@ -115,7 +115,8 @@ def taken(stored: Stored, dtype) -> np.ndarray:
     """Memory for the voxels (flat), where there is that much. BadVolume else, before anything is taken."""
     needed, free = stored.voxels * np.dtype(dtype).itemsize, free_memory()
     if needed > free:
-        raise BadVolume(f"volume that is too large, it takes {in_bytes(needed)} of memory and {in_bytes(free)} are free")
+        # From a MemoryError: another time there may be more, so nobody is to keep it as the file's fault.
+        raise BadVolume(f"volume that is too large, it takes {in_bytes(needed)} and {in_bytes(free)} are free") from MemoryError()
     return np.empty(stored.voxels, dtype)
 
 

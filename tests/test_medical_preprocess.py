@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import MEDICAL, use_task
-from tqdm import tqdm
 
 from common.config import UserError
 from common.plots import figure
@@ -26,7 +25,7 @@ from meshes import read_mesh  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
 from organs import BadOrgan, Organ, crop_organ  # noqa: E402
 from prepared import is_prepared, open_prepared, prepare  # noqa: E402
-from preparing import Job, Preparation, in_processes  # noqa: E402
+from preparing import Job, Preparation, in_processes, prepare_case  # noqa: E402
 from report import SECTIONS, advice, choose_pictured, draw_section, split_rows  # noqa: E402
 from volumes import normalise, read_mask  # noqa: E402
 
@@ -341,8 +340,9 @@ def test_processes_make_the_same_and_one_that_dies_names_its_case(tmp_path, monk
     together, _ = made_by(cases, tmp_path / "together", workers=2)
     assert [one.path.read_bytes() for one in alone] == [one.path.read_bytes() for one in together]
     job = Job(tmp_path / "kept", Preparation())
-    with pytest.raises(UserError, match="a process that prepared deadly .*died"):
-        in_processes([(replace(cases[0], name="deadly", image=Deadly()), {"liver": "0"})], job, 1, tqdm(disable=True))
+    tasks = [(replace(cases[0], image=Deadly()), {"liver": "0"}, job)]
+    with pytest.raises(UserError, match="a process that worked on deadly died"):
+        in_processes(prepare_case, tasks, ["deadly"], 2, "preparing")
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------------
@@ -382,6 +382,11 @@ def test_the_script_says_what_it_takes_and_leaves_organs_meshes_and_a_report(tmp
     assert mesh.volume == pytest.approx((voxels > 0).sum() * 3.6, rel=0.05)
     assert mesh.vertices.mean(0) == pytest.approx(world(voxels.shape, affine)[:, voxels > 0].mean(1) + (0, 1.2, 0), abs=1)
     assert len(list(data.rglob("*"))) == 3 * 5  # nothing was written beside the data
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*.ply")}
+    write_volume(data / "s0001/segmentations/liver.nii.gz", np.roll(voxels, -1, 1), affine)
+    preprocess.main(["--data_dir", str(data), "--output_dir", str(out), "--meshes"])
+    new = [path.relative_to(out).as_posix() for path, time in made.items() if path.stat().st_mtime_ns != time]
+    assert new == ["meshes/s0001/liver.ply"]  # only what is of other voxels now
 
 
 def test_the_script_ends_with_2_and_a_reason_where_nothing_can_be_used(tmp_path):
