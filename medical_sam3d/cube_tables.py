@@ -14,18 +14,20 @@ CUBE_CORNERS = tuple((k & 1, k >> 1 & 1, k >> 2 & 1) for k in range(8))
 # (from, to) corners: around the face y = 0, around the face y = 1, and from the latter to the former. Edges along x and z go
 # up, those along y down, so that an edge's direction is always the cross product of the other two axes in their order.
 CUBE_EDGES = ((0, 1), (1, 5), (4, 5), (0, 4), (2, 3), (3, 7), (6, 7), (2, 6), (2, 0), (3, 1), (7, 5), (6, 4))
-CUBE_FACES = tuple(
-    tuple(k for k in range(8) if k >> axis & 1 == side) for axis in range(3) for side in range(2)
-)  # face 2 * axis + side
+# Face 2 * axis + side: its corners.
+CUBE_FACES = tuple(tuple(k for k in range(8) if k >> axis & 1 == side) for axis in range(3) for side in range(2))
 MOSTLY_INSIDE = 5  # corners: from there on, an ambiguous face between two such cubes is cut the other way
 
 
 class CubeTables(NamedTuple):
-    """Of each case: int64 tensors, -1 where there is nothing to say."""
+    """Of each case and each edge: int64 tensors, -1 where there is nothing to say."""
 
     group: torch.Tensor  # (256, 12): which sheet of the surface, 0.., the crossing of an edge belongs to
     groups: torch.Tensor  # (256,): how many sheets, 0 to 4
     doubtful: torch.Tensor  # (256,): the face 2 * axis + side whose neighbour decides whether case 255 - c says the groups
+    ends: torch.Tensor  # (12, 2): the corners of an edge, as CUBE_EDGES
+    axis: torch.Tensor  # (12,): along which an edge is
+    place: torch.Tensor  # (12,): where the cube is among the four around its edge
 
 
 def edge_axis(edge: int) -> int:
@@ -81,5 +83,7 @@ def cube_tables(device="cpu") -> CubeTables:
     for case in range(256):
         for number, sheet in enumerate(sheets(case)):
             group[case, sheet] = number
-    doubtful = torch.tensor([doubtful_face(case) for case in range(256)])
-    return CubeTables(group.to(device), group.amax(1).add(1).to(device), doubtful.to(device))
+    doubtful = [doubtful_face(case) for case in range(256)]
+    edges = CUBE_EDGES, [edge_axis(edge) for edge in range(12)], [edge_place(edge) for edge in range(12)]
+    tables = CubeTables(group, group.amax(1) + 1, torch.tensor(doubtful), *map(torch.tensor, edges))
+    return CubeTables(*(table.to(device) for table in tables))

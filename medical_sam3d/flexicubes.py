@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from cube_tables import CUBE_CORNERS, CUBE_EDGES, cube_tables, edge_axis, edge_place
+from cube_tables import CUBE_CORNERS, cube_tables
 
 CUBES_PER_CELL = 4  # cubes along a coarse cell, which the decoder divides into 4 x 4 x 4
 SMALLEST = 1e-8  # difference of the values at the ends of an edge; divides, and may be 0 where float32 has no smaller number
@@ -177,19 +177,20 @@ class Crossings(NamedTuple):
     cube: torch.Tensor
     edge: torch.Tensor  # 0..11
     dual: torch.Tensor  # which of the D dual vertices its sheet of the cube has
-    ends: torch.Tensor  # (T, 2) corners
+    ends: torch.Tensor  # (T, 2), 0..7: the edge's corners in the cube
+    corners: torch.Tensor  # (T, 2): the same among all corners
 
 
 def find_crossings(corners: Corners, cut, lattice) -> tuple[Crossings, torch.Tensor]:
     """And of which cube each dual vertex is, (D,)."""
-    device = cut.device
-    tables = cube_tables(device)
+    tables = cube_tables(cut.device)
     case = cases_of_cubes((corners.sdf < 0)[corners.of], cut, tables.doubtful, lattice)
     sheets = tables.groups[case]
     cube, edge = (tables.group[case] >= 0).nonzero().unbind(1)
     dual = (sheets.cumsum(0) - sheets)[cube] + tables.group[case[cube], edge]
-    ends = corners.of[cube[:, None], torch.tensor(CUBE_EDGES, device=device)[edge]]
-    return Crossings(cube, edge, dual, ends), torch.arange(len(cut), device=device).repeat_interleave(sheets)
+    ends = tables.ends[edge]
+    found = Crossings(cube, edge, dual, ends, corners.of[cube[:, None], ends])
+    return found, torch.arange(len(cut), device=cut.device).repeat_interleave(sheets)
 
 
 def dual_vertices(corners: Corners, found: Crossings, weights, count: int):
@@ -198,10 +199,8 @@ def dual_vertices(corners: Corners, found: Crossings, weights, count: int):
     weights (S, 21): beta of the 12 edges weighs a vertex' crossings, alpha of the 8 corners moves these along their edges.
     """
     beta, alpha = weights[:, :12].tanh() * 0.99 + 1, weights[:, 12:20].tanh() * 0.99 + 1
-    a, b = found.ends.unbind(1)
-    moved = (corners.sdf[found.ends] * alpha[found.cube[:, None], torch.tensor(CUBE_EDGES, device=a.device)[found.edge]]).unbind(
-        1
-    )
+    a, b = found.corners.unbind(1)
+    moved = (corners.sdf[found.corners] * alpha[found.cube[:, None], found.ends]).unbind(1)
     share = beta[found.cube, found.edge]
     share = share / share.new_zeros(count).index_add(0, found.dual, share)[found.dual]
 
@@ -222,11 +221,9 @@ def dual_vertices(corners: Corners, found: Crossings, weights, count: int):
 
 def find_quads(corners: Corners, found: Crossings) -> torch.Tensor:
     """(Q, 4) dual vertices around each edge that the surface crosses between four cubes, counter-clockwise from outside."""
-    device = found.edge.device
-    axis = torch.tensor([edge_axis(edge) for edge in range(12)], device=device)[found.edge]
-    place = torch.tensor([edge_place(edge) for edge in range(12)], device=device)[found.edge]
-    name, edge = torch.unique(found.ends[:, 0] * 3 + axis, return_inverse=True)
-    quads = torch.full((len(name), 4), -1, device=device).index_put((edge, place), found.dual)
+    tables = cube_tables(found.edge.device)
+    name, edge = torch.unique(found.corners[:, 0] * 3 + tables.axis[found.edge], return_inverse=True)
+    quads = torch.full((len(name), 4), -1, device=name.device).index_put((edge, tables.place[found.edge]), found.dual)
     inside = corners.sdf[name // 3, None] < 0  # where the edge begins; outside is then along it
     quads = torch.where(inside, quads[:, [1, 2, 3, 0]], quads[:, [0, 3, 2, 1]])
     return quads[(quads >= 0).all(1)]

@@ -1,6 +1,6 @@
 """What the mesh decoder learns from: the true signed distance at every active corner, and the terms that keep cubes in order.
 
-All in float32, and in the object's cube, whose edge is 1; distances from the surface are counted in BAND's unit, three cubes.
+All in float32, and in the object's cube, whose edge is 1; distances from the surface are counted in bands of three cubes.
 A number is the mean over a sample, then over samples, so that it says the same whatever a sample's batch holds.
 """
 
@@ -33,7 +33,7 @@ class TrueDistance:
 
     def __call__(self, points: torch.Tensor) -> torch.Tensor:
         """(..., 3) -> (...)"""
-        voxels = points @ self.to_voxel[:, :3].T + self.to_voxel[:, 3]
+        voxels = F.linear(points, self.to_voxel[:, :3], self.to_voxel[:, 3])
         places = (2 * voxels / self.last.clamp(min=1) - 1).flip(-1)  # grid_sample wants -1..1, the last axis first
         values = F.grid_sample(self.volume, places.view(1, 1, 1, -1, 3), padding_mode="border", align_corners=True)
         return values.view(points.shape[:-1])
@@ -108,6 +108,8 @@ def to_vertices(surface, points, normals, cube: float) -> torch.Tensor:
     from scipy.spatial import cKDTree
 
     vertices = surface.vertices
+    if not vertices.isfinite().all():  # which a step reports; a tree of them cannot be built
+        return vertices.sum()
     _, nearest = cKDTree(vertices.detach().cpu().numpy()).query(points.cpu().numpy())
     way = vertices[torch.from_numpy(nearest).to(vertices.device)] - points
     along = (way * normals).sum(1)

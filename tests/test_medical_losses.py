@@ -136,6 +136,13 @@ def test_no_mesh_at_all_is_a_finite_loss_that_teaches_the_distance_alone(sign):
     assert features.grad.isfinite().all() and features.grad[:, :8].abs().min() > 0
 
 
+def test_values_that_are_not_finite_make_a_loss_that_is_not():
+    """And no error: the step says which loss it was."""
+    cubes = noisy(shell_of(ball, 16))
+    cubes.features[::7, 8:32] = math.nan
+    assert not sum(mesh_losses(cubes, batch_of(ball), 1.0).values()).isfinite()
+
+
 # ---- what holds for all of them --------------------------------------------------------------------------------------
 
 
