@@ -185,7 +185,11 @@ def plain_name(organ: str) -> str:
 
 
 def note_missing_organs(found: list[FoundCase], cases: list[Case], faults: Faults) -> None:
-    """Notes each organ that a dataset.json declares and no mask holds."""
+    """Notes each organ that a dataset.json declares and no mask holds, and regions, which are none of one label."""
+    tables = [labels for case in found if isinstance(labels := case.about.get("labels"), dict)]
+    regions = [name for labels in tables for name, label in labels.items() if isinstance(label, list)]
+    for name in dict.fromkeys(map(plain_name, regions)):
+        faults.note("region of dataset.json that is passed over, its labels are organs of their own", name)
     declared = {name: label for case in found for label, name in names_of_labels(case.about).items() if name != "ignore"}
     there = {organ for case in cases for organ, _, _ in case.masks}
     for name, label in declared.items():

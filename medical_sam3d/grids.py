@@ -14,8 +14,10 @@ def check_pair(image: Geometry, mask: Geometry) -> str:
 
     A mask may lie on voxels of its own, finer or cropped, and be stored in another order of the axes. See pair_note.
     """
+    if same_grid(mask, image):
+        return ""
     ours, theirs = in_ras_order(mask), in_ras_order(image)
-    if same_grid(ours, theirs):
+    if same_grid(ours, theirs):  # stored in another order of the axes
         return ""
     if same_axes(ours, theirs) and ours.shape != theirs.shape and share_a_corner(ours, theirs):
         shapes = f"{by(mask.shape)} for {by(image.shape)}, both in voxels of {in_mm(image.spacing)}"
@@ -29,8 +31,10 @@ def check_pair(image: Geometry, mask: Geometry) -> str:
 
 def pair_note(image: Geometry, mask: Geometry) -> str:
     """What is worth knowing where a mask that belongs to an image is not on its voxels; "" where it is."""
+    if same_grid(mask, image):
+        return ""
     ours, theirs = in_ras_order(mask), in_ras_order(image)
-    if same_grid(ours, theirs):
+    if same_grid(ours, theirs):  # stored in another order of the axes
         return ""
     if ours.shape == theirs.shape and same_axes(ours, theirs):
         shift = ours.affine[:3, 3] - theirs.affine[:3, 3]

@@ -14,23 +14,10 @@ from pathlib import Path
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.samples import SPLIT_FILLERS, Faults, files_below, inside, readable, split_of
+from common.samples import Faults, files_below, inside, readable
+from volume_names import CHANNEL, MASK_WORDS, VolumeFile, bare_name, describe, modality_word, words_of
 from volumes import VOLUME_ENDINGS, volume_stem
 
-MASK_WORDS = frozenset(
-    ("label", "labels", "lbl", "labelmap", "mask", "masks", "seg", "segs", "dseg", "segmentation", "segmentations")
-    + ("annotation", "annotations", "gt", "groundtruth", "ground", "truth", "roi", "rois", "contour", "contours")
-)
-# What a scan was made with, which also tells the images of one case apart.
-CT_WORDS = frozenset(("ct", "cta", "cbct"))
-MR_WORDS = frozenset(
-    ("mr", "mri", "t1", "t1w", "t1c", "t1ce", "t1gd", "t1n", "t2", "t2w", "t2f", "flair", "dwi", "adc", "pd", "pdw", "bold")
-)
-IMAGE_WORDS = frozenset(
-    ("image", "images", "img", "imgs", "imaging", "scan", "scans", "volume", "volumes", "vol", "vols", *CT_WORDS, *MR_WORDS)
-)
-SPLIT_ENDINGS = {"tr": "train", "va": "val", "ts": "test"}  # imagesTr
-CHANNEL = re.compile(r"_\d{4}$")  # nnU-Net's, at the end of an image's name
 PER_CASE = "a folder for each case"
 LISTED = "pairs that dataset.json lists"
 NNUNET = "nnU-Net"
@@ -69,40 +56,33 @@ class FoundCase:
     about: dict
 
 
-@dataclass(frozen=True)
-class VolumeFile:
-    path: Path
-    stem: str  # its name without the ending, NFC
-    role: str  # "image", "mask", or "" where nothing says it
-    place: tuple[str, ...]  # the folders above it that do not say what it is
-    split: str | None
-    modality: str | None
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """By which it is compared where image and mask are named differently: the words that do not say what it is."""
-        return tuple(words_of(bare_name(self.stem)))
-
-
 def find_layout(root: Path, faults: Faults) -> tuple[list[FoundCase], str]:
     """(cases in order of their places, what the layout is called) of a folder; faults is told of files that belong to no case."""
     volumes, tables = sort_files(root, faults)
     cases, volumes = take_listed(volumes, tables, faults)
+    volumes = with_roles(volumes, faults, root)
+    layouts, rest = Counter({LISTED: len(cases)}), []
+    for group in by_place(volumes):
+        found, left, layout = pair_group(group, speaks_of(group[0].path, tables), faults)
+        layouts[layout] += len(found)
+        cases += found
+        rest += left
+    for pair_rest in (pair_organs, pair_trees):
+        found, rest, layout = pair_rest(rest, speaks_of(rest[0].path, tables), faults) if rest and not cases else ([], rest, "")
+        layouts[layout] += len(found)
+        cases += found
+    alone = not cases and not any(volume.role == "image" for volume in rest)
+    for group in by_place(rest):
+        cases += left_over(group, speaks_of(group[0].path, tables), layouts[PER_CASE] > 0, alone, faults, root)
+    return unique_names(cases, root), "masks without images" if alone else layouts.most_common(1)[0][0]
+
+
+def by_place(volumes: list[VolumeFile]) -> list[list[VolumeFile]]:
+    """Volumes in groups of one place and split, in which image and mask of a case are looked for."""
     groups = defaultdict(list)
     for volume in volumes:
         groups[volume.place, volume.split].append(volume)
-    layouts = Counter({LISTED: len(cases)})
-    left = []
-    for group in groups.values():
-        found, rest, layout = pair_group(with_roles(group, faults, root), speaks_of(group[0].path, tables), faults)
-        layouts[layout] += len(found)
-        cases += found
-        left.append(rest)
-    alone = not cases and not any(volume.role == "image" for rest in left for volume in rest)
-    for rest in left:
-        about = speaks_of(rest[0].path, tables) if rest else {}
-        cases += left_over(rest, about, layouts[PER_CASE] > 0, alone, faults, root)
-    return unique_names(cases, root), "masks without images" if alone else layouts.most_common(1)[0][0]
+    return list(groups.values())
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------
@@ -152,70 +132,20 @@ def speaks_of(path: Path, tables: dict[Path, dict]) -> dict:
     return next((tables[folder] for folder in path.parents if folder in tables), {})
 
 
-def describe(path: Path, root: Path) -> VolumeFile:
-    """What the names of a file and of the folders above it say."""
-    stem = unicodedata.normalize("NFC", readable(volume_stem(path.name)))
-    folders = [unicodedata.normalize("NFC", readable(folder)) for folder in path.relative_to(root).parts[:-1]]
-    roles = [role_of_folder(folder) for folder in folders]
-    place = tuple(folder for folder, role in zip(folders, roles, strict=True) if not role)
-    own = words_of(stem)
-    named = "mask" if MASK_WORDS & set(own) else "image" if IMAGE_WORDS & set(own) else ""
-    near = next((role for folder, role in zip(folders[::-1], roles[::-1], strict=True) if role or not split_of(folder)), "")
-    role = near or named or next(filter(None, roles[::-1]), "")
-    words = [word for folder in folders for word in words_of(folder)]
-    split = next((SPLIT_ENDINGS[word] for word in words if word in SPLIT_ENDINGS), None)
-    split = split or next(filter(None, map(split_of, folders)), None)
-    modality = next(filter(None, map(modality_word, (*own, *reversed(words)))), None)
-    return VolumeFile(path, stem, role, place, split, modality)
-
-
-def role_of_folder(name: str) -> str:
-    """ "mask" or "image" for a folder that is named for what it holds (labelsTr, train_images), else ""."""
-    words = set(words_of(name))
-    if words & MASK_WORDS and not any(word.isdecimal() for word in words):
-        return "mask"
-    fillers = {*SPLIT_FILLERS.split(), *SPLIT_ENDINGS, "nii", "nifti"}
-    rest = {word for word in words - IMAGE_WORDS - fillers if split_of(word) is None}
-    return "image" if words & IMAGE_WORDS and not rest else ""
-
-
-def words_of(name: str) -> list[str]:
-    """The words of a name in small letters: imagesTr, train-images, label0001 (label, 0001), t1w."""
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    words = []
-    for word in filter(None, re.split(r"[\W_]+", apart.casefold())):
-        numbered = re.fullmatch(r"([a-z]+)(\d+)", word)
-        known = numbered and numbered[1] in MASK_WORDS | IMAGE_WORDS and not modality_word(word)
-        words += numbered.groups() if known else [word]
-    return words
-
-
-def modality_word(word: str) -> str | None:
-    return "ct" if word in CT_WORDS else "mr" if word in MR_WORDS else None
-
-
-def bare_name(stem: str, dropped: frozenset = MASK_WORDS | IMAGE_WORDS) -> str:
-    """A stem without the words that say what it is: case_01 of case_01_seg, 0001 of label0001, nothing of segmentation."""
-    parts = re.split(r"([\W_]+)", stem)  # words at even places, what is between them at odd ones
-    for place in range(0, len(parts), 2):
-        words = words_of(parts[place])
-        if dropped & set(words):
-            parts[place] = "".join(word for word in words if word not in dropped)
-            if not parts[place] and place:
-                parts[place - 1] = ""
-    return re.sub(r"^[_\-. ]+|[_\-. ]+$", "", "".join(parts))
-
-
-def with_roles(group: list[VolumeFile], faults: Faults, root: Path) -> list[VolumeFile]:
-    """The volumes of a place, each an image or a mask: what does not say so is what is missing there, alone a mask."""
-    roles = {volume.role for volume in group} - {""}
-    if len(roles) == 2:
+def with_roles(volumes: list[VolumeFile], faults: Faults, root: Path) -> list[VolumeFile]:
+    """The volumes, each an image or a mask: what does not say so is what is missing in its place, or everywhere; alone a mask."""
+    everywhere = {volume.role for volume in volumes} - {""}
+    settled = []
+    for group in by_place(volumes):
+        roles = ({volume.role for volume in group} - {""}) or everywhere
         for volume in group:
-            if not volume.role:
+            if volume.role:
+                settled.append(volume)
+            elif len(roles) == 2:
                 faults.add("volume that is neither image nor mask by its name", readable(str(volume.path.relative_to(root))))
-        return [volume for volume in group if volume.role]
-    other = "image" if roles == {"mask"} else "mask"
-    return [volume if volume.role else replace(volume, role=other) for volume in group]
+            else:
+                settled.append(replace(volume, role="image" if roles == {"mask"} else "mask"))
+    return settled
 
 
 # ---- pairs -----------------------------------------------------------------------------------------------------------------
@@ -287,6 +217,32 @@ def without_channel(image: VolumeFile) -> str | None:
     return CHANNEL.sub("", image.stem) if CHANNEL.search(image.stem) else None
 
 
+def pair_organs(volumes: list[VolumeFile], about: dict, faults: Faults) -> tuple[list[FoundCase], list[VolumeFile], str]:
+    """Cases whose masks lie under one word more than the image: labels/001/liver or labels/liver/001 with images/001."""
+    images = {(*volume.place, volume.stem): volume for volume in volumes if volume.role == "image"}
+    organs = defaultdict(list)
+    for mask in volumes:
+        path = (*mask.place, mask.stem)
+        shorter = {(*path[:place], *path[place + 1 :]): word for place, word in enumerate(path)}
+        if mask.role == "mask" and (of := next((short for short in shorter if short in images), None)):
+            organs[of].append((shorter[of], mask))
+    if max(map(len, organs.values()), default=0) < 2:  # one mask each: the word is a site or a study, no organ
+        return [], volumes, ""
+    cases = []
+    for of, found in organs.items():
+        cases.append(a_case(of[-1], images[of], [(organ, mask.path) for organ, mask in found], about, images[of].split))
+    taken = {path for case in cases for path in (case.image, *(mask for _, mask in case.masks))}
+    return cases, [volume for volume in volumes if volume.path not in taken], PER_CASE
+
+
+def pair_trees(volumes: list[VolumeFile], about: dict, faults: Faults) -> tuple[list[FoundCase], list[VolumeFile], str]:
+    """Cases with images in one tree of folders and masks in another (BIDS' derivatives), under names that are nowhere twice."""
+    counts = Counter((volume.role, volume.stem) for volume in volumes)
+    alike = [volume for volume in volumes if counts[volume.role, volume.stem] > 1]
+    cases, rest, layout = pair_group([volume for volume in volumes if volume not in alike], about, faults)
+    return cases, rest + alike, layout
+
+
 def of_one_image(images: list[VolumeFile], masks: list[VolumeFile]) -> bool:
     """Whether masks are a case's organs: beside the only image, which has no name of its own, or in a folder below it."""
     if len(images) != 1 or not masks or any(mask.stem == images[0].stem for mask in masks):
@@ -316,7 +272,7 @@ def matches(images: list[VolumeFile], masks: list[VolumeFile], of_image, of_mask
 def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, faults: Faults, root: Path) -> list[FoundCase]:
     """Cases of masks alone, where a folder holds no image at all; else faults is told of what has no partner."""
     images = [volume for volume in rest if volume.role == "image"]
-    masks = [volume for volume in rest if volume.role == "mask"]
+    masks = sorted((volume for volume in rest if volume.role == "mask"), key=attrgetter("stem"))
     for image in images:
         if image.split != "test":  # images to try a model on have no masks
             faults.add("image without a mask", readable(image.path.relative_to(root).as_posix()))
@@ -334,17 +290,20 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
 
 
 def unique_names(cases: list[FoundCase], root: Path) -> list[FoundCase]:
-    """Cases under names that differ: with the folders above them where several have one (site_a/001)."""
+    """Cases under names that differ, in order of their places: 001, or site_a/001, or train/site_a/001, or with a number."""
     cases = [case if case.name else replace(case, name=root.resolve().name) for case in cases]
-    counts = Counter(case.name for case in cases)
-    named, taken = [], Counter()
-    for case in sorted(cases, key=lambda case: (case.place, case.name, case.split or "")):
-        name = case.name
-        if counts[name] > 1:
-            name = "/".join(case.place if case.place and case.place[-1] == name else (*case.place, name))
-        taken[name] += 1
-        if taken[name] > 1:  # imagesTr and imagesTs with the same names
-            name = f"{case.split}/{name}" if case.split and f"{case.split}/{name}" not in taken else f"{name} ({taken[name]})"
-            taken[name] += 1
-        named.append(replace(case, name=name))
+    cases.sort(key=lambda case: (case.place, case.name, case.split or ""))
+    names = [possible_names(case) for case in cases]
+    counts, numbers = Counter(name for own in names for name in dict.fromkeys(own)), Counter()
+    named = []
+    for case, own in zip(cases, names, strict=True):
+        name = next((name for name in own if counts[name] == 1), own[-1])
+        numbers[name] += 1
+        named.append(replace(case, name=name if numbers[name] == 1 else f"{name} ({numbers[name]})"))
     return named
+
+
+def possible_names(case: FoundCase) -> list[str]:
+    """What a case may be called, the shortest first."""
+    place = case.place if case.place and case.place[-1] == case.name else (*case.place, case.name)
+    return [case.name, "/".join(place), "/".join(filter(None, (case.split, *place)))]

@@ -115,7 +115,8 @@ def parse_header(block: bytes) -> Stored:
     shape = shape_of(header)
     dtype = stored_type(header)
     notes = []
-    affine = affine_of(header, shape, notes)
+    with np.errstate(all="ignore"):  # what overflows is no number then, and is named
+        affine = affine_of(header, shape, notes)
     slope, inter = (float(header[name]) for name in ("scl_slope", "scl_inter"))
     if slope == 0 or not np.isfinite(slope):  # by the standard: stored as they are
         slope, inter = 1.0, 0.0
@@ -138,6 +139,8 @@ def open_header(block: bytes):
         magic = block[344:348] if size == 348 else block[4:8]
         if magic not in (b"n+1\0", b"ni1\0", b"n+2\0", b"ni2\0"):
             raise BadVolume("not a NIfTI file, Analyze 7.5 or a damaged header: it has no orientation; convert it to NIfTI")
+        if size == 540 and block[8:12] not in (b"\r\n\x1a\n", bytes(4)):  # put there to show this
+            raise BadVolume("file that is damaged, it was transferred as text")
         single = magic[1:2] == b"+"
         return kinds[size][0 if single else 1](block[:size], "<" if order == "little" else ">", check=False), single
     raise BadVolume(kind_of(block))
@@ -202,7 +205,10 @@ def data_offset(header, single: bool) -> int:
 
 def affine_of(header, shape: tuple, notes: list[str]) -> np.ndarray:
     """(4, 4) voxel -> RAS mm by the sform, else the qform, else pixdim alone. BadVolume where none can be used."""
-    sform, qform = int(header["sform_code"]) != 0, int(header["qform_code"]) != 0
+    codes = [int(header[name]) for name in ("sform_code", "qform_code")]
+    if not set(codes) <= set(range(6)):
+        raise BadVolume(f"header that contradicts itself, sform and qform of kinds {codes[0]} and {codes[1]} (0 to 5 exist)")
+    sform, qform = (code > 0 for code in codes)
     if sform:
         affine = header.get_sform().astype(float)
         check_affine(affine, "sform")
