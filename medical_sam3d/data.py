@@ -150,12 +150,12 @@ class OrganData(torch.utils.data.Dataset):
     ):
         self.items, self.processor, self.latents_dir = items, processor, latents_dir
         self.seed, self.augment, self.crop = seed, augment, crop
-        self.every = processor.every if latents_dir is None else 1
+        self.every = processor.every if latents_dir is None else 1  # their cube, where none is said, is that of the whole organ
         self.facts = [known_facts(item.path.parent, item.path.stem) for item in items]
         shapes = [tuple(facts["shape"]) for facts in self.facts]
         stacks = [(2 + (facts["modality"] is not None), *shape) for facts, shape in zip(self.facts, shapes, strict=True)]
         self.organs = SampleCache(items, load_stack, stacks, limit, "float16")
-        phases = [range(self.every) if training else [self.phase(number)] for number in range(len(items))]
+        phases = [range(self.every) if training else [self.phase(number, self.every)] for number in range(len(items))]
         views = [ThickView(number, phase, item.path) for number, item in enumerate(items) for phase in phases[number]]
         self.places = {view[:2]: place for place, view in enumerate(views)}
         self.views = SampleCache(views, self.load_view, [shapes[v.number] for v in views], limit - self.organs.bytes, "float16")
@@ -194,13 +194,13 @@ class OrganData(torch.utils.data.Dataset):
     def load_view(self, view: ThickView) -> np.ndarray:
         return observe(self.organ(view.number), self.every, view.phase).sdf.astype(np.float16)
 
-    def phase(self, index: int) -> int:
+    def phase(self, index: int, every: int) -> int:
         """At which an organ is evaluated, whatever else is in the data."""
-        return number_from(self.items[index].name, "phase") % self.every
+        return number_from(self.items[index].name, "phase") % every
 
     def observed(self, index: int) -> Observed:
-        """What is seen of an organ when it is evaluated."""
-        return observe(self.organ(index), self.every, self.phase(index))
+        """What thick slices show of an organ when it is evaluated, also where the model gets latents of others instead."""
+        return observe(self.organ(index), self.processor.every, self.phase(index, self.processor.every))
 
     def sample(self, index: int) -> Sample:
         """What the model gets of an organ when it is evaluated."""
@@ -219,7 +219,7 @@ class OrganData(torch.utils.data.Dataset):
             self.organ(chosen),
             self.latents(chosen),
         )
-        phase = int(rng.integers(self.every)) if epoch else self.phase(chosen)
+        phase = int(rng.integers(self.every)) if epoch else self.phase(chosen, self.every)
         sdf = self.views[self.places[chosen, phase]].astype(np.float32)
         seen = Observed(None, None, sdf, organ.thick_axis, None)  # the processor looks at nothing else
         frame = None

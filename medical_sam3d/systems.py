@@ -60,6 +60,8 @@ def load_untrained(origin: dict, config, device):
     except UserError as error:
         say(f"{UNTRAINED}: left out, for {error}")
         return None
+    if origin.get("latents_dir"):  # both get the latents of others, which is why one was trained
+        base.encoder, base.new_layers = None, []
     if base.new_layers:
         say(f"{UNTRAINED}: left out, for its encoder is new: nothing has taught it yet")
         return None

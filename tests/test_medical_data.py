@@ -22,10 +22,12 @@ from data import OrganData, as_item, build_loaders, collate, find_organs, load_f
 from decoder import DecoderConfig, SLatMeshDecoder  # noqa: E402
 from distance import signed_distance  # noqa: E402
 from latents import OFFICIAL_MEAN, OFFICIAL_STD, LatentEncoder, Latents, find_latents, optimise_latents, read_latents  # noqa: E402
+from model import OrganMesher  # noqa: E402
 from observe import fill, kept_slices, observe, spacing_of  # noqa: E402
 from organs import Organ  # noqa: E402
 from prepared import Item, prepared_folder  # noqa: E402
 from processor import Frame, OrganProcessor, augmented, look_up, surface_points  # noqa: E402
+from systems import load_untrained  # noqa: E402
 
 BALLS = (((0, 0, 0), 20), ((16, 0, 0), 11), ((0, 15, 0), 9), ((2, 0, 16), 7))  # centre and radius in mm: no two sides are alike
 PLACE = np.array([12, -8.5, 30])  # of their middle, in the world
@@ -347,6 +349,15 @@ def test_latents_fitted_to_the_truth_come_closer_and_leave_the_decoder_alone(org
     assert all(weight.requires_grad for weight in decoder.parameters())
 
 
+def test_a_base_gets_the_latents_that_the_tuned_decoder_got(tmp_path):
+    small = SLatMeshDecoder(DecoderConfig(resolution=8, model_channels=16, num_blocks=1, num_heads=1, num_groups=2))
+    OrganMesher(LatentEncoder(1), small).save_pretrained(tmp_path)
+    OrganProcessor(resolution=8).save_pretrained(tmp_path)
+    origin, config = {"base": {"name": str(tmp_path)}}, SimpleNamespace(model="")
+    assert load_untrained(origin, config, "cpu").encoder is not None
+    assert load_untrained(origin | {"latents_dir": "latents"}, config, "cpu").encoder is None
+
+
 # ---- a data set ------------------------------------------------------------------------------------------------------
 
 PATIENTS = ("p1", "p2", "p3", "p4", "p5")
@@ -501,6 +512,7 @@ def test_latents_that_are_missing_are_named_and_the_rest_is_used(settings, tmp_p
     assert facts["left_out"] == {"organ without latents": 1} and facts["train"] + facts["val"] == 9
     said = capsys.readouterr().out
     assert "p3/liver" in said and "which is little" in said  # two cells hold next to nothing of a surface
+    assert len(val.dataset.observed(0).kept) < val.dataset.organ(0).mask.shape[2]  # what it is measured by are thick slices
     first, second = train.dataset[1, 0], train.dataset[2, 0]
     settings.latents_dir = str(tmp_path / "gone")
     with pytest.raises(UserError, match="there is no folder"):
