@@ -139,7 +139,7 @@ def make_one(case, name: str, label: int, volume, predictor, config) -> Made:
     if processor.latents == "precomputed":
         latents = read_latents(find_latents(Path(config.latents_dir).expanduser(), f"{case.name}/{name}"), processor.resolution)
     every = None if config.every == "auto" else config.every
-    mesh, organ, observed = predictor.mesh(organ, kept, every, latents=latents)
+    mesh, organ, observed = predictor.mesh(organ, kept, every, latents=latents, volume=volume.geometry)
     if not len(mesh.faces):
         raise ValueError("organ of which the model makes no surface")
     remarks = [*organ.notes, *volume.notes, *([remark] if remark else [])]

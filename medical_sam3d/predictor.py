@@ -86,13 +86,14 @@ class Predictor:
         """
         volume = read_volume(source, image)
         organs = {str(label): label for label in labels_of(volume.labels)} if organs is None else organs
-        return {name: self.mesh(*organ_of(volume, label)[:2], every, model)[0] for name, label in organs.items()}
+        found = {name: organ_of(volume, label)[:2] for name, label in organs.items()}
+        return {name: self.mesh(*organ, every, model, volume=volume.geometry)[0] for name, organ in found.items()}
 
-    def mesh(self, organ: Organ, kept: tuple | None = None, every: int | None = None, model: str = "", latents=None):
+    def mesh(self, organ: Organ, kept: tuple | None = None, every: int | None = None, model: str = "", latents=None, volume=None):
         """(Mesh, organ on the grid it was seen on, Observed) of one organ. kept, every: as of reconstruct.seen.
 
         model: a name given to `add`; "": the first. latents (latents.Latents): of the official pipeline, for a model that was
-        trained on these.
+        trained on these. volume (nifti_header.Geometry): the voxels that were scanned, outside of which nothing is made.
         """
         if model not in self.models:
             raise UserError(f"there is no model {model!r}; added were: {', '.join(filter(None, self.models)) or 'none'}")
@@ -102,7 +103,7 @@ class Predictor:
         with self.lock:
             if model != self.current:
                 self.put_on(model)
-            return reconstruct(self.model, processor, [sample])[0], organ, observed
+            return reconstruct(self.model, processor, [sample], volume)[0], organ, observed
 
     def put_on(self, name: str) -> None:
         """Exchanges the adapter on the base, which stays where it is."""

@@ -7,8 +7,11 @@ mesh, = reconstruct(model, processor, [processor.sample(organ, observed)])
 import numpy as np
 import torch
 
-from flexicubes import extract
+from cube_tables import CUBE_CORNERS
+from decoder import Cubes
+from flexicubes import extract, moved_corners
 from meshes import Mesh
+from nifti_header import Geometry
 from observe import Observed, kept_slices, observe, repeat_nearest
 from organs import Organ
 from processor import OrganProcessor, Sample
@@ -60,23 +63,41 @@ def with_slices_between(organ: Organ, axis: int, factor: int) -> Organ:
 
 
 @torch.no_grad()
-def reconstruct(model, processor: OrganProcessor, samples: list[Sample]) -> list[Mesh]:
+def reconstruct(model, processor: OrganProcessor, samples: list[Sample], volume: Geometry | None = None) -> list[Mesh]:
     """The mesh of each sample in RAS mm, through the sample's own frame; of no vertex where the model finds no surface.
 
-    All parts of a surface are kept: what the model makes is shown as it is. One sample after the other, so that no organ's
-    mesh depends on another's, and memory is that of one.
+    All parts of a surface are kept: what the model makes is shown as it is, but for what lies outside of `volume`, the voxels
+    that were scanned: an organ which their border cuts ends there, flat. One sample after the other, so that no organ's mesh
+    depends on another's, and memory is that of one.
     """
     device = next(model.parameters()).device
     meshes = []
     for sample in samples:
         coords = torch.from_numpy(np.insert(sample.coords, 0, 0, axis=1)).to(device)
         cubes = model(coords, torch.from_numpy(sample.inputs).to(device))
+        if volume:
+            cubes = cut_off(cubes, sample.frame.to_voxel(volume.affine), volume, sample.frame.edge)
         meshes.append(mesh_of(cubes, sample.frame.matrix, processor.interior))
     return meshes
 
 
-def mesh_of(cubes, matrix: np.ndarray, interior: str) -> Mesh:
-    """The mesh in RAS mm of the values on one sample's cubes (decoder.Cubes). matrix (4, 4): cube -> mm."""
+def mesh_of(cubes: Cubes, matrix: np.ndarray, interior: str) -> Mesh:
+    """The mesh in RAS mm of the values on one sample's cubes. matrix (4, 4): cube -> mm."""
     surface = extract(cubes, 1, interior)[0]
     vertices = surface.vertices.double().cpu().numpy() @ matrix[:3, :3].T + matrix[:3, 3]
     return Mesh(vertices, surface.faces.cpu().numpy())
+
+
+def cut_off(cubes: Cubes, to_voxel: np.ndarray, volume: Geometry, edge: float) -> Cubes:
+    """Cubes of one sample whose inside ends at the faces of the volume's outer voxels, by the greater of the two distances.
+
+    to_voxel (3, 4): cube -> index of a voxel; edge: of the cube, in mm.
+    """
+    corners = cubes.coords[:, None, 1:] + torch.tensor(CUBE_CORNERS, device=cubes.coords.device)
+    points = moved_corners(corners, cubes.deform, cubes.resolution).double()
+    matrix, shape, spacing = (points.new_tensor(np.asarray(each)) for each in (to_voxel, volume.shape, volume.spacing / edge))
+    index = points @ matrix[:, :3].T + matrix[:, 3]
+    outside = (((index - (shape - 1) / 2).abs() - shape / 2) * spacing).amax(-1)  # (M, 8), in edges of the cube
+    sdf = torch.maximum(cubes.sdf, outside.to(cubes.sdf.dtype))
+    features = torch.cat([sdf + 1 / cubes.resolution, cubes.features[:, 8:]], 1)  # with the bias that Cubes.sdf takes off
+    return cubes._replace(features=features)

@@ -1,12 +1,14 @@
-"""Decoders taken to the official format and back, and the pipeline's script: what reaches which step."""
+"""Checkpoints as objects of one's own program and as files of the official format; the pipeline: what reaches which step."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import MEDICAL, ROOT, use_task
@@ -21,6 +23,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from decoder import DecoderConfig, SLatMeshDecoder, read_decoder, read_tensors, write_decoder  # noqa: E402
 from latents import LatentEncoder  # noqa: E402
 from model import OrganMesher, load_base, load_checkpoint, origin, setup_for_finetuning  # noqa: E402
+from predictor import Predictor  # noqa: E402
 from processor import OrganProcessor  # noqa: E402
 from sam3d_checkpoint import export, info  # noqa: E402
 
@@ -118,6 +121,77 @@ def test_info_tells_files_and_checkpoints_apart(tuned, tmp_path):
         info(str(tmp_path / "b.ckpt"))
 
 
+# ---- an object of one's own program --------------------------------------------------------------------------------------
+
+
+def ball_of(radius):
+    return (np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0) < radius).astype(np.uint8), np.diag([1.5, 1.5, 2.0, 1])
+
+
+@pytest.fixture(scope="module")
+def second(tuned):
+    """Another adapter on the base of tuned.lora."""
+    model, processor, facts = load_base(str(tuned.full))
+    torch.manual_seed(5)
+    adapted = shake(setup_for_finetuning(model, SimpleNamespace(**LORA, frozen_dtype="fp32")), 0.2)
+    folder = tuned.lora.with_name("second")
+    save_lora(folder, adapted, processor, origin("lora", facts, CONFIG))
+    return folder
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_take_turns_on_one_base_and_each_makes_what_it_makes_alone(tuned, second, merge):
+    alone = {name: Predictor(folder, merge=merge).predict(ball_of(8))["1"] for name, folder in (("", tuned.lora), ("b", second))}
+    both = Predictor(tuned.lora, merge=merge)
+    both.add(second, "b")
+    weights = both.model.decoder.input_layer.weight
+    for name in ("b", "", "b", "b", ""):
+        np.testing.assert_allclose(both.predict(ball_of(8), model=name)["1"].vertices, alone[name].vertices, atol=1e-3)
+    assert both.model.decoder.input_layer.weight is weights  # loaded once
+    assert alone[""].vertices.shape != alone["b"].vertices.shape or not np.allclose(alone[""].vertices, alone["b"].vertices)
+    with pytest.raises(UserError, match="no model 'c'; added were: b"):
+        both.predict(ball_of(8), model="c")
+
+
+def test_threads_that_share_a_predictor_get_their_own_answers(tuned, second):
+    predictor = Predictor(tuned.lora)
+    predictor.add(second, "b")
+    jobs = [(radius, name) for radius in (6, 8) for name in ("", "b")]
+    expected = [predictor.predict(ball_of(radius), model=name)["1"].vertices for radius, name in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda job: predictor.predict(ball_of(job[0]), model=job[1])["1"].vertices, jobs))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_only_adapters_of_one_base_share_it(tuned, second, tmp_path):
+    with pytest.raises(UserError, match="is a whole model"):
+        Predictor(tuned.full).add(second, "b")
+    with pytest.raises(UserError, match="is a whole model"):
+        Predictor(tuned.lora).add(tuned.full, "b")
+    model, processor, facts = load_base(str(tuned.full))
+    adapted = setup_for_finetuning(model, SimpleNamespace(**LORA, frozen_dtype="fp32"))
+    save_lora(tmp_path / "other", adapted, processor, origin("lora", facts | {"sha256": "1" * 64}, CONFIG))
+    with pytest.raises(UserError, match="for another base"):
+        Predictor(tuned.lora).add(tmp_path / "other", "b")
+
+
+def test_a_file_and_its_array_give_the_same_mesh_and_what_is_no_mask_is_refused(tuned, tmp_path):
+    import nibabel
+
+    labels, affine = ball_of(8)
+    nibabel.save(nibabel.Nifti1Image(labels * 5, affine), tmp_path / "a.nii.gz")
+    predictor = Predictor(tuned.full)
+    of_file, of_array = predictor.predict(tmp_path / "a.nii.gz"), predictor.predict((labels * 5.0, affine), {"liver": 5})
+    assert list(of_file) == ["5"] and list(of_array) == ["liver"]
+    np.testing.assert_allclose(of_file["5"].vertices, of_array["liver"].vertices, atol=1e-4)
+    for bad in ((labels / 2, affine), (labels[0], affine), (labels, affine[:3]), (labels, np.zeros((4, 4)))):
+        with pytest.raises(ValueError, match="no mask"):
+            predictor.predict(bad)
+    with pytest.raises(ValueError, match="empty"):
+        predictor.predict((labels, affine), {"spleen": 7})
+
+
 # ---- the pipeline ----------------------------------------------------------------------------------------------------
 
 STEP = """
@@ -175,10 +249,13 @@ def test_each_setting_of_the_pipeline_reaches_the_steps_that_have_it(pipeline):
 
 
 def test_the_pipeline_without_arguments_is_the_demo_and_one_method_may_be_named(pipeline):
-    assert list(pipeline()[1]) == ["preprocess", "train", "eval", "train_lora", "eval_lora", "compare"]
-    assert pipeline()[1]["train"] == []
-    assert list(pipeline("--method", "lora", "--output_dir", "o")[1]) == ["preprocess", "train_lora", "eval_lora"]
-    assert pipeline("--method", "full", "--output_dir", "o")[1]["eval"][0] == "--checkpoint"  # reports are in the run's folder
+    steps = pipeline()[1]
+    assert list(steps) == ["preprocess", "train", "eval", "train_lora", "eval_lora", "compare"] and steps["train"] == []
+    steps = pipeline("--method", "lora", "--output_dir", "o")[1]
+    assert list(steps) == ["preprocess", "train_lora", "eval_lora"]
+    assert (
+        steps["train_lora"] == ["--output_dir", "o"] and steps["eval_lora"][0] == "--checkpoint"
+    )  # reports: in the run's folder
 
 
 def test_the_pipeline_refuses_unknown_settings_first_and_stops_where_a_step_fails(pipeline):

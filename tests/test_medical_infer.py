@@ -72,6 +72,18 @@ def test_a_mesh_lies_in_mm_where_its_own_cube_lies_turned_or_not():
     np.testing.assert_array_equal(again.vertices, meshes[1].vertices)  # whatever is beside it
 
 
+def test_nothing_is_made_outside_of_the_voxels_that_were_scanned():
+    frame, affine = Frame(np.array([5.0, -30, 70]), 40.0), np.diag([1.5, 1.5, 1.5, 1])
+    affine[:3, 3] = -40, -60, 40
+    whole = Geometry((60, 60, 60), affine)
+    cut = Geometry((60, 60, 22), affine)  # up to the face of its last voxel, 40 + 21.5 * 1.5 = 72.25; the ball goes on to 82
+    meshes = [reconstruct(Balls(8), OrganProcessor(resolution=8), [sample_of(frame)], volume)[0] for volume in (None, whole, cut)]
+    np.testing.assert_array_equal(meshes[0].vertices, meshes[1].vertices)
+    assert open_edges(meshes[2]) == 0 and meshes[2].vertices[:, 2].max() == pytest.approx(72.25, abs=0.3)
+    height = 12 + 2.25
+    assert meshes[2].volume == pytest.approx(np.pi * height**2 * (36 - height) / 3, rel=0.03)
+
+
 def test_a_mask_that_is_drawn_in_every_fourth_slice_is_one_organ_and_observed_in_these_alone():
     mask, affine = ball((34, 34, 34), (1, 1, 1))
     drawn = np.zeros_like(mask)
