@@ -102,7 +102,10 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
     """
     folder = Path(folder)
     job = Job(folder, preparation or Preparation())
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}; choose another --output_dir") from None
     with one_at_a_time(folder / "organs"):
         write_json(folder / PREPARED, {"format": PREPARED_FORMAT, "finished": False})
         digests = digests_of(cases, folder)

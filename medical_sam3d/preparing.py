@@ -11,7 +11,7 @@ import numpy as np
 
 # needs: safetensors
 from cases import Case
-from common.checkpoint import fsync
+from common.checkpoint import disk_fault, fsync
 from common.config import UserError
 from common.runtime import cores, progress_bar, say
 from common.sample_cache import free_memory
@@ -88,7 +88,11 @@ def read_organ(path: Path) -> Organ:
 
 
 def write_organ(organ: Organ | None, facts: dict, path: Path) -> None:
-    """An organ with what is noted of it, whole or not at all; None where there is nothing but a fault to note."""
+    """An organ with what is noted of it, whole or not at all; None where there is nothing but a fault to note.
+
+    UserError where the disk does not take it.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     tensors = {}
@@ -98,9 +102,12 @@ def write_organ(organ: Organ | None, facts: dict, path: Path) -> None:
         if organ.image is not None:
             tensors["image"] = np.ascontiguousarray(organ.image, np.float16)
     aside = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, aside, {"facts": json.dumps(facts)})
-    fsync(aside)
-    os.replace(aside, path)
+    try:
+        save_file(tensors, aside, {"facts": json.dumps(facts)})
+        fsync(aside)
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"could not write to {path.parent}: {disk_fault(error)}; what is done is kept") from error
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from prepared import Item
 from preparing import known_facts
 
 PICTURED = 6  # organs in the picture of slices
+SHOWN = 25  # organs in the printed table
 FEW = 10  # patients below which a metric on those that are held out says little
 # A plane: its name, the axis that goes to the left in the picture, the one that goes up, and what is on the picture's left,
 # right, bottom and top. As radiologists see a patient: from the feet, from the front, from the left.
@@ -29,7 +30,9 @@ def report_on(items: list[Item], about: dict, folder: Path) -> str:
     write_text(folder / "report.md", text)
     draw_slices(choose_pictured(items), folder / "slices.png")
     draw_volumes(items, facts, folder / "volumes.png")
-    return table(HEADS, organ_rows(items, facts, about))
+    rows = organ_rows(items, facts, about)
+    more = f"\nand {len(rows) - SHOWN} more organs in report.md" if len(rows) > SHOWN else ""
+    return table(HEADS, rows[:SHOWN]) + more
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------------
@@ -45,7 +48,8 @@ def report_text(items: list[Item], facts: list[dict], about: dict) -> str:
     )
     parts.append("![slices of some organs](slices.png)\n\n![volumes of all organs](volumes.png)")
     parts.append("## Splits\n\n" + table(["split", "patients", "scans", "organs"], split_rows(items)))
-    parts.append("\n".join(f"- {line}" for line in advice(items)))
+    if said := advice(items):
+        parts.append("\n".join(f"- {line}" for line in said))
     parts.append(f"## Left out: {len(about['left_out'])}\n\n" + grouped([(e["fault"], e["name"]) for e in about["left_out"]]))
     notes = [(note, where) for note, places in sorted(about["notes"].items()) for where in places]
     parts.append(f"## Worth knowing\n\n{grouped(notes)}")

@@ -1,5 +1,6 @@
 """Signed distances in mm, organs cropped out of masks, what is kept of them on disk, and the script that prepares and reports."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -305,6 +306,17 @@ def test_bad_cases_are_named_and_cost_no_good_one(tmp_path):
     assert faults.notes["organs of which the masks are empty"] == ["two (1)"]
     with pytest.raises(UserError, match="no organ to train on in 2 cases; the first, broken: file that is truncated"):
         made_by([broken, absent], tmp_path / "kept")
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("preparing.fsync", full)
+    with pytest.raises(UserError, match="could not write to .*kept: No space left on device; what is done is kept"):
+        made_by([case_of(tmp_path, "a")], tmp_path / "kept")
+    with pytest.raises(UserError, match="cannot make the folder"):
+        made_by([case_of(tmp_path, "a")], tmp_path / "labels" / "a.nii.gz" / "kept")
 
 
 def test_copies_of_a_scan_are_of_one_patient(tmp_path):
