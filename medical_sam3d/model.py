@@ -124,7 +124,9 @@ def read_folder(folder: Path) -> tuple[OrganMesher, OrganProcessor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / MODEL_FILE} cannot be read: {error}") from None
     model = build(DecoderConfig.from_json(about["decoder"]), about.get("encoder"), tensors, folder)
-    return model, OrganProcessor.load(folder)
+    processor = OrganProcessor.load(folder)
+    processor.check_fits(model, folder)
+    return model, processor
 
 
 def build(config: DecoderConfig, encoder: dict | None, tensors: dict, where) -> OrganMesher:
@@ -224,6 +226,7 @@ def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, devi
         processor = OrganProcessor.load(folder)
         if processor.latents == "precomputed":
             model.encoder, model.new_layers = None, []
+        processor.check_fits(model, folder)
         model = with_saved_adapter(model, folder, whole_parts(model), merge, answer, own_layers=True)
     return model.eval().to(device), processor, about
 

@@ -116,6 +116,19 @@ class OrganProcessor:
                 raise UserError(f"{where}: {key} is {shown(data[key])}, but must be {error}") from None
         return cls(**values)
 
+    def check_fits(self, model, where) -> None:
+        """UserError where a model (model.OrganMesher) takes something else than this gives: the files are of different ones."""
+        encoder, cells = model.encoder, model.decoder.config.resolution
+        for what, here, there in (
+            ("cells a side", self.resolution, cells),
+            ("latents", self.latents, "precomputed" if encoder is None else "encoder"),
+            ("channels", len(self.channels), len(self.channels) if encoder is None else encoder.channels),
+        ):
+            if here != there:
+                raise UserError(
+                    f"{where}: processor.json does not belong to the model, {what}: {here} where the model has {there}"
+                )
+
     def frame_of(self, observed: Observed, affine: np.ndarray) -> Frame:
         """The cube around what is observed of an organ, with the axes of the world. ValueError where it has no surface."""
         points = surface_points(observed.sdf, affine)

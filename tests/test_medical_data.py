@@ -22,7 +22,7 @@ from data import OrganData, as_item, build_loaders, collate, find_organs, load_f
 from decoder import DecoderConfig, SLatMeshDecoder  # noqa: E402
 from distance import signed_distance  # noqa: E402
 from latents import OFFICIAL_MEAN, OFFICIAL_STD, LatentEncoder, Latents, find_latents, optimise_latents, read_latents  # noqa: E402
-from model import OrganMesher  # noqa: E402
+from model import OrganMesher, load_base  # noqa: E402
 from observe import fill, kept_slices, observe, spacing_of  # noqa: E402
 from organs import Organ  # noqa: E402
 from prepared import Item, prepared_folder  # noqa: E402
@@ -47,6 +47,10 @@ def drawn(shape=tripod, spacing=(1, 1, 1), turn=None, middle=PLACE, reach=34.0, 
     grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij"), -1)
     mask = shape(grid @ affine[:3, :3].T + affine[:3, 3]) < 0
     return Organ(mask, signed_distance(mask, spacing), None, affine, thick_axis, [])
+
+
+def small_decoder() -> SLatMeshDecoder:
+    return SLatMeshDecoder(DecoderConfig(resolution=8, model_channels=16, num_blocks=1, num_heads=1, num_groups=2))
 
 
 @pytest.fixture(scope="module")
@@ -265,6 +269,22 @@ def test_a_processor_is_what_was_saved_and_nothing_else(tmp_path):
             OrganProcessor.load(tmp_path)
 
 
+def test_a_processor_of_another_model_is_refused(tmp_path):
+    model = OrganMesher(LatentEncoder(1), small_decoder())
+    model.save_pretrained(tmp_path)
+    others = {
+        "cells a side: 16 where the model has 8": OrganProcessor(resolution=16),
+        "channels: 2 where the model has 1": OrganProcessor(8, ("tsdf", "image")),
+        "latents: precomputed where": OrganProcessor(8, latents="precomputed"),
+    }
+    for fault, processor in others.items():
+        processor.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=fault):
+            load_base(str(tmp_path))
+    OrganProcessor(8).save_pretrained(tmp_path)
+    assert load_base(str(tmp_path))[1] == OrganProcessor(8)
+
+
 # ---- latents ---------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +357,7 @@ def test_a_sample_of_given_latents_has_their_cells_and_cube(organ):
 
 def test_latents_fitted_to_the_truth_come_closer_and_leave_the_decoder_alone(organ):
     torch.manual_seed(0)
-    decoder = SLatMeshDecoder(DecoderConfig(resolution=8, model_channels=16, num_blocks=1, num_heads=1, num_groups=2))
+    decoder = small_decoder()
     torch.nn.init.normal_(decoder.out_layer.weight, std=0.1)
     before = {name: weight.clone() for name, weight in decoder.state_dict().items()}
     sample = OrganProcessor(resolution=8).sample(organ, observe(organ, 5), crop=12, rng=np.random.default_rng(0))
@@ -350,8 +370,7 @@ def test_latents_fitted_to_the_truth_come_closer_and_leave_the_decoder_alone(org
 
 
 def test_a_base_gets_the_latents_that_the_tuned_decoder_got(tmp_path):
-    small = SLatMeshDecoder(DecoderConfig(resolution=8, model_channels=16, num_blocks=1, num_heads=1, num_groups=2))
-    OrganMesher(LatentEncoder(1), small).save_pretrained(tmp_path)
+    OrganMesher(LatentEncoder(1), small_decoder()).save_pretrained(tmp_path)
     OrganProcessor(resolution=8).save_pretrained(tmp_path)
     origin, config = {"base": {"name": str(tmp_path)}}, SimpleNamespace(model="")
     assert load_untrained(origin, config, "cpu").encoder is not None
