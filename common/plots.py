@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 DPI = 120
-UNITS = {"pixel_error": "pixels", "pixel_error_median": "pixels", "mae": "pixels"}  # of metrics that are no shares
+# Of metrics that are no shares, however small they are.
+UNITS = {"pixel_error": "pixels", "pixel_error_median": "pixels", "mae": "pixels", "hd95": "mm", "assd": "mm"}
 MAX_SIDE = 4000  # pixels of a picture's longer side: what is larger is drawn coarser, in 64 MB at most
 FEW_CLASSES = 40  # so many are all drawn
 MOST_CONFUSED = 30  # of more than that, so many in a confusion matrix
@@ -168,7 +169,7 @@ def metric_panels(epochs: list[dict], best_name: str) -> list[Panel]:
     names = sorted(dict.fromkeys(names), key=lambda name: name != best_name)
     values = {name: [r.get(name) for r in epochs] for name in names}
     different = [name for i, name in enumerate(names) if values[name] not in [values[n] for n in names[:i]]]
-    shares = [name for name in different if all(v is None or 0 <= v <= 1 for v in values[name])]
+    shares = [name for name in different if name not in UNITS and all(v is None or 0 <= v <= 1 for v in values[name])]
     others = [name for name in different if name not in shares][:2]
 
     def line(name, color):

@@ -56,8 +56,8 @@ All distances are in mm, through the affine of the true mask, on whose voxels ev
 - **Missed and ghosts**: an organ without a prediction has Dice 0 and infinite distances, is counted as missed and never left
   out: a mean with a miss is infinite, and the mean over the others stands in brackets. A prediction without an organ (a ghost)
   has Dice 0. Where both are empty there is nothing to score.
-- **Intervals**: 95 %, patients drawn anew with all their organs (bootstrap); none of fewer than {fewest} patients, and of few
-  patients they are too narrow. A difference is paired: the same organs by both.
+- **Intervals**: 95 %, patients drawn anew with all their organs (bootstrap, widened for few patients as Student's t is); none
+  of fewer than {fewest} patients. A difference is paired: the same organs by both.
 """
 
 

@@ -195,3 +195,10 @@ def test_losses_with_names_have_a_curve_each(drawn):
     assert labels(found["Loss"])[:4] == ["gen, one step", "gen, epoch mean", "disc, one step", "disc, epoch mean"]
     assert labels(found["Parts of the training loss"])[0] == "gen mel" and found["Loss"].get_yscale() == "log"
     assert labels(found["Learning rate"])[:2] == ["disc", "gen"] and "Validation: score" in found
+
+
+def test_millimetres_have_a_panel_of_their_own_however_few_they_are():
+    epochs = [{"step": step, "dice": 0.9, "nsd": 0.8, "assd": assd, "hd95": 2.0} for step, assd in ((0, 0.9), (10, 0.8))]
+    shares, *others = plots.metric_panels(epochs, "dice")
+    assert [line.key for line in shares.lines] == ["dice", "nsd"]
+    assert {(panel.unit, panel.lines[0].key) for panel in others} == {("mm", "assd"), ("mm", "hd95")}
