@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
+from benchmark_medical import adapt_organ, build_organ, compare_convolutions, decode, organ_loader  # noqa: E402
 from benchmark_voice import (  # noqa: E402
     adapt_voice,
     build_voice,
@@ -59,7 +60,7 @@ PARTS = ("steps", "memory", "start")
 class BenchmarkConfig:
     """Settings; the comment of a line is its help text."""
 
-    tasks: str = "classification,detection,pose,clip,voice,voice_no_gan"  # with commas between
+    tasks: str = "classification,detection,pose,clip,voice,voice_no_gan,medical"  # with commas between
     sizes: str = "real,demo"  # real: from configurations, with random weights; demo: the bases that come along
     variants: str = "full,lora,peft,trainer,last_k,bf16,frozen_bf16"  # what is timed; full and lora always are
     rounds: Count = 5  # turns
@@ -185,7 +186,7 @@ VOICE = {
 }
 # A new task joins with a row: its folder, what it trains, of --lora_targets what is measured (the script's own first), samples in
 # a batch by size, and settings -> the demo's train loader. Where it goes other ways: variants that it has, flags, and functions
-# for adapters (adapt), the training loop (train), an answer, and the seconds of sound in a sample.
+# for adapters (adapt), the training loop (train), an answer, the seconds of sound in a sample, and convolutions to compare.
 TASKS = {
     "classification": {
         "folder": "image_tasks/classification",
@@ -217,6 +218,17 @@ TASKS = {
     },
     "voice": {**VOICE, "flags": ("--gan",)},
     "voice_no_gan": {**VOICE, "flags": ("--no_gan",)},
+    "medical": {
+        "folder": "medical_sam3d",
+        "build": build_organ,
+        "targets": ("default",),
+        "batch": {"real": 1, "demo": 2},
+        "loader": organ_loader,
+        "variants": ("full", "lora", "bf16"),
+        "adapt": adapt_organ,
+        "answer": decode,
+        "convolution": compare_convolutions,
+    },
 }
 
 
@@ -423,6 +435,8 @@ class Bench:
                     self.tick()
                     found.setdefault(name, []).append(self.stamps[1] - self.stamps[0])
             facts |= {"latency": {name: statistics.median(values[2:]) for name, values in found.items()}}
+            if "convolution" in self.row and self.real:
+                facts |= {"convolution": self.row["convolution"]()}
             return {**facts, **(self.real_time(lambda: answer(models["merged"], batch)) if "sound" in self.row else {})}
 
     def real_time(self, answer) -> dict:
@@ -455,7 +469,7 @@ class Bench:
             loader = self.row["loader"](config)
             self.tick()
             loader.batch_sampler.set_range(1, 0, None)
-            samples = sum(len(next(iter(batch.values()))) for batch in loader)
+            samples = sum(len(batch.get("index", next(iter(batch.values())))) for batch in loader)
             self.tick()
         return {"ready": self.stamps[1] - self.stamps[0], "sample": (self.stamps[2] - self.stamps[1]) / samples}
 
@@ -565,23 +579,37 @@ def tables(rows: list[dict]) -> str:
         "merged",
     ]
     blocks += ["What trains and is saved, memory of a training process, and a forward pass of one sample.", table(head, sizes)]
+    return "\n\n".join(blocks + more_tables(named))
+
+
+def more_tables(named: list[tuple[str, dict]]) -> list[str]:
+    """What is measured of some tasks alone: a sentence and a table of each. named: (what was measured, its row)."""
     sounds = [[name, f"{r['real_time']:.2f}"] for name, r in named if "real_time" in r]
-    if sounds:
-        blocks += ["Seconds that a second of converted sound takes from content and F0 on, merged, two threads, wall time."]
-        blocks += [table(["task, size, layers", "real-time factor"], sounds)]
+    convolutions = [
+        [name, *(f"{r['convolution'][way] * 1e3:.1f} ms" for way in ("sparse", "table", "dense"))]
+        for name, r in named
+        if "convolution" in r
+    ]
     starts = [
         [
             r["task"],
             *(f"{r['start'][key]:.1f} s" for key in ("help", "first_step", "ready")),
             f"{r['start']['sample'] * 1e3:.2f} ms",
         ]
-        for r in rows
+        for _, r in named
         if "start" in r
     ]
+    blocks = []
+    if sounds:
+        blocks += ["Seconds that a second of converted sound takes from content and F0 on, merged, two threads, wall time."]
+        blocks += [table(["task, size, layers", "real-time factor"], sounds)]
+    if convolutions:
+        blocks += ["A 3^3 convolution of 32 channels on a grid of 64^3 voxels, of which 5 % are there at random places."]
+        blocks += [table(["task, size, layers", "sparse", "its table of neighbours", "dense conv3d"], convolutions)]
     if starts:
         head = ["demo", "--help", "until the first step", "data ready", "loading a sample"]
         blocks += ["Starting train_lora.py, and the demo's data alone.", table(head, starts)]
-    return "\n\n".join(blocks)
+    return blocks
 
 
 def write_page(page: Path, made: str) -> None:

@@ -1,6 +1,7 @@
 """The SLAT mesh decoder: names and numbers of the official one, what is absent, adapters, files of strangers."""
 
 import json
+import sys
 import zipfile
 
 import pytest
@@ -15,7 +16,9 @@ from common.lora_files import load_adapter, save_adapter
 
 TASK = MEDICAL
 use_task(TASK)
+sys.path.insert(0, str(ROOT / "scripts"))
 
+from benchmark_medical import compare_convolutions  # noqa: E402
 from decoder import DecoderConfig, SLatMeshDecoder, config_of, file_dtype, memory_needed, read_decoder, write_decoder  # noqa: E402
 from sparse_ops import SparseConv3d, children_neighbours, neighbours, sparse_conv, subdivide  # noqa: E402
 
@@ -100,6 +103,11 @@ def test_a_convolution_after_subdividing_is_that_of_the_children():
     inputs, shares = (feats, conv.conv.weight, conv.conv.bias), torch.randn_like(found)
     gradients = [torch.autograd.grad((y * shares).sum(), inputs) for y in (found, expected)]
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(*gradients, strict=True))
+
+
+def test_a_convolution_of_few_voxels_takes_a_fifth_of_a_dense_ones_time():
+    seconds = compare_convolutions(turns=3)
+    assert 5 * seconds["sparse"] < seconds["dense"]
 
 
 def test_a_kernel_of_one_reads_its_weight_as_inputs_by_outputs():
