@@ -86,7 +86,7 @@ class Cubes(NamedTuple):
 
     @property
     def sdf(self) -> torch.Tensor:
-        """(M, 8) signed distances at the corners in edges of the whole cube, negative inside. Moved inwards by one cube."""
+        """(M, 8) signed distances at the corners in edges of the whole grid, negative inside: the network's less one cube."""
         return self.features[:, :8] - 1 / self.resolution
 
     @property

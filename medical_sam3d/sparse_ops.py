@@ -61,7 +61,7 @@ def check_coords(coords: torch.Tensor, side: int) -> None:
     """ValueError unless these are (N, 4) whole numbers [sample, x, y, z] on a grid of side^3."""
     if coords.dim() != 2 or coords.shape[1] != 4 or coords.is_floating_point() or coords.dtype == torch.bool:
         raise ValueError(f"coords must be (N, 4) whole numbers [sample, x, y, z], not {tuple(coords.shape)} {coords.dtype}")
-    outside = (coords[:, 1:] < 0).any(1) | (coords[:, 1:] >= side).any(1) | (coords[:, 0] < 0)
+    outside = (coords[:, 1:] < 0).any(1) | (coords[:, 1:] >= side).any(1) | (coords[:, 0].long() >> 31 != 0)  # 0 .. 2^31 - 1
     if bool(outside.any()):
         found = coords[outside][0].tolist()
         raise ValueError(f"voxel {found}, [sample, x, y, z], lies outside a grid of {side} cells along an edge")

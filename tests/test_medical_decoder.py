@@ -134,6 +134,7 @@ def test_neighbours_are_found_whatever_the_order_and_none_across_samples_or_edge
         ([[0, 1, 2, 8]], r"voxel \[0, 1, 2, 8\].* outside a grid of 8 cells"),
         ([[0, 1, -1, 3]], r"voxel \[0, 1, -1, 3\].* outside"),
         ([[-1, 1, 1, 3]], r"voxel \[-1, 1, 1, 3\].* outside"),
+        ([[2**31, 1, 1, 3]], r"voxel \[2147483648, 1, 1, 3\].* outside"),
         ([[1, 2, 3]], r"must be \(N, 4\) whole numbers"),
         ([[0.0, 1.0, 2.0, 3.0]], r"must be \(N, 4\) whole numbers"),
     ],
