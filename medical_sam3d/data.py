@@ -214,11 +214,8 @@ class OrganData(torch.utils.data.Dataset):
     def draw(self, epoch: int, index: int, chosen: int | None = None) -> tuple[Sample, Organ]:
         """The sample of (epoch, index) and its organ; chosen: the organ that takes its place. ValueError where it has a fault."""
         chosen = index if chosen is None else chosen
-        rng, organ, latents = (
-            np.random.default_rng(number_from(self.seed, epoch, index)),
-            self.organ(chosen),
-            self.latents(chosen),
-        )
+        rng = np.random.default_rng(number_from(self.seed, epoch, index))
+        organ, latents = self.organ(chosen), self.latents(chosen)
         phase = int(rng.integers(self.every)) if epoch else self.phase(chosen, self.every)
         sdf = self.views[self.places[chosen, phase]].astype(np.float32)
         seen = Observed(None, None, sdf, organ.thick_axis, None)  # the processor looks at nothing else

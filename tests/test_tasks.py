@@ -40,7 +40,9 @@ from tasks import (
 SCRIPTS = [f"{name}{lora}.py" for name in ("train", "eval", "infer") for lora in ("", "_lora")]
 EVAL = {"full": "eval.py", "lora": "eval_lora.py"}
 INFER = {"full": "infer.py", "lora": "infer_lora.py"}
-ONE_TASKS_OWN = {"data.most_boxes", "data.minutes", "data.val_minutes", "data.speakers"}  # of the summary's schema
+# Of the summary's schema: rows that say "voice: ..." of one task alone.
+ONE_TASKS_OWN = {"data.most_boxes", "data.minutes", "data.val_minutes", "data.speakers", "data.organs", "data.every"}
+ONE_TASKS_OWN |= {"data.coverage", *(f"data.{part}{what}" for part in ("", "val_") for what in ("patients", "cases"))}
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 both = pytest.mark.parametrize("method", ["full", "lora"])
 
