@@ -170,6 +170,7 @@ def masks_of(case: FoundCase, files: dict, root: Path, faults: Faults) -> list[t
 def names_of_labels(about: dict) -> dict[int, str]:
     """Label -> organ by a dataset.json, which says "1": "liver" (Medical Decathlon) or "liver": 1 (nnU-Net)."""
     labels = about.get("labels")
+    labels = dict(enumerate(labels)) if isinstance(labels, list) else labels
     names = {}
     for one, other in labels.items() if isinstance(labels, dict) else ():
         number, name = (one, other) if str(one).isdecimal() else (other, one)
@@ -239,7 +240,11 @@ def read_splits(root: Path, found: list[FoundCase], faults: Faults) -> tuple[dic
     splits, unknown = {}, defaultdict(int)
     by_name = {name: case.name for case in found for name in (case.name.casefold(), *(p.casefold() for p in case.place[-1:]))}
     for table in tables:
-        rows = [cells for _, cells in read_table(table, faults)]
+        try:
+            rows = [cells for _, cells in read_table(table, faults)]
+        except UserError as error:
+            faults.note("meta.csv that cannot be read, passed over", str(error))
+            continue
         header = [cell.casefold() for cell in rows[0]] if rows else []
         names = next((header.index(column) for column in ID_COLUMNS if column in header), None)
         column = next((header.index(column) for column in SPLIT_COLUMNS if column in header), None)

@@ -183,7 +183,8 @@ def last_of(volume: VolumeFile) -> str:
 def modality_of(image: VolumeFile, about: dict) -> str | None:
     """ct or mr, by the first channel that dataset.json names, or else by the names of the file and its folders."""
     channels = about.get("channel_names", about.get("modality"))
-    first = channels.get("0") if isinstance(channels, dict) else None
+    channels = dict(enumerate(channels)) if isinstance(channels, list) else channels
+    first = channels.get("0", channels.get(0)) if isinstance(channels, dict) else channels
     return next(filter(None, map(modality_word, words_of(str(first)))), image.modality)
 
 
@@ -191,8 +192,10 @@ def pair_group(group: list[VolumeFile], about: dict, faults: Faults) -> tuple[li
     """(cases, volumes that are left over, layout) of the volumes of one place."""
     images = [volume for volume in group if volume.role == "image"]
     masks = [volume for volume in group if volume.role == "mask"]
-    if of_one_image(images, masks):
-        return [a_case(bare_name(images[0].stem), images[0], organs_of(masks), about, images[0].split)], [], PER_CASE
+    if of_one_scan(images, masks):
+        name = bare_name(images[0].stem)
+        note_channels(name or last_of(images[0]), images, faults)
+        return [a_case(name, images[0], organs_of(masks), about, images[0].split)], [], PER_CASE
     ways = {
         BY_NAME: (attrgetter("stem"), attrgetter("stem")),
         NNUNET: (without_channel, attrgetter("stem")),
@@ -202,14 +205,19 @@ def pair_group(group: list[VolumeFile], about: dict, faults: Faults) -> tuple[li
     ranked = sorted(ways, key=lambda way: -len(matches(images, masks, *ways[way])))
     cases = []
     for way in ranked:
-        for found, mask in matches(images, masks, *ways[way]):
+        pairs = matches(images, masks, *ways[way])
+        for found, mask in pairs:
             name = bare_name(mask.stem) or last_of(mask) or mask.stem if way == BY_WORDS else mask.stem
             cases.append(a_case(name, found[0], [("", mask.path)], about, mask.split))
-            images = [image for image in images if image not in found]
-            masks = [other for other in masks if other is not mask]
-            if len(found) > 1:
-                faults.note("several images of a case, the first is taken", f"{name} ({found[0].path.name} of {len(found)})")
+            note_channels(name, found, faults)
+        taken = {volume.path for found, mask in pairs for volume in (*found, mask)}
+        images, masks = ([volume for volume in volumes if volume.path not in taken] for volumes in (images, masks))
     return cases, images + masks, ranked[0]
+
+
+def note_channels(name: str, images: list[VolumeFile], faults: Faults) -> None:
+    if len(images) > 1:
+        faults.note("several images of a case, the first is taken", f"{name} ({images[0].path.name} of {len(images)})")
 
 
 def without_channel(image: VolumeFile) -> str | None:
@@ -239,16 +247,19 @@ def pair_trees(volumes: list[VolumeFile], about: dict, faults: Faults) -> tuple[
     """Cases with images in one tree of folders and masks in another (BIDS' derivatives), under names that are nowhere twice."""
     counts = Counter((volume.role, volume.stem) for volume in volumes)
     alike = [volume for volume in volumes if counts[volume.role, volume.stem] > 1]
-    cases, rest, layout = pair_group([volume for volume in volumes if volume not in alike], about, faults)
+    alone = [volume for volume in volumes if counts[volume.role, volume.stem] == 1]
+    cases, rest, layout = pair_group(alone, about, faults)
     return cases, rest + alike, layout
 
 
-def of_one_image(images: list[VolumeFile], masks: list[VolumeFile]) -> bool:
-    """Whether masks are a case's organs: beside the only image, which has no name of its own, or in a folder below it."""
-    if len(images) != 1 or not masks or any(mask.stem == images[0].stem for mask in masks):
+def of_one_scan(images: list[VolumeFile], masks: list[VolumeFile]) -> bool:
+    """Whether masks are a case's organs: beside images without a name of their own (ct; t1, t2), or below the only image."""
+    named = {bare_name(image.stem) for image in images}
+    if len(named) != 1 or not masks or {mask.stem for mask in masks} & {image.stem for image in images}:
         return False
     above = images[0].path.parent
-    return not bare_name(images[0].stem) or all(above in mask.path.parents and above != mask.path.parent for mask in masks)
+    below = all(above in mask.path.parents and above != mask.path.parent for mask in masks)
+    return named == {""} or (len(images) == 1 and below)
 
 
 def organs_of(masks: list[VolumeFile]) -> list[tuple[str, Path]]:
