@@ -89,16 +89,12 @@ def read_items(found: FoundOrgans, modality: str = "auto", workers: int = 0) -> 
 
 def chosen_items(items: list[Item], found: FoundOrgans) -> list[Item]:
     """Those whose organ, by its name or label, was asked for; all where none was. UserError for one that is not there."""
-    there = {name for item in items for name in names_of(item)}
-    if strange := [name for name in found.organs if name.casefold() not in there]:
+    names = [{item.organ.casefold(), str(item.label)} for item in items]
+    wanted = {name.casefold() for name in found.organs}
+    if strange := sorted(wanted.difference(*names)):
         known = ", ".join(sorted({item.organ for item in items}))
         raise UserError(f"--organs: there is no {strange[0]} in {found.name}; there are {known}")
-    wanted = {name.casefold() for name in found.organs}
-    return [item for item in items if not wanted or names_of(item) & wanted]
-
-
-def names_of(item: Item) -> set[str]:
-    return {item.organ.casefold(), str(item.label)}
+    return [item for item, own in zip(items, names, strict=True) if not wanted or own & wanted]
 
 
 def split_items(items: list[Item], seed: int, where, faults: Faults) -> dict[str, list[Item]]:
@@ -342,14 +338,15 @@ def data_facts(found: FoundOrgans, train: OrganData, val: OrganData, covered: li
         facts[f"{part}patients"] = len({item.patient for item in data.items})
         facts[f"{part}cases"] = len({item.case for item in data.items})
     organs = Counter(item.organ for item in train.items)
-    facts |= {"organs": dict(sorted(organs.items())), "every": train.every}
-    return facts | {"coverage": round(float(np.median(covered)), 4), "left_out": found.faults.counts()}
+    facts |= {"organs": dict(sorted(organs.items())), "every": train.every, "coverage": round(float(np.median(covered)), 4)}
+    return facts | {"left_out": found.faults.counts()}
 
 
 def tell(facts: dict, train: OrganData, val: OrganData) -> None:
     """Says what the data is."""
     parts = [
-        f"{facts[part]} {word} organs of {facts[f'{key}patients']} patients ({facts[f'{key}cases']} scans)"
+        f"{counted(facts[part], f'{word} organ')} of {counted(facts[f'{key}patients'], 'patient')}"
+        f" ({counted(facts[f'{key}cases'], 'scan')})"
         for part, key, word in (("train", "", "training"), ("val", "val_", "validation"))
     ]
     say(f"data: {facts['name']} ({facts['format']}), {' and '.join(parts)}")
@@ -361,6 +358,10 @@ def tell(facts: dict, train: OrganData, val: OrganData) -> None:
     little = " which is little: latents in another cube, thicker slices than the model knows?" if share < LEAST_COVERAGE else ""
     kept = train.organs.kept + val.organs.kept
     say(f"active cells hold {share:.1%} of the true surface{little}; {kept} of {len(train) + len(val)} organs stay in memory")
+
+
+def counted(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def seen_as(data: OrganData) -> str:
