@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from common.config import LoadConfig, Range, UserError, cli, parse  # noqa: E402
 
 FORMATS = ("ply", "stl", "glb", "nii")
+MOST_DRAWN = 12  # organs in the picture of a case
 VOLUME_COLUMNS = ("case", "organ", "mask_label", "input_ml", "observed_ml", "mesh_ml", "remarks")
 
 
@@ -40,7 +41,7 @@ class InferConfig(LoadConfig):
     output_dir: str = ""  # where the results go; empty: a new outputs/medical_sam3d/predictions/<method>/<number>
 
 
-@dataclass
+@dataclass(eq=False)
 class Made:
     """What was made of an organ: its row in predictions.json, its mesh, and what the mesh is drawn over."""
 
@@ -97,7 +98,7 @@ def make_organs(case, predictor, config, faults) -> list[Made]:
     """The meshes of a case's organs; what is wrong with one goes to `faults` and costs the others nothing."""
     from preparing import read_labels, read_picture
 
-    needs_image = "image" in predictor.models[""].processor.channels
+    needs_image, every = "image" in predictor.models[""].processor.channels, predictor.models[""].processor.every
     picture, made = None, []
     try:
         picture = read_picture(case, "auto")
@@ -121,6 +122,8 @@ def make_organs(case, predictor, config, faults) -> list[Made]:
                 faults.add_error(str(error) or type(error).__name__, f"{case.name}/{organ}")
                 continue
             item.row |= {"file_name": str(path), "seconds": time.perf_counter() - began}
+            if item.row["complete"] and every > 1:
+                faults.note(f"mask of all slices, and the model was trained to see every {every} of them", f"{case.name}/{organ}")
             for remark in item.row["remarks"]:
                 fault, _, detail = remark.partition(", ")
                 faults.note(fault, f"{case.name}/{organ} ({detail})" if detail else f"{case.name}/{organ}")
@@ -150,6 +153,7 @@ def make_one(case, name: str, label: int, volume, predictor, config) -> Made:
         "organ": name,
         "label": label,
         "slices_seen": len(observed.kept),
+        "complete": len(observed.kept) == observed.filled.shape[observed.axis],
         "input_ml": float((volume.labels == label).sum() * volume.geometry.voxel_mm3 / 1000),
         "observed_ml": float(observed.filled.sum() * organ.spacing.prod() / 1000),
         "mesh_ml": mesh.volume / 1000,
@@ -166,8 +170,8 @@ def make_one(case, name: str, label: int, volume, predictor, config) -> Made:
 def write_case(case, made: list[Made], root: Path, name: str, formats: list[str], config, faults) -> None:
     """The files of a case: meshes, mask, picture; their names go into the rows."""
     from common.runtime import guard
-    from meshes import mesh_to_mask, write_mesh
-    from pages import Shown, draw_planes
+    from meshes import write_mesh
+    from pages import draw_planes
 
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,15 +189,21 @@ def write_case(case, made: list[Made], root: Path, name: str, formats: list[str]
         for item in made:
             item.row["outputs"]["nii"] = path.relative_to(root).as_posix()
     with guard(f"the picture of {case.name}"):
-        shown = [
-            Shown(
-                f"{item.row['organ']}: {item.row['observed_ml']:.1f} ml seen, {item.row['mesh_ml']:.1f} ml as mesh",
-                item.organ,
-                {"mesh": mesh_to_mask(item.mesh, item.organ.mask.shape, item.organ.affine)},
-            )
-            for item in made
-        ]
-        draw_planes(shown, root / f"{name}.png", "input")
+        draw_planes([shown_over_input(item) for item in most_changed(made)], root / f"{name}.png", "input")
+
+
+def most_changed(made: list[Made]) -> list[Made]:
+    """The organs that a case's picture has room for: those whose volume changed most, in their own order."""
+    rank = sorted(made, key=lambda item: -abs(item.row["mesh_ml"] / max(item.row["observed_ml"], 1e-6) - 1))
+    return [item for item in made if item in rank[:MOST_DRAWN]]
+
+
+def shown_over_input(item: Made):
+    from meshes import mesh_to_mask
+    from pages import Shown
+
+    title = f"{item.row['organ']}: {item.row['observed_ml']:.1f} ml seen, {item.row['mesh_ml']:.1f} ml as mesh"
+    return Shown(title, item.organ, {"mesh": mesh_to_mask(item.mesh, item.organ.mask.shape, item.organ.affine)})
 
 
 def write_labels(case, made: list[Made], path: Path, faults) -> None:

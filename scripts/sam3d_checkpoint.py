@@ -118,7 +118,7 @@ def info(name: str) -> list[str]:
             "base": f"{about['base']['name']} (sha256 {about['base']['sha256'][:12]})",
             "latents": processor.latents,
             "organs": ", ".join(processor.organs) or "not said",
-            "sees": f"every {processor.every} slices; {', '.join(processor.channels)}",
+            "sees": f"one of {processor.every} slices; {', '.join(processor.channels)}",
         }
     shapes = {key: value for key, value in config.to_json().items()}
     lines = {"architecture": ", ".join(f"{key} {value}" for key, value in shapes.items())}
