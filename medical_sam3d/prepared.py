@@ -119,7 +119,7 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
         note_in_no_case(found, told)
         kept = [
             {"case": case.name, "organ": organ, "label": label, "patient": case.patient, "split": case.split}
-            | {"key": keys[number][organ], "image": case.image and digests.get(case.image)}
+            | {"key": keys[number][organ], "scan": found[number][organ]["scan"]}
             for number, case in enumerate(cases)
             for organ, _, label in case.masks
             if not found[number][organ]["fault"]
@@ -225,13 +225,13 @@ def note_in_no_case(found: list[dict[str, dict]], told: Faults) -> None:
 
 
 def unite_copies(kept: list[dict], told: Faults) -> None:
-    """Scans that are there twice, byte for byte, get one patient: else one would be trained on and its copy validated on.
+    """Scans that are there twice get one patient: else one would be trained on and its copy validated on.
 
-    Copies have the same image, or where there are none the same organ.
+    Copies have the same values in their image, or where there is none the same voxels in an organ, however they are stored.
     """
-    first = {}  # digest -> (patient, case) that had it first
+    first = {}  # scan -> (patient, case) that had it first
     for entry in kept:
-        patient, case = first.setdefault(entry["image"] or entry["key"], (entry["patient"], entry["case"]))
+        patient, case = first.setdefault(entry["scan"], (entry["patient"], entry["case"]))
         if case != entry["case"]:
             place = f"{entry['case']} is {case}"
             if place not in told.notes["scan that is there twice, counted to one patient"]:

@@ -21,7 +21,7 @@ from nifti_header import Geometry, in_bytes
 from organs import MIN_VOXELS, BadOrgan, Organ, crop_organ
 from volumes import doubt, guess_modality, look, normalise, read_image, read_mask, to_ras
 
-PREPARED_FORMAT = 1  # counts up when the same files and settings give other organs
+PREPARED_FORMAT = 2  # counts up when the same files and settings give other organs
 EMPTY = "mask that is empty"  # how crop_organ's word on a label without a voxel begins
 BYTES_A_VOXEL = 48  # of a crop, while its distances are found: two transforms with their indices, and copies
 BYTES_AN_IMAGE_VOXEL = 16  # of a whole image: as it is read, as floats, while its percentiles are found
@@ -145,6 +145,17 @@ def try_reading(read, *arguments):
 
 
 @dataclass
+class Picture:
+    """The image of a case; in RAS order, 0 to 1."""
+
+    values: np.ndarray
+    geometry: Geometry
+    modality: str
+    notes: list[str]
+    digest: str  # of the values; "" where they are all alike, which tells nothing
+
+
+@dataclass
 class Volume:
     """A mask file, and the image on its voxels; in RAS order."""
 
@@ -153,17 +164,7 @@ class Volume:
     image: np.ndarray | None  # (X, Y, Z) float32, 0 to 1
     boxes: dict[int, tuple]  # label -> slices that hold all of its voxels
     notes: list[str]
-    modality: str | None
-
-
-@dataclass
-class Picture:
-    """The image of a case; in RAS order, 0 to 1."""
-
-    values: np.ndarray
-    geometry: Geometry
-    modality: str
-    notes: list[str]
+    picture: Picture | None  # the whole image as it was read
 
 
 def read_picture(case: Case, modality: str) -> Picture | None:
@@ -174,7 +175,15 @@ def read_picture(case: Case, modality: str) -> Picture | None:
     kind = modality if modality != "auto" else case.modality or guess_modality(image)
     notes += [doubt(image, kind)] if doubt(image, kind) else []
     values, affine = to_ras(normalise(image, kind), geometry.affine)
-    return Picture(values, replace(geometry, affine=affine, shape=values.shape), kind, notes)
+    digest = digest_of(values) if values.min() < values.max() else ""
+    return Picture(values, replace(geometry, affine=affine, shape=values.shape), kind, notes, digest)
+
+
+def digest_of(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:32]
 
 
 def read_labels(path: Path, picture: Picture | None, alone: bool = False) -> Volume:
@@ -191,7 +200,7 @@ def read_labels(path: Path, picture: Picture | None, alone: bool = False) -> Vol
         raise BadFile(difference)
     image = resampled(picture, geometry) if picture else None
     boxes = {value + 1: box for value, box in enumerate(find_objects(labels)) if box}
-    return Volume(labels, geometry, image, boxes, notes + (picture.notes if picture else []), picture and picture.modality)
+    return Volume(labels, geometry, image, boxes, notes + (picture.notes if picture else []), picture)
 
 
 def resampled(picture: Picture, geometry: Geometry) -> np.ndarray:
@@ -206,7 +215,7 @@ def resampled(picture: Picture, geometry: Geometry) -> np.ndarray:
 
 def make_organ(volume: Volume, label: int, key: str, job: Job) -> dict:
     """Writes one organ; the facts of it."""
-    facts, value = {"fault": "", "notes": list(volume.notes), "label": label}, label or 1
+    facts, value, picture = {"fault": "", "notes": list(volume.notes), "label": label}, label or 1, volume.picture
     try:
         if value not in volume.boxes:
             raise BadOrgan(f"{EMPTY}, no voxel of the organ")
@@ -227,7 +236,8 @@ def make_organ(volume: Volume, label: int, key: str, job: Job) -> dict:
         "spacing": [round(float(size), 4) for size in organ.spacing],
         "voxels": voxels,
         "ml": round(voxels * float(np.prod(organ.spacing)) / 1000, 4),
-        "modality": volume.modality,
+        "modality": picture and picture.modality,
+        "scan": (picture and picture.digest) or digest_of(organ.mask, np.round(organ.affine, 2)),  # the same for copies
     }
     write_organ(organ, facts, organ_file(job.folder, key))
     return facts

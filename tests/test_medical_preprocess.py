@@ -327,6 +327,16 @@ def test_copies_of_a_scan_are_of_one_patient(tmp_path):
     assert faults.notes["scan that is there twice, counted to one patient"] == ["copy is a"]
 
 
+@pytest.mark.parametrize("image", [True, False])
+def test_a_copy_is_known_however_it_is_stored(tmp_path, image):
+    one, other = (case_of(tmp_path, name, image=image, patient=name) for name in ("a", "b"))
+    for path in filter(None, (other.image, other.masks[0][1])):
+        values, affine = (scan(blob()[0]), blob()[1]) if path is other.image else blob()
+        write_volume(path, *in_storage(values.astype(np.float32), affine, (2, 0, 1), (1,)))
+    items, _ = made_by([one, other], tmp_path / "kept")
+    assert [item.patient for item in items] == ["a", "a"] and items[0].path != items[1].path
+
+
 def test_an_image_on_other_voxels_is_brought_to_those_of_the_mask(tmp_path):
     case = case_of(tmp_path, "a")
     affine = blob()[1] @ np.diag([2.0, 2, 2, 1])
