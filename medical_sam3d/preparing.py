@@ -23,7 +23,7 @@ from volumes import doubt, guess_modality, look, normalise, read_image, read_mas
 
 PREPARED_FORMAT = 2  # counts up when the same files and settings give other organs
 EMPTY = "mask that is empty"  # how crop_organ's word on a label without a voxel begins
-BYTES_A_VOXEL = 48  # of a crop, while its distances are found: two transforms with their indices, and copies
+BYTES_A_VOXEL = 106  # of a mask: 48 for each of its crop, two transforms with their indices, and a crop is 1.3^3 volumes at most
 BYTES_AN_IMAGE_VOXEL = 16  # of a whole image: as it is read, as floats, while its percentiles are found
 BYTES_A_WORKER = 2**29  # of the sum of all cases' memory, for which it is worth to start another process, which takes seconds
 BYTES_KEPT = 4.125  # of a voxel on disk: distance and image in half precision, one bit of the mask
