@@ -9,7 +9,7 @@ start.
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +213,7 @@ def choose_organs(cases: list[Case], organs: str) -> list[Case]:
     for case in cases:
         masks = tuple(mask for mask in case.masks if {mask[0].casefold(), str(mask[2])} & set(wanted))
         if masks:
-            chosen.append(Case(case.name, case.patient, case.image, masks, case.split, case.modality))
+            chosen.append(replace(case, masks=masks))
     return chosen
 
 
@@ -231,6 +231,20 @@ def patient_of(case: FoundCase) -> str:
     while (cut := OF_A_SCAN.sub("", shorter)) not in ("", shorter):
         shorter = cut
     return f"{where}/{shorter}" if where else shorter
+
+
+def group_patients(cases: list[Case], rule: str) -> list[Case]:
+    """Cases with the patient that `rule`, a regular expression, finds in their names: its first group, or all that it matches.
+
+    UserError where it is none, or finds nothing in a name.
+    """
+    try:
+        found = [(case, re.search(rule, case.name)) for case in cases]
+    except re.error as error:
+        raise UserError(f"--group {rule!r} is no regular expression: {error}") from None
+    if strange := [case.name for case, match in found if not (match and match[1 if match.re.groups else 0])]:
+        raise UserError(f"--group {rule!r} finds no patient in {strange[0]} ({len(strange)} of {len(cases)} cases)")
+    return [replace(case, patient=match[1 if match.re.groups else 0]) for case, match in found]
 
 
 def read_splits(root: Path, found: list[FoundCase], faults: Faults) -> tuple[dict[str, str], str]:

@@ -25,6 +25,7 @@ from common.config import Range, UserError, Workers, check_ranges, cli, parse  #
 class Config:
     data_dir: str = ""  # folder with volumes and masks; empty: the synthetic demo data
     organs: str = ""  # names of the organs to prepare, with commas between them; empty: all that the masks hold
+    group: str = ""  # regular expression that finds the patient in a case's name; empty: sub-01 of sub-01_ses-2, P7 of P7_visit2
     modality: Literal["auto", "ct", "mr"] = "auto"  # CT: a window of HU; MR: percentiles; auto: as the data says
     min_voxels: Annotated[int, Range(1, 10**6)] = 200  # organs with fewer are left out: they tell no shape
     meshes: bool = False  # also write each organ's surface as a PLY file
@@ -38,6 +39,7 @@ class Config:
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
+    from cases import group_patients
     from common.runtime import guard, say
     from data import find_organs
     from prepared import open_prepared, prepare, prepared_folder, write_surfaces
@@ -52,6 +54,7 @@ def main(argv=None):
         what = "the data's own folder" if folder.is_dir() else "no folder"
         raise UserError(f"--output_dir {folder} is {what}: name another, which may be new")
     with found.faults as faults:
+        found.cases = group_patients(found.cases, config.group) if config.group else found.cases
         say_plan(found.cases, folder)
         items = prepare(found.cases, folder, config.num_workers, faults, Preparation(config.modality, config.min_voxels))
     faults.report()

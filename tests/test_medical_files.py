@@ -23,7 +23,7 @@ from common.samples import Faults, hold_out
 TASK = MEDICAL
 use_task(TASK)
 
-from cases import find_cases, patient_of  # noqa: E402
+from cases import find_cases, group_patients, patient_of  # noqa: E402
 from grids import check_pair, pair_note  # noqa: E402
 from layouts import FoundCase  # noqa: E402
 from nifti_header import BadVolume, Geometry  # noqa: E402
@@ -554,6 +554,14 @@ def test_totalsegmentator_folders_have_an_organ_in_each_file(tmp_path):
     assert list(faults.found.values()) == [["s0864"]] and "without an image" in next(iter(faults.found))
 
 
+def test_of_several_scans_of_a_case_the_first_is_the_image(tmp_path):
+    files = ["s1/t1.nii.gz s1/t2.nii.gz s1/segmentations/liver.nii.gz s1/segmentations/spleen.nii.gz"]
+    files += [f"B_1/B_1_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "seg")]
+    cases, faults = found(tree(tmp_path, " ".join(files)))
+    assert {name: facts[0] for name, facts in cases.items()} == {"s1": "s1/t1.nii.gz", "B_1": "B_1/B_1_flair.nii.gz"}
+    assert not faults.found and len(faults.notes["several images of a case, the first is taken"]) == 2
+
+
 @pytest.mark.parametrize("place", ["labels/{case}/{organ}", "masks/{organ}/{case}"])
 def test_organs_in_folders_beside_the_images_belong_to_their_cases(tmp_path, place):
     files = [
@@ -657,6 +665,16 @@ def test_scans_of_one_patient_are_never_on_both_sides_of_a_split(tmp_path):
 )
 def test_whose_scan_it_is_by_its_name(name, place, patient):
     assert patient_of(FoundCase(name, place, None, (), None, None, {})) == patient
+
+
+def test_a_rule_of_the_users_finds_the_patient_where_names_are_of_another_kind(tmp_path):
+    cases, _ = find_cases(tree(tmp_path, "images/A1x.nii.gz labels/A1x.nii.gz images/A2x.nii.gz labels/A2x.nii.gz"), Faults())
+    assert [case.patient for case in cases] == ["A1x", "A2x"]
+    assert [case.patient for case in group_patients(cases, "[A-Z]")] == ["A", "A"]
+    assert [case.patient for case in group_patients(cases, r"A(\d)")] == ["1", "2"]
+    for rule, fault in (("[", "no regular expression"), ("B", "finds no patient in A1x"), ("(B)?", "finds no patient in A1x")):
+        with pytest.raises(UserError, match=fault):
+            group_patients(cases, rule)
 
 
 def test_one_bad_file_costs_its_own_case_alone_and_is_named(tmp_path):
