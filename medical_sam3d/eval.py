@@ -58,7 +58,8 @@ def main(argv=None, method="full", doc=None):
     loader, name = load_for_eval(config, processor, origin)
     base, own = load_untrained(origin, config, accelerator.device), LABELS[origin["method"]]
     systems = ({} if base is None else {UNTRAINED: base}) | {own: model}
-    rows = score_systems(systems, loader, config.tolerance, model.decoder if config.latents == "optimise" else None)
+    with accelerator.autocast():
+        rows = score_systems(systems, loader, config.tolerance, model.decoder if config.latents == "optimise" else None)
     if process_index()[0]:
         return
     found = of_system(rows, own)
@@ -70,7 +71,7 @@ def main(argv=None, method="full", doc=None):
     scores = {"systems": system_scores(rows), "per_organ": by_organ(rows), "differences": differences(rows, own)}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics, **scores})
     save_samples(loader.dataset, found, folder / "samples.json")
-    with guard("the report, its pictures and the page"):
+    with guard("the report, its pictures and the page"), accelerator.autocast():
         leave_results(folder, config, about, rows, own, loader, systems)
 
     print(f"{name}, {config.split} split, {about['organs']} organs of {about['patients']} patients")

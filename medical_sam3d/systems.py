@@ -80,7 +80,8 @@ def answers_to(batch: dict, dataset, systems: dict, optimised=None) -> dict[str,
     true = mask_to_mesh(organ.mask, organ.affine)
     answers = {FLOOR: Answer(mesh_to_mask(true, organ.mask.shape, organ.affine), true)}
     for name, mask in ((INPUT, observed.mask), (FILLED, observed.filled)):
-        answers[name] = Answer(mask, mask_to_mesh(mask, organ.affine))
+        mesh = mask_to_mesh(mask, organ.affine) if mask.any() else Mesh(np.zeros((0, 3)), np.zeros((0, 3), np.int64))
+        answers[name] = Answer(mask, mesh)
     for name, model in systems.items():
         mesh, loss = decode(model, batch, organ.affine, dataset.processor.interior)
         answers[name] = Answer(mesh_to_mask(mesh, organ.mask.shape, organ.affine), mesh, loss)

@@ -21,13 +21,14 @@ from data import collate  # noqa: E402
 from decoder import Cubes  # noqa: E402
 from distance import signed_distance  # noqa: E402
 from mesh_page import CaseViews, View, simplified, write_page  # noqa: E402
-from meshes import Mesh  # noqa: E402
-from metrics import evaluate, organ_metrics, predict, save_samples  # noqa: E402
+from meshes import Mesh, mask_to_mesh  # noqa: E402
+from metrics import evaluate, measure, organ_metrics, predict, save_samples  # noqa: E402
 from observe import observe  # noqa: E402
 from organs import Organ  # noqa: E402
 from pages import PLANES, Shown, draw_plane, worst_median_best  # noqa: E402
 from processor import OrganProcessor  # noqa: E402
-from scores_report import leave_results, page_rows, write_csv  # noqa: E402
+from reconstruct import reconstruct  # noqa: E402
+from scores_report import leave_results, page_rows, view_of, write_csv, write_report  # noqa: E402
 from surface_scores import (  # noqa: E402
     distance_scores,
     file_scores,
@@ -43,6 +44,7 @@ from systems import (  # noqa: E402
     FLOOR,
     INPUT,
     UNTRAINED,
+    Answer,
     differences,
     interval_of,
     mean_of_organs,
@@ -227,7 +229,7 @@ class ToyModel(torch.nn.Module):
 
     def forward(self, coords, inputs):
         steps = torch.cartesian_prod(*[torch.arange(4)] * 3).int()
-        cubes = torch.cat([coords[:, :1].repeat_interleave(64, 0), (4 * coords[:, None, 1:] + steps).view(-1, 3)], 1)
+        cubes = torch.cat([coords[:, :1].repeat_interleave(64, 0), (4 * coords[:, None, 1:] + steps).reshape(-1, 3)], 1)
         features = torch.zeros(len(cubes), 101)
         features[:, :8] = ((inputs.view(len(coords), 64) + self.added) / 8).view(-1, 1) + 1 / 32  # a decoder's bias is -1 / 4R
         return Cubes(cubes, features, 32)
@@ -264,6 +266,13 @@ def test_no_number_depends_on_batches_or_processes(organs, found, monkeypatch):
     assert [len(first), len(second)] == [3, 1], "a batch of three in one process, of one in the other"
     monkeypatch.setattr(metrics_module, "gather_lists", lambda own: [*second, *first, *own])
     assert evaluate(ToyModel(), loader_of(organs, 3, 1, 2)) == organ_metrics(organs, found)
+
+
+def test_it_is_the_mesh_that_inference_makes(organs):
+    measured = next(measure(ToyModel(), loader_of(organs, 1), organs))["mesh"]
+    sample = organs.processor.sample(organs.organ(0), organs.observed(0))
+    (mesh,) = reconstruct(ToyModel(), organs.processor, [sample])
+    assert np.array_equal(mesh.faces, measured.faces) and np.abs(mesh.vertices - measured.vertices).max() < 1e-4
 
 
 def test_missing_more_organs_never_improves_a_score(organs, found):
@@ -313,6 +322,21 @@ def test_the_report_says_all_and_names_nothing_wrong(rows, organs, tmp_path):
     assert len(table) == 4 * 5 and {row["system"] for row in table} == {row["system"] for row in rows}
     assert float(table[0]["hd95_mm"]) == pytest.approx(rows[0]["hd95"], rel=1e-5)
     assert float(table[1]["volume_error_percent"]) == pytest.approx(100 * rows[1]["volume_error"], rel=1e-5)
+
+
+def test_a_model_that_misses_everything_is_reported_as_such(tmp_path):
+    organs = ToyOrgans(1)
+    rows = score_systems({"LoRA": ToyModel(added=5.0)}, loader_of(organs), 1.0)
+    write_report(tmp_path / "report.md", "toy", [], rows, "LoRA", SimpleNamespace(tolerance=1.0))
+    report = (tmp_path / "report.md").read_text()
+    assert "| LoRA | 1 | 1 | 0.000 |" in report and "inf (1 missed)" in report
+    assert "| LoRA | missed | s&lt;b>0/spleen |" in report
+    nothing = Mesh(np.zeros((0, 3)), np.zeros((0, 3), int))
+    truth = mask_to_mesh(organs.organ(0).mask, TILTED)
+    shown = ((FLOOR, truth, rows[0]), ("LoRA", nothing, rows[-1]))
+    views = [view_of(name, Answer(None, mesh), row, organs.organ(0)) for name, mesh, row in shown]
+    write_page(tmp_path / "page.html", "toy", [], [CaseViews("only", views)], {}, {})
+    assert "missed: no surface" in (tmp_path / "page.html").read_text()
 
 
 def test_a_table_holds_what_was_missed(rows, tmp_path):
