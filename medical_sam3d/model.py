@@ -212,7 +212,9 @@ def answer(model: OrganMesher) -> torch.Tensor:
 
 def origin(method: str, base: dict, config) -> dict:
     """What origin.json says of a checkpoint; what an organ is to the model stands in processor.json."""
-    return make_origin("medical_sam3d", method, base, config, organs=config.organs, latents_dir=config.latents_dir)
+    latents_dir = str(Path(config.latents_dir).expanduser().resolve()) if config.latents_dir else ""
+    data = {"organs": config.organs, "modality": config.modality, "latents_dir": latents_dir}
+    return make_origin("medical_sam3d", method, base, config, **data)
 
 
 def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):

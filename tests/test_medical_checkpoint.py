@@ -28,7 +28,7 @@ from processor import OrganProcessor  # noqa: E402
 from sam3d_checkpoint import export, info  # noqa: E402
 
 SMALL = DecoderConfig(resolution=8, model_channels=64, num_blocks=2, num_heads=4, window_size=4, num_groups=8)
-CONFIG = SimpleNamespace(organs="", latents_dir="", data_dir="", batch_size=2, seed=0)
+CONFIG = SimpleNamespace(organs="", modality="auto", latents_dir="", data_dir="", batch_size=2, seed=0)
 LORA = {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "lora_targets": "all", "lora_rank_pattern": "", "lora_last_k": 0}
 
 

@@ -546,6 +546,8 @@ def test_eval_reads_the_split_that_was_asked_for(settings, scans, tmp_path):
     val = loaders(settings)[1].dataset
     assert [item.name for item in loader.dataset.items] == [item.name for item in val.items] and name == str(scans)
     assert same(loader.dataset[0, 0], val[0, 0])
+    as_mr, _ = load_for_eval(config, replace(PROCESSOR, every=3), origin | {"modality": "mr"})  # as the model was trained
+    assert not np.allclose(as_mr.dataset.organ(0).image, val.organ(0).image, atol=0.05)
     config.split = "test"
     with pytest.raises(UserError, match="no test split"):
         load_for_eval(config, PROCESSOR, origin)
