@@ -29,7 +29,7 @@ def positions(coords, width: int) -> torch.Tensor:
 class Windows(NamedTuple):
     """Which voxels attend to each other, in batches of windows that are padded to a like length.
 
-    rows: for each batch (W, L) rows of voxels, padding is row 0. filled: (W, 1, 1, L) bool. back (N,): where each voxel is in
+    rows: for each batch (W, L) rows of voxels; padding is any row. filled: (W, 1, 1, L) bool. back (N,): where each voxel is in
     the batches, laid out one after another.
     """
 
@@ -51,7 +51,7 @@ class Windows(NamedTuple):
             mine, offset = lengths == length, torch.arange(length, device=coords.device)
             there = offset < counts[mine, None]  # (W, L)
             place = (starts[mine, None] + offset).where(there, 0)
-            rows.append(order[place].where(there, 0))
+            rows.append(order[place])
             filled.append(there[:, None, None])
             back[order[place[there]]] = before + there.flatten().nonzero()[:, 0]
             before += there.numel()

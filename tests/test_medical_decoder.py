@@ -168,6 +168,7 @@ def test_a_sample_knows_nothing_of_the_others_in_its_batch():
         alone = model(coords[mine], latents[mine])
         assert torch.equal(together.of(sample).coords, alone.coords) and len(alone.coords) == 64 * mine.sum()
         assert torch.allclose(together.of(sample).features, alone.features, atol=1e-4)
+    assert model(coords[:0], latents[:0]).features.shape == (0, 101)
 
 
 @torch.no_grad()
