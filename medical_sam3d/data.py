@@ -1,8 +1,8 @@
 """Organs as data: a folder and its split by patient, cubes at random places, thick slices at random phases, batches."""
 
+import copy
 import hashlib
 from collections import Counter
-from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ class OrganData(torch.utils.data.Dataset):
 
     def only(self, numbers: list[int]) -> "OrganData":
         """Some of the organs, with what is in memory of them."""
-        part, new = copy(self), {number: place for place, number in enumerate(numbers)}
+        part, new = copy.copy(self), {number: place for place, number in enumerate(numbers)}
         part.items, part.facts = ([values[number] for number in numbers] for values in (self.items, self.facts))
         views = [(place, view) for place, view in enumerate(self.views.items) if view.number in new]
         part.organs, part.views = self.organs.only(numbers), self.views.only([place for place, _ in views])

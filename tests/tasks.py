@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CLASSIFICATION, CLIP, DETECTION, POSE, ROOT, VOICE, Child, Script, enter
+from conftest import CLASSIFICATION, CLIP, DETECTION, MEDICAL, POSE, ROOT, VOICE, Child, Script, enter
 from PIL import Image
 
 
@@ -65,6 +65,18 @@ def recordings(data, folder):
     return list(good), "broken.wav"
 
 
+def masks(data, folder):
+    """A user's folder: three masks of one organ, packed or not, a broken one, and a file that is none."""
+    import nibabel
+
+    good = {"one.nii.gz": "kidney_left", "three.nii": "liver", "two.nii.gz": "spleen"}
+    for name, organ in good.items():
+        nibabel.save(nibabel.load(min(data.rglob(f"{organ}.nii.gz"))), folder / name)
+    (folder / "broken.nii.gz").write_bytes(b"\x1f\x8b no more than a beginning")
+    (folder / "notes.txt").write_text("not a mask")
+    return list(good), "broken.nii.gz"
+
+
 def shares(rows, _):
     return {row["file_name"]: {a["class"]: a["probability"] for a in row["predictions"]} for row in rows}
 
@@ -84,6 +96,17 @@ def sounds(rows, folder):
     import soundfile
 
     return {row["file_name"]: soundfile.read(folder / row["output"])[0][::20].tolist() for row in rows}
+
+
+def meshes(rows, folder):
+    """Volume and size of each mesh, in mm: what a vertex more changes little."""
+    import trimesh
+
+    found = {}
+    for row in rows:
+        mesh = trimesh.load(folder / row["outputs"]["ply"])
+        found[Path(row["file_name"]).name] = [row["mesh_ml"], *mesh.extents.tolist()]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +130,10 @@ class Task:
     infer_flags: tuple = ()  # with which infer says all that it knows
     sample: str = ".png"  # how the files of samples end
     samples: str = ""  # the folder of them in what make_demo_data makes
+    training: str = "train"  # the folder in it that has training samples alone
     teaches: str = ""  # name of the loss that teaches the model, where there are several
     new_head: bool = False  # the demo's data wants layers with new weights
+    frozen: bool = False  # train.py, too, leaves a part of the model as it is
     processor: str = "preprocessor_config.json"  # file of a checkpoint that says how the model wants its input
     code_blocks: int = 2  # in the model card: with the libraries alone, and with this project
     left: tuple = ()  # files of a run, beside those of every task
@@ -216,6 +241,30 @@ ROWS = (
         left=("samples.json", "voice.index", "plots/f0.png"),
         left_by_eval=("samples.json", "page.html", "sounds", "f0.png", "scores.png", "spectrograms.png"),
         left_by_infer=("0002_one.wav", "0003_three.wav", "0004_two.wav"),
+        in_full=("config.json",),
+    ),
+    Task(
+        "medical_sam3d",
+        MEDICAL,
+        "dice",
+        train=12,
+        val=3,
+        test=2,
+        build=None,
+        answers=meshes,
+        inputs=masks,
+        flags=("--crop", 100),
+        rounding=1e-4,
+        sample="left.nii.gz",
+        samples="target",
+        training="s0001",
+        frozen=True,
+        processor="processor.json",
+        code_blocks=1,
+        left=("samples.json",),
+        left_by_eval=("samples.json", "report.md", "results.csv", "scores.png", "planes.png", "page.html"),
+        left_by_infer=("one", "three", "two", "one.nii.gz", "three.nii.gz", "two.nii.gz")
+        + ("one.png", "three.png", "two.png", "volumes.csv"),
         in_full=("config.json",),
     ),
 )
