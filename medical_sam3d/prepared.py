@@ -112,11 +112,12 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
         keys = [keys_of(case, digests, job.preparation) for case in cases]
         found = facts_of_all(cases, keys, job, workers)
         left_out = [{"name": name, "organs": [], "fault": fault} for fault, names in faults.found.items() for name in names]
-        told, before = Faults(), len(left_out)
         for case, facts in zip(cases, found, strict=True):
-            left_out += faults_of_case(case, facts)
-            note_case(case, facts, told)
-        note_in_no_case(found, told)
+            for entry in faults_of_case(case, facts):
+                faults.add_error(entry["fault"], entry["name"])
+                left_out.append(entry)
+            note_case(case, facts, faults)
+        note_in_no_case(found, faults)
         kept = [
             {"case": case.name, "organ": organ, "label": label, "patient": case.patient, "split": case.split}
             | {"key": keys[number][organ], "scan": found[number][organ]["scan"]}
@@ -128,11 +129,7 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
             (folder / PREPARED).unlink()
             first = "; the first, {name}: {fault}".format(**left_out[0]) if left_out else ""
             raise UserError(f"no organ to train on in {len(cases)} cases{first}")
-        for entry in left_out[before:]:
-            faults.add_error(entry["fault"], entry["name"])
-        unite_copies(kept, told)
-        for note, places in told.notes.items():
-            faults.notes[note] += places
+        unite_copies(kept, faults)
         about = {"format": PREPARED_FORMAT, "finished": True, "settings": asdict(job.preparation), "organs": kept}
         write_json(folder / PREPARED, about | {"left_out": left_out, "notes": dict(faults.notes)})
     return open_prepared(folder)[0]
@@ -178,16 +175,17 @@ def keys_of(case: Case, digests: dict[Path, str], preparation: Preparation) -> d
 
 
 def facts_of_all(cases: list[Case], keys: list[dict[str, str]], job: Job, workers: int) -> list[dict[str, dict]]:
-    """Organ -> facts, for each case: what the folder has, and prepare_cases of the rest."""
-    found = [{organ: known_facts(job.folder, key) for organ, key in of_case.items()} for of_case in keys]
-    tasks = []
-    for case, of_case, facts in zip(cases, keys, found, strict=True):
-        tasks.append((case, {organ: key for organ, key in of_case.items() if facts[organ] is None}))
-    todo = [number for number, (_, missing) in enumerate(tasks) if missing]
-    if todo:
-        for number, made in zip(todo, prepare_cases([tasks[number] for number in todo], job, workers), strict=True):
-            found[number] |= made
-    return found
+    """Organ -> facts, for each case: what the folder has, and prepare_cases of the rest; what is there twice is made once."""
+    facts = {key: known_facts(job.folder, key) for of_case in keys for key in of_case.values()}
+    tasks, left = [], {key for key, known in facts.items() if known is None}
+    for case, of_case in zip(cases, keys, strict=True):
+        if missing := {organ: key for organ, key in of_case.items() if key in left}:
+            tasks.append((case, missing))
+            left -= set(missing.values())
+    if tasks:
+        for (_, missing), made in zip(tasks, prepare_cases(tasks, job, workers), strict=True):
+            facts |= {key: made[organ] for organ, key in missing.items()}
+    return [{organ: facts[key] for organ, key in of_case.items()} for of_case in keys]
 
 
 def faults_of_case(case: Case, facts: dict[str, dict]) -> list[dict]:
@@ -195,36 +193,36 @@ def faults_of_case(case: Case, facts: dict[str, dict]) -> list[dict]:
 
     An organ without a voxel is no fault where the case has others: most scans show some organs only.
     """
-    faults = {organ: noted["fault"] for organ, noted in facts.items()}
-    if len(set(faults.values())) == 1:
-        return [{"name": case.name, "organs": list(faults), "fault": fault} for fault in set(faults.values()) if fault]
-    faults = {organ: fault for organ, fault in faults.items() if fault and not fault.startswith(EMPTY)}
-    return [{"name": f"{case.name}/{organ}", "organs": [organ], "fault": fault} for organ, fault in faults.items()]
+    found = {organ: noted["fault"] for organ, noted in facts.items()}
+    if len(set(found.values())) == 1:
+        return [{"name": case.name, "organs": list(found), "fault": fault} for fault in set(found.values()) if fault]
+    found = {organ: fault for organ, fault in found.items() if fault and not fault.startswith(EMPTY)}
+    return [{"name": f"{case.name}/{organ}", "organs": [organ], "fault": fault} for organ, fault in found.items()]
 
 
-def note_case(case: Case, facts: dict[str, dict], told: Faults) -> None:
+def note_case(case: Case, facts: dict[str, dict], faults: Faults) -> None:
     """What is worth knowing of the organs of a case that are used: of its files once, of each organ by its name."""
     used = {organ: noted for organ, noted in facts.items() if not noted["fault"]}
     if used and (absent := sum(noted["fault"].startswith(EMPTY) for noted in facts.values())):
-        told.note("organs of which the masks are empty", f"{case.name} ({absent})")
+        faults.note("organs of which the masks are empty", f"{case.name} ({absent})")
     for organ, noted in used.items():
         for text in noted["notes"]:
             note, _, detail = text.partition(", ")
             everywhere = all(text in other["notes"] for other in used.values())
             name = case.name if everywhere or len(facts) == 1 else f"{case.name}/{organ}"
             where = f"{name} ({detail})" if detail else name
-            if where not in told.notes[note]:
-                told.note(note, where)
+            if where not in faults.notes[note]:
+                faults.note(note, where)
 
 
-def note_in_no_case(found: list[dict[str, dict]], told: Faults) -> None:
+def note_in_no_case(found: list[dict[str, dict]], faults: Faults) -> None:
     """Names the organs that masks are there for, and no case has."""
     there = {organ for facts in found for organ, noted in facts.items() if not noted["fault"].startswith(EMPTY)}
     for organ in dict.fromkeys(organ for facts in found for organ in facts if organ not in there):
-        told.note("organ that is in no case", organ)
+        faults.note("organ that is in no case", organ)
 
 
-def unite_copies(kept: list[dict], told: Faults) -> None:
+def unite_copies(kept: list[dict], faults: Faults) -> None:
     """Scans that are there twice get one patient: else one would be trained on and its copy validated on.
 
     Copies have the same values in their image, or where there is none the same voxels in an organ, however they are stored.
@@ -234,8 +232,8 @@ def unite_copies(kept: list[dict], told: Faults) -> None:
         patient, case = first.setdefault(entry["scan"], (entry["patient"], entry["case"]))
         if case != entry["case"]:
             place = f"{entry['case']} is {case}"
-            if place not in told.notes["scan that is there twice, counted to one patient"]:
-                told.note("scan that is there twice, counted to one patient", place)
+            if place not in faults.notes["scan that is there twice, counted to one patient"]:
+                faults.note("scan that is there twice, counted to one patient", place)
         if patient != entry["patient"]:
             old = entry["patient"]
             for other in kept:

@@ -120,16 +120,17 @@ def prepare_case(case: Case, keys: dict[str, str], job: Job) -> dict[str, dict]:
     start, too, one of the disk or the memory is not.
     """
     made = {}
-    picture, fault, lasting = try_reading(read_picture, case, job.preparation.modality)
+    picture, unread, stays = try_reading(read_picture, case, job.preparation.modality)
     for path in dict.fromkeys(mask for _, mask, _ in case.masks):
         organs = [(organ, label) for organ, mask, label in case.masks if mask == path and organ in keys]
-        if organs and not fault:
-            volume, bad, bad_stays = try_reading(read_labels, path, picture, organs[0][1] == 0)
-            made |= dict.fromkeys((organ for organ, _ in organs), {"fault": bad, "notes": [], "lasting": bad_stays})
-            if not bad:
-                made |= {organ: make_organ(volume, label, keys[organ], job) for organ, label in organs}
-        elif fault:
-            made |= dict.fromkeys((organ for organ, _ in organs), {"fault": fault, "notes": [], "lasting": lasting})
+        if not organs:
+            continue
+        volume, fault, lasting = None, unread, stays
+        if not fault:
+            volume, fault, lasting = try_reading(read_labels, path, picture, organs[0][1] == 0)
+        for organ, label in organs:
+            bad = {"fault": fault, "notes": [], "lasting": lasting}
+            made[organ] = bad if fault else make_organ(volume, label, keys[organ], job)
     for organ, facts in made.items():
         if facts.pop("lasting", False):
             write_organ(None, facts, organ_file(job.folder, keys[organ]))
