@@ -16,12 +16,13 @@ import numpy as np
 
 from common.config import UserError
 from common.runtime import say
-from common.samples import Faults, readable, split_of, visible_entries
+from common.samples import Faults, split_of, visible_entries
 from common.scan import FileReader, Scan
 from common.tables import read_table
 from grids import check_pair, pair_note
 from layouts import FoundCase, find_layout
 from nifti_header import Geometry
+from volume_names import path_below
 from volumes import look, read_mask
 
 READER = 1  # goes up when look_at_volume or look_at_mask finds something else in some file
@@ -81,9 +82,14 @@ def find_cases(folder, faults: Faults, organs: str = "") -> tuple[list[Case], di
         alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
         raise UserError(f"--data_dir {folder}: none of its {len(found)} cases can be used{alike}")
     patients = len({case.patient for case in cases})
-    say(f"{folder}: {len(cases)} cases of {patients} patients ({layout}){f'; splits as in {source}' if source else ''}")
+    many = f"{number_of(len(cases), 'case')} of {number_of(patients, 'patient')}"
+    say(f"{folder}: {many} ({layout}){f'; splits as in {source}' if source else ''}")
     counts = Counter(organ for case in cases for organ, _, _ in case.masks)
     return cases, {"layout": layout, "splits": source, "patients": patients, "organs": dict(sorted(counts.items()))}
+
+
+def number_of(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 # ---- what is in the files --------------------------------------------------------------------------------------------------
@@ -132,35 +138,33 @@ def look_at_files(found: list[FoundCase]) -> dict[Path, tuple[list[int], str]]:
 
 def masks_of(case: FoundCase, files: dict, root: Path, faults: Faults) -> list[tuple[str, Path, int]]:
     """(organ, file, label) of each mask of a case that can be used; none where its image cannot."""
-
-    def shown(path):
-        return readable(path.relative_to(root).as_posix())
-
     image = None
     if case.image:
         facts, fault = files[case.image]
         if fault:
-            faults.add_error(fault, shown(case.image))
+            faults.add_error(fault, path_below(case.image, root))
             return []
         image = geometry_of(facts)
     masks, names = [], names_of_labels(case.about)
     for organ, path in case.masks:
         facts, fault = files[path]
         if fault := fault or (image and check_pair(image, geometry_of(facts))):
-            faults.add_error(fault, shown(path))
+            faults.add_error(fault, path_below(path, root))
             continue
         if note := image and pair_note(image, geometry_of(facts)):
             what, _, detail = note.partition(", ")
-            faults.note(what, f"{shown(path)} ({detail})")
+            faults.note(what, f"{path_below(path, root)} ({detail})")
         if organ:
             masks.append((plain_name(organ), path, 0))
         elif len(facts) == len(GEOMETRY_FIELDS):
-            faults.add("mask that is empty", shown(path))
+            faults.add("mask that is empty", path_below(path, root))
         else:
             labels = facts[len(GEOMETRY_FIELDS) :]
             masks += [(names.get(label, str(label)), path, label) for label in labels if names.get(label) != "ignore"]
             if strange := [label for label in labels if names and label not in names]:
-                faults.note("labels that dataset.json does not name", f"{shown(path)} ({', '.join(map(str, strange))})")
+                faults.note(
+                    "labels that dataset.json does not name", f"{path_below(path, root)} ({', '.join(map(str, strange))})"
+                )
     return masks
 
 
@@ -263,7 +267,7 @@ def read_splits(root: Path, found: list[FoundCase], faults: Faults) -> tuple[dic
         names = next((header.index(column) for column in ID_COLUMNS if column in header), None)
         column = next((header.index(column) for column in SPLIT_COLUMNS if column in header), None)
         if names is None or column is None:
-            faults.note("meta.csv that names no split, passed over", readable(table.relative_to(root).as_posix()))
+            faults.note("meta.csv that names no split, passed over", path_below(table, root))
             continue
         for cells in rows[1:]:
             case = by_name.get(cells[names].casefold()) if len(cells) > max(names, column) else None

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.samples import Faults, files_below, inside, readable
-from volume_names import CHANNEL, MASK_WORDS, VolumeFile, bare_name, describe, modality_word, words_of
+from common.samples import Faults, files_below, inside
+from volume_names import CHANNEL, MASK_WORDS, VolumeFile, bare_name, describe, modality_word, path_below, words_of
 from volumes import VOLUME_ENDINGS, volume_stem
 
 PER_CASE = "a folder for each case"
@@ -92,7 +92,7 @@ def sort_files(root: Path, faults: Faults) -> tuple[list[VolumeFile], dict[Path,
     """(volumes, folder -> its dataset.json); of files in other formats faults is told, all else is passed over in silence."""
     volumes, tables, seen, series = [], {}, set(), Counter()
     for path in map(Path, files_below(root, faults)):
-        name, shown = path.name.lower(), readable(path.relative_to(root).as_posix())
+        name, shown = path.name.lower(), path_below(path, root)
         if name == "dataset.json":
             tables[path.parent] = read_table_of_labels(path, faults)
         elif name.endswith(VOLUME_ENDINGS):
@@ -109,8 +109,8 @@ def sort_files(root: Path, faults: Faults) -> tuple[list[VolumeFile], dict[Path,
         elif name.endswith((".img", ".img.gz")) and not path.with_name(re.sub(r"(?i)img(\.gz)?$", "hdr", path.name)).exists():
             faults.add("image data without its header file (.hdr)", shown)
     for folder, count in series.items():
-        shown = readable(folder.relative_to(root).as_posix())
-        faults.add("format that is not read (DICOM); dcm2niix makes a NIfTI of a series", f"{shown} ({count} files)")
+        shown = f"{path_below(folder, root)} ({count} files)"
+        faults.add("format that is not read (DICOM); dcm2niix makes a NIfTI of a series", shown)
     return volumes, tables
 
 
@@ -142,7 +142,7 @@ def with_roles(volumes: list[VolumeFile], faults: Faults, root: Path) -> list[Vo
             if volume.role:
                 settled.append(volume)
             elif len(roles) == 2:
-                faults.add("volume that is neither image nor mask by its name", readable(str(volume.path.relative_to(root))))
+                faults.add("volume that is neither image nor mask by its name", path_below(volume.path, root))
             else:
                 settled.append(replace(volume, role="image" if roles == {"mask"} else "mask"))
     return settled
@@ -286,7 +286,7 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
     masks = sorted((volume for volume in rest if volume.role == "mask"), key=attrgetter("stem"))
     for image in images:
         if image.split != "test":  # images to try a model on have no masks
-            faults.add("image without a mask", readable(image.path.relative_to(root).as_posix()))
+            faults.add("image without a mask", path_below(image.path, root))
     together = masks and (per_case or all(mask.path.parent.name.casefold() == "segmentations" for mask in masks))
     if alone and together:
         return [FoundCase(last_of(masks[0]), masks[0].place, None, tuple(organs_of(masks)), masks[0].split, None, about)]
@@ -296,7 +296,7 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
         faults.add("case without an image (looked for ct.nii.gz, mri.nii.gz ...)", "/".join(masks[0].place))
         return []
     for mask in masks:
-        faults.add("mask without an image", readable(mask.path.relative_to(root).as_posix()))
+        faults.add("mask without an image", path_below(mask.path, root))
     return []
 
 

@@ -214,6 +214,8 @@ def affine_of(header, shape: tuple, notes: list[str]) -> np.ndarray:
         check_affine(affine, "sform")
         if qform:
             compare_forms(header, affine, shape, notes)
+        else:
+            compare_spacing(header, affine, notes)
     else:
         affine = affine_of_pixdim(header, shape, qform, notes)
         check_affine(affine, "qform" if qform else "pixdim")
@@ -262,6 +264,13 @@ def compare_forms(header, affine: np.ndarray, shape: tuple, notes: list[str]) ->
         turned = f", axes {other.axcodes} for {geometry.axcodes}" if other.axcodes != geometry.axcodes else ""
         origins = np.linalg.norm(affine[:3, 3] - other.affine[:3, 3])
         notes.append(f"sform and qform differ, sform used: origins {origins:.4g} mm apart, corners up to {apart:.4g} mm{turned}")
+
+
+def compare_spacing(header, affine: np.ndarray, notes: list[str]) -> None:
+    """A note where pixdim, which only programs that pass over the sform go by, has other sizes."""
+    spacing, other = np.linalg.norm(affine[:3, :3], axis=0), np.abs(np.array(header["pixdim"][1:4], float))
+    if not (np.abs(other - spacing) <= 0.01 * spacing).all():
+        notes.append(f"sform and pixdim differ, sform used: voxels of {in_mm(spacing)} for {in_mm(other)}")
 
 
 def check_affine(affine: np.ndarray, form: str) -> None:

@@ -207,6 +207,13 @@ def test_the_sform_counts_and_a_qform_that_lies_elsewhere_is_said(tmp_path):
     assert len(notes) == 1 and "sform and qform differ" in notes[0] and "25 mm" in notes[0] and "LAS for RAS" in notes[0]
 
 
+def test_a_pixdim_that_contradicts_the_sform_is_said(tmp_path):
+    other = nifti(a_mask(), codes=(1, 0), changes=[(PIXDIM + 4, "3f", 1.0, 1.0, 0.0)])
+    _, geometry, notes = read_mask(saved(tmp_path / "m.nii.gz", other))
+    assert np.allclose(geometry.spacing, SPACING)
+    assert notes == ["sform and pixdim differ, sform used: voxels of 1.5 x 1.2 x 2 mm for 1 x 1 x 0 mm"]
+
+
 def test_what_the_header_does_not_know_of_the_place_is_said(tmp_path):
     _, geometry, notes = read_mask(saved(tmp_path / "m.nii.gz", nifti(a_mask(), codes=(0, 0))))
     assert "left and right are not known" in notes[0] and np.allclose(geometry.spacing, SPACING)
@@ -618,8 +625,10 @@ def test_awkward_names_are_taken_as_they_are_and_system_files_passed_over(tmp_pa
     os.symlink("../store.bin", tmp_path / "images/linked.nii.gz")
     for name in ("images/Thumbs.db", "images/.DS_Store", "labels/desktop.ini", "labels/._LOUD.NII.GZ"):
         (tmp_path / name).write_bytes(bytes(40))
+    for kind in ("images", "labels"):
+        saved(tmp_path / kind / "two\nlines.nii", IMAGE if kind == "images" else MASK)
     cases, faults = found(tmp_path)
-    assert set(cases) == {mask for _, mask in names} and not faults.found and not faults.notes
+    assert set(cases) == {mask for _, mask in names} | {"two\\nlines"} and not faults.found and not faults.notes
     assert volume_stem("case.v2.1.NII.GZ") == "case.v2.1" and volume_stem("no.volume.txt") == "no.volume.txt"
 
 
