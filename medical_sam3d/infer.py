@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 from common.config import LoadConfig, Range, UserError, cli, parse  # noqa: E402
 
 FORMATS = ("ply", "stl", "glb", "nii")
+NOTHING = "there is no organ in it of which a mesh could be made"
 MOST_DRAWN = 12  # organs in the picture of a case
 VOLUME_COLUMNS = ("case", "organ", "mask_label", "input_ml", "observed_ml", "mesh_ml", "remarks")
 
@@ -68,7 +69,10 @@ def find_inputs(config, faults) -> list:
         if not paths:
             what = "no file fits it" if glob.has_magic(str(path)) else "there is no such file or folder"
             raise UserError(f"--input {config.input}: {what}")
-        found = choose_organs(cases_of_files(paths, faults), config.organs)
+        found = cases_of_files(paths, faults)
+        if not found:
+            raise UserError(f"--input {config.input}: {NOTHING}")
+        found = choose_organs(found, config.organs)
     if config.image:
         if len(found) != 1:
             raise UserError(f"--image is one scan, and --input {config.input} has {len(found)} cases")
@@ -123,7 +127,10 @@ def make_organs(case, predictor, config, faults) -> list[Made]:
                 continue
             item.row |= {"file_name": str(path), "seconds": time.perf_counter() - began}
             if item.row["complete"] and every > 1:
-                faults.note(f"mask of all slices, and the model was trained to see every {every} of them", f"{case.name}/{organ}")
+                faults.note(
+                    f"mask of all slices, and the model has learnt to see one in {every} (for such masks: train with --every 1)",
+                    f"{case.name}/{organ}",
+                )
             for remark in item.row["remarks"]:
                 fault, _, detail = remark.partition(", ")
                 faults.note(fault, f"{case.name}/{organ} ({detail})" if detail else f"{case.name}/{organ}")
@@ -307,7 +314,7 @@ def main(argv=None, method="full", doc=None):
             elif not config.output_dir:
                 root.rmdir()
         if not rows:
-            raise UserError(f"--input {config.input}: there is no organ in it of which a mesh could be made")
+            raise UserError(f"--input {config.input}: {NOTHING}")
     faults.report()
     left = sum(faults.counts().values())
     print(f"{len(rows)} meshes of {len({row['case'] for row in rows})} cases; {left} left out")
