@@ -39,19 +39,19 @@ class VolumeFile:
         return tuple(words_of(bare_name(self.stem)))
 
 
-def as_text(name: str) -> str:
+def name_as_text(name: str) -> str:
     """A name as one line that can be printed, written and compared: NFC, line feeds and bytes that are no text escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in unicodedata.normalize("NFC", readable(name)))
 
 
 def path_below(path: Path, root: Path) -> str:
     """What to call a file where people read it: its path in the data folder."""
-    return as_text(path.relative_to(root).as_posix())
+    return name_as_text(path.relative_to(root).as_posix())
 
 
 def describe(path: Path, root: Path) -> VolumeFile:
     """What the names of a file and of the folders above it say."""
-    *folders, stem = map(as_text, (*path.relative_to(root).parts[:-1], volume_stem(path.name)))
+    *folders, stem = map(name_as_text, (*path.relative_to(root).parts[:-1], volume_stem(path.name)))
     roles = [role_of_folder(folder) for folder in folders]
     place = tuple(folder for folder, role in zip(folders, roles, strict=True) if not role)
     own = words_of(stem)
