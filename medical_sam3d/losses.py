@@ -90,13 +90,13 @@ def on_surface(surface, rng) -> tuple[torch.Tensor, torch.Tensor]:
     """SURFACE_POINTS points spread evenly over a mesh that has faces, and the normals of their faces; both differentiable."""
     triangles = surface.vertices[surface.faces]  # (F, 3, 3)
     normals = torch.linalg.cross(triangles[:, 1] - triangles[:, 0], triangles[:, 2] - triangles[:, 0])
-    area = torch.linalg.vector_norm(normals.detach().double(), dim=1).cumsum(0)
-    draws = torch.rand(SURFACE_POINTS, 3, generator=rng, dtype=torch.double).to(area.device)
-    along = (torch.arange(SURFACE_POINTS, device=area.device) + draws[:, 0]) / SURFACE_POINTS * area[-1]
-    chosen = torch.searchsorted(area, along).clamp(max=len(area) - 1)
+    area = torch.linalg.vector_norm(normals.detach().cpu().double(), dim=1).cumsum(0)  # on the CPU: not every device has doubles
+    draws = torch.rand(SURFACE_POINTS, 3, generator=rng, dtype=torch.double)
+    along = (torch.arange(SURFACE_POINTS) + draws[:, 0]) / SURFACE_POINTS * area[-1]
+    chosen = torch.searchsorted(area, along).clamp(max=len(area) - 1).to(normals.device)
     # Even over a triangle: (1 - sqrt(u), sqrt(u) (1 - v), sqrt(u) v).
     root, v = draws[:, 1].sqrt(), draws[:, 2]
-    shares = torch.stack([1 - root, root * (1 - v), root * v], 1).to(triangles)
+    shares = torch.stack([1 - root, root * (1 - v), root * v], 1).to(triangles.dtype).to(triangles.device)
     return (triangles[chosen] * shares[..., None]).sum(1), F.normalize(normals[chosen], dim=1, eps=1e-20)
 
 
