@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import BatchSizeOrZero, CountOrZero, LoadConfig, Range, Workers, cli, parse  # noqa: E402
+from common.config import BatchSizeOrZero, LoadConfig, Range, Workers, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -26,7 +26,7 @@ class EvalConfig(LoadConfig):
     data_dir: str = ""  # folder of volumes and masks; empty: the data that the checkpoint was trained on
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     organs: str = ""  # names, such as liver,spleen; empty: those that the model was trained on
-    every: CountOrZero = 0  # the model sees each n-th slice of a mask; 0: as in training
+    every: Annotated[int, Range(1, 100, or_zero=True)] = 0  # the model sees each n-th slice of a mask; 0: as in training
     tolerance: Annotated[float, Range(0.01, 100)] = 2.0  # mm, within which a surface counts as right in NSD
     latents: Literal["given", "optimise"] = "given"  # optimise: also score latents fitted to the truth, an upper bound
     batch_size: BatchSizeOrZero = 0  # organs at a time; 0: as in training. No metric depends on it
@@ -67,7 +67,7 @@ def main(argv=None, method="full", doc=None):
 
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "organs": len(found), "patients": len({row["patient"] for row in found})}
-    about |= {"every": processor.every, "tolerance_mm": config.tolerance, "base": origin["base"]}
+    about |= {"every": loader.dataset.every, "tolerance_mm": config.tolerance, "base": origin["base"]}
     scores = {"systems": system_scores(rows), "per_organ": by_organ(rows), "differences": differences(rows, own)}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics, **scores})
     save_samples(loader.dataset, found, folder / "samples.json")

@@ -62,7 +62,7 @@ def simplified(mesh: Mesh, values: np.ndarray, most: int) -> tuple[Mesh, np.ndar
     return Mesh(np.stack(means[:3], axis=1), faces[kept]), means[3]
 
 
-def as_text(array: np.ndarray) -> str:
+def base64_of(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
@@ -72,8 +72,8 @@ def packed_view(view: View, low: np.ndarray, extent: float, limit: float, most: 
     mesh, values = simplified(view.mesh, np.zeros(len(view.mesh.vertices)) if plain else view.distances, most)
     places = np.round((mesh.vertices - low) / extent * STEPS).clip(0, STEPS).astype("<u2")
     shades = np.round(np.clip(values / limit, -1, 1) * 127).astype(np.int8)
-    packed = {"name": view.name, "caption": view.caption, "places": as_text(places), "faces": as_text(mesh.faces.astype("<u2"))}
-    return packed | ({} if plain else {"distances": as_text(shades)})
+    packed = {"name": view.name, "caption": view.caption, "places": base64_of(places), "faces": base64_of(mesh.faces.astype("<u2"))}
+    return packed | ({} if plain else {"distances": base64_of(shades)})
 
 
 def packed_case(case: CaseViews, limit: float, most: int) -> dict:
@@ -170,7 +170,7 @@ figcaption small { display: block; opacity: 0.75; }
 .legend { max-width: 30rem; margin: 0.8rem auto; } .bar { height: 0.8rem; border-radius: 0.4rem; }
 .marks { display: flex; justify-content: space-between; font-size: 0.85rem; } .legend .note { text-align: center; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: 0.3rem 0.55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } td small { display: block; opacity: 0.75; }
 img { max-width: 100%; height: auto; background: white; border-radius: 0.4rem; }
 """

@@ -70,6 +70,8 @@ def looks(names: list[str]) -> dict[str, tuple[str, str]]:
 
 def draw_plane(axis, item: Shown, plane: tuple[str, int, int, int], place: int) -> None:
     """One slice of an organ, `place` along the axis across the plane."""
+    from matplotlib.patheffects import withStroke
+
     title, across, left, up = plane
     organ, spacing = item.organ, np.linalg.norm(item.organ.affine[:3, :3], axis=0)
 
@@ -91,7 +93,8 @@ def draw_plane(axis, item: Shown, plane: tuple[str, int, int, int], place: int) 
     axis.grid(False)
     axis.set(xticks=[], yticks=[], aspect="equal", xlim=(w, 0), ylim=(0, h))
     axis.set_xlabel(f"{title}, {w:.0f} x {h:.0f} mm", fontsize=8)
-    style = {"color": "#ffd60a", "fontsize": 9, "fontweight": "bold", "transform": axis.transAxes}
+    dark = [withStroke(linewidth=2, foreground="black")]  # letters are seen on bone, too
+    style = {"color": "#ffd60a", "fontsize": 9, "fontweight": "bold", "transform": axis.transAxes, "path_effects": dark}
     axis.text(0.02, 0.5, ENDS[left][1], ha="left", va="center", **style)
     axis.text(0.98, 0.5, ENDS[left][0], ha="right", va="center", **style)
     axis.text(0.5, 0.98, ENDS[up][1], ha="center", va="top", **style)
