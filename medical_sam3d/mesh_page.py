@@ -72,7 +72,8 @@ def packed_view(view: View, low: np.ndarray, extent: float, limit: float, most: 
     mesh, values = simplified(view.mesh, np.zeros(len(view.mesh.vertices)) if plain else view.distances, most)
     places = np.round((mesh.vertices - low) / extent * STEPS).clip(0, STEPS).astype("<u2")
     shades = np.round(np.clip(values / limit, -1, 1) * 127).astype(np.int8)
-    packed = {"name": view.name, "caption": view.caption, "places": base64_of(places), "faces": base64_of(mesh.faces.astype("<u2"))}
+    faces = mesh.faces.astype("<u2")
+    packed = {"name": view.name, "caption": view.caption, "places": base64_of(places), "faces": base64_of(faces)}
     return packed | ({} if plain else {"distances": base64_of(shades)})
 
 
