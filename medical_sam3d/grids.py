@@ -22,6 +22,9 @@ def check_pair(image: Geometry, mask: Geometry) -> str:
     if same_axes(ours, theirs) and ours.shape != theirs.shape and share_a_corner(ours, theirs):
         shapes = f"{by(mask.shape)} for {by(image.shape)}, both in voxels of {in_mm(image.spacing)}"
         return f"mask and image of different shape, {shapes}: slices are missing in one of them"
+    if ours.shape == theirs.shape and not same_axes(ours, theirs):
+        voxels = f"{in_mm(mask.spacing)} for {in_mm(image.spacing)}, axes up to {angle_between(ours, theirs):.2g} degrees apart"
+        return f"mask and image of one shape in different voxels, {voxels}: one of the two headers is wrong"
     share = overlap(ours, theirs)
     if share < OVERLAP:
         origins = np.linalg.norm(ours.affine[:3, 3] - theirs.affine[:3, 3])
@@ -37,7 +40,7 @@ def pair_note(image: Geometry, mask: Geometry) -> str:
     if same_grid(ours, theirs):  # stored in another order of the axes
         return ""
     if ours.shape == theirs.shape and same_axes(ours, theirs):
-        shift = ours.affine[:3, 3] - theirs.affine[:3, 3]
+        shift = max(ours.corners - theirs.corners, key=np.linalg.norm)
         voxels = np.abs(np.linalg.solve(ours.affine[:3, :3], shift)).max()
         off = f"{in_mm(shift)} off, {np.linalg.norm(shift):.3g} mm in all, up to {voxels:.2g} voxels along an axis"
         return f"mask that is not on the image's voxels, {off}: used in its own place"
@@ -66,6 +69,12 @@ def same_grid(one: Geometry, other: Geometry) -> bool:
 def same_axes(one: Geometry, other: Geometry) -> bool:
     """Whether directions and sizes of the voxels agree, to a hundredth."""
     return bool(np.abs(one.affine[:3, :3] - other.affine[:3, :3]).max() <= 0.01 * one.spacing.min())
+
+
+def angle_between(one: Geometry, other: Geometry) -> float:
+    """Degrees between those axes of two grids that differ most."""
+    cosines = ((one.affine[:3, :3] / one.spacing) * (other.affine[:3, :3] / other.spacing)).sum(axis=0)
+    return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).max())
 
 
 def share_a_corner(one: Geometry, other: Geometry) -> bool:

@@ -453,6 +453,9 @@ def test_missing_slices_and_other_places_part_a_mask_from_its_image():
     stored = grid((31, 36, 34), axes="SRA", spacing=(2.0, 1.5, 1.2))
     for mask in (top, bottom, stored):
         assert "slices are missing" in check_pair(image, mask) and "36 x 34 x 32" in check_pair(image, mask)
+    lost = check_pair(image, grid(spacing=(1.0, 1.0, 1.0)))
+    assert "one shape in different voxels" in lost and "1 x 1 x 1 mm for 1.5 x 1.2 x 2 mm" in lost
+    assert "axes up to 20 degrees apart" in check_pair(image, grid(tilt=np.radians(20)))
     far = check_pair(image, grid(origin=(280.0, 330.0, 305.0)))
     assert "different places" in far and "519.6 mm" in far and "0%" in far
 
