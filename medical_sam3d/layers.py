@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparse_ops import SparseConv3d, group_norm_per_sample
+from sparse_ops import SparseConv3d, at_least_float32, group_norm_per_sample
 
 BUCKET = 32  # windows are padded to a multiple of so many voxels
 
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
 
 def plain_norm(x):
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-6)
 
 
 # ---- upsampling -------------------------------------------------------------------------------------------------------

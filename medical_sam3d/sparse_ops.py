@@ -237,7 +237,7 @@ def gather_product(padded, table, columns, matrix, bias, out) -> None:
 
 def weight_gradient(x, dy, weight, table) -> torch.Tensor:
     """(P, O, K, C) = sum over rows of dy (N, P, O) times the features that each phase gathered of x (N, C)."""
-    padded, grad = with_zero_row(x), weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    padded, grad = with_zero_row(x), at_least_float32(weight.new_zeros(weight.shape))
     phases, outputs, taps, inputs = weight.shape
     for p, columns in enumerate(columns_of(phases, x.device)):
         total = grad[p].view(outputs, taps * inputs)
@@ -273,12 +273,21 @@ class LoRASparseConv(LoRALayer):
 
 
 def group_norm_per_sample(feats, sizes: list[int], groups: int, weight, bias, eps: float = 1e-5) -> torch.Tensor:
-    """Group normalisation over all voxels of each sample, in float32. feats (N, C), samples one after another, sizes: of each."""
+    """Group normalisation over all voxels of each sample, at least in float32.
+
+    feats (N, C), samples one after another, of these sizes. Neither order nor the other samples change what one gives.
+    """
+    feats = at_least_float32(feats)
     with torch.autocast(feats.device.type, enabled=False):
-        parts = [normalise_group(part, groups, weight, bias, eps) for part in feats.float().split(sizes) if len(part)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else feats.float()
+        parts = [normalise_group(part, groups, weight, bias, eps) for part in feats.split(sizes) if len(part)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else feats
 
 
 def normalise_group(part, groups: int, weight, bias, eps: float) -> torch.Tensor:
     """One sample's (n, C), as a picture of n x 1 in channels-last order, which torch normalises without a copy."""
-    return F.group_norm(part.t()[None, :, :, None], groups, weight.float(), bias.float(), eps)[0, :, :, 0].t()
+    weight, bias = weight.to(part.dtype), bias.to(part.dtype)
+    return F.group_norm(part.t()[None, :, :, None], groups, weight, bias, eps)[0, :, :, 0].t()
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
