@@ -129,8 +129,8 @@ def organ_shape(name, rng):
         "urinary_bladder": bladder,
         "vertebrae_L3": vertebra,
     }[name](rng)
-    turn = np.linalg.multi_dot([rotation_about(axis, rng.normal(0, 12)) for axis in range(3)])
-    return deformed(solid, ORGANS[name][0] * rng.uniform(0.8, 1.15), turn, rng.normal(0, 0.12, 2), waves(rng, 0.02))
+    turn = np.linalg.multi_dot([rotation_about(axis, rng.normal(0, 8)) for axis in range(3)])
+    return deformed(solid, ORGANS[name][0] * rng.uniform(0.8, 1.15), turn, rng.normal(0, 0.08, 2), waves(rng, 0.02))
 
 
 def primitive_shape(rng):

@@ -32,12 +32,12 @@ class Config(TrainConfig):
     crop: CountOrZero = 0  # train on blocks of at most so many active cells, which bounds memory; 0: whole organs
     augment: bool = True  # turn, scale and shift the cube around the organ
     latents_dir: str = ""  # latents of the official pipeline, a .npz for each organ; empty: the encoder makes them
-    mesh_loss: Annotated[float, Range(0, 100)] = 0.0  # weight of Chamfer distance and normals; makes a mesh each step, so slower
+    mesh_loss: Annotated[float, Range(0, 100)] = setting(0.0, demo=0.5)  # weight of Chamfer distance and normals; slower
     gradient_checkpointing: bool = False  # compute the torso twice instead of keeping it: less memory, a third more time
     cache: Literal["auto", "off"] = "auto"  # keep organs in memory, up to a quarter of what is free
-    epochs: int = setting(50, demo=12)  # passes over the training data
+    epochs: int = setting(50, demo=15)  # passes over the training data
     batch_size: int = 2  # organs per process and backward pass
-    lr: float = setting(1e-4, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    lr: float = setting(1e-4, demo=4e-3)  # every weight moves, so a fraction of the step of train_lora.py
 
 
 def main(argv=None):

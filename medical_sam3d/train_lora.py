@@ -32,16 +32,16 @@ class Config(LoraTrainConfig):
     crop: CountOrZero = 0  # train on blocks of at most so many active cells, which bounds memory; 0: whole organs
     augment: bool = True  # turn, scale and shift the cube around the organ
     latents_dir: str = ""  # latents of the official pipeline, a .npz for each organ; empty: the encoder makes them
-    mesh_loss: Annotated[float, Range(0, 100)] = 0.0  # weight of Chamfer distance and normals; makes a mesh each step, so slower
+    mesh_loss: Annotated[float, Range(0, 100)] = setting(0.0, demo=0.5)  # weight of Chamfer distance and normals; slower
     gradient_checkpointing: bool = False  # compute the torso twice instead of keeping it: less memory, a third more time
     cache: Literal["auto", "off"] = "auto"  # keep organs in memory, up to a quarter of what is free
-    epochs: int = setting(50, demo=12)  # passes over the training data
+    epochs: int = setting(50, demo=15)  # passes over the training data
     batch_size: int = 2  # organs per process and backward pass
-    lr: float = setting(1e-3, demo=5e-3)  # few weights move, so several times the step of train.py
-    lora_r: int = 4  # rank: the width of the bottleneck; 0 trains the output layer alone
-    lora_alpha: int = 8  # the update is scaled by lora_alpha / lora_r
+    lr: float = setting(1e-3, demo=1e-2)  # few weights move, so several times the step of train.py
+    lora_r: int = setting(4, demo=3)  # rank: the width of the bottleneck; 0 trains the output layer alone
+    lora_alpha: int = setting(8, demo=6)  # the update is scaled by lora_alpha / lora_r
     lora_rank_pattern: str = ""  # other ranks for some layers, such as to_qkv=8,upsample=2
-    lora_targets: str = "default"  # attention, default (MLPs, too), all (convolutions, too), or a regular expression
+    lora_targets: str = setting("default", demo="all")  # attention, default (+ MLPs), all (+ convolutions), or a regex
 
 
 def main(argv=None):
