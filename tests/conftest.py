@@ -21,6 +21,8 @@ import pytest
 from PIL import Image
 from tqdm import tqdm
 
+# needs: pytest-xdist
+
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIFICATION = ROOT / "image_tasks" / "classification"
 DETECTION = ROOT / "image_tasks" / "detection"
@@ -75,6 +77,14 @@ def check_picture_inputs(predict, folder: Path) -> None:
         with pytest.raises(UserError, match="is no picture; expected") as caught:
             predict(thing)
         assert "\n" not in str(caught.value)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests of one file run one after the other in one process, for they share what they made; of test_tasks.py a task's do."""
+    for item in items:
+        task = item.callspec.params.get("task", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {task}"))
 
 
 @pytest.fixture(autouse=True, scope="session")
