@@ -20,7 +20,7 @@ from common.samples import Faults, split_of, visible_entries
 from common.scan import FileReader, Scan
 from common.tables import read_table
 from grids import check_pair, pair_note
-from layouts import FoundCase, find_layout
+from layouts import MASK_ALONE, FoundCase, find_layout
 from nifti_header import Geometry
 from volume_names import path_below
 from volumes import look, read_mask
@@ -80,6 +80,7 @@ def find_cases(folder, faults: Faults, organs: str = "") -> tuple[list[Case], di
     cases = choose_organs(cases, organs)
     if not cases:
         alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
+        alike = f"; names do not say which mask is of which image: expected {LAYOUTS}" if MASK_ALONE in faults.found else alike
         raise UserError(f"--data_dir {folder}: none of its {len(found)} cases can be used{alike}")
     patients = len({case.patient for case in cases})
     many = f"{number_of(len(cases), 'case')} of {number_of(patients, 'patient')}"
@@ -185,8 +186,8 @@ def names_of_labels(about: dict) -> dict[int, str]:
 
 
 def plain_name(organ: str) -> str:
-    """The name of an organ as one that files can have."""
-    return re.sub(r"[\s/\\:*?\"<>|]+", "_", "".join(c if c.isprintable() else " " for c in organ).strip())
+    """The name of an organ as one that files can have and --organs can list."""
+    return re.sub(r"[\s/\\:*?\"<>|,]+", "_", "".join(c if c.isprintable() else " " for c in organ).strip())
 
 
 def note_missing_organs(found: list[FoundCase], cases: list[Case], faults: Faults) -> None:

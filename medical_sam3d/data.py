@@ -77,7 +77,7 @@ def read_items(found: FoundOrgans, modality: str = "auto", workers: int = 0) -> 
     def make():
         faults = Faults()
         with faults:
-            return prepare(found.cases, folder, workers, faults, Preparation(modality)), faults
+            return prepare(found.cases, folder, workers, faults, Preparation(modality))[0], faults
 
     items, faults = from_main(make)
     say(f"prepared organs are in {folder}")

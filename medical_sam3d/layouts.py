@@ -23,6 +23,7 @@ LISTED = "pairs that dataset.json lists"
 NNUNET = "nnU-Net"
 BY_NAME = "images and masks of one name"
 BY_WORDS = "images and masks told apart by a word of their names"
+IMAGE_ALONE, MASK_ALONE = "image without a mask", "mask without an image"
 # Endings that hold volumes, too -> what makes a NIfTI of them.
 OTHER_FORMATS = {
     ".nrrd": "3D Slicer or SimpleITK",
@@ -268,15 +269,20 @@ def organs_of(masks: list[VolumeFile]) -> list[tuple[str, Path]]:
 
 
 def matches(images: list[VolumeFile], masks: list[VolumeFile], of_image, of_mask) -> list[tuple[list[VolumeFile], VolumeFile]]:
-    """(images of one key in order of their names, the mask of that key) for each key that both have."""
-    keyed, taken = defaultdict(list), {None}
+    """(images of one key in order of their names, the mask of that key) for each key that both have.
+
+    A mask whose name says ct or mr is of an image that says so, too, or says neither: a_seg_mr is that of a_mr, not of a_ct.
+    """
+    keyed, taken, pairs = defaultdict(list), set(), []
     for image in images:
         keyed[of_image(image)].append(image)
-    pairs = []
     for mask in masks:
-        if (key := of_mask(mask)) in keyed and key not in taken:
-            pairs.append((keyed[key], mask))
-            taken.add(key)
+        key = of_mask(mask)
+        free = [] if key is None else [image for image in keyed[key] if image.path not in taken]
+        own = [image for image in free if mask.named in (None, image.named)]
+        if found := own or [image for image in free if image.named is None]:
+            pairs.append((found, mask))
+            taken |= {image.path for image in found}
     return pairs
 
 
@@ -286,7 +292,7 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
     masks = sorted((volume for volume in rest if volume.role == "mask"), key=attrgetter("stem"))
     for image in images:
         if image.split != "test":  # images to try a model on have no masks
-            faults.add("image without a mask", path_below(image.path, root))
+            faults.add(IMAGE_ALONE, path_below(image.path, root))
     together = masks and (per_case or all(mask.path.parent.name.casefold() == "segmentations" for mask in masks))
     if alone and together:
         return [FoundCase(last_of(masks[0]), masks[0].place, None, tuple(organs_of(masks)), masks[0].split, None, about)]
@@ -296,7 +302,7 @@ def left_over(rest: list[VolumeFile], about: dict, per_case: bool, alone: bool, 
         faults.add("case without an image (looked for ct.nii.gz, mri.nii.gz ...)", "/".join(masks[0].place))
         return []
     for mask in masks:
-        faults.add("mask without an image", path_below(mask.path, root))
+        faults.add(MASK_ALONE, path_below(mask.path, root))
     return []
 
 

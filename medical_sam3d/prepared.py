@@ -1,6 +1,6 @@
 """Organs as a decoder trains on them, kept on disk: cropped, with signed distances and their image.
 
-    items = prepare(cases, prepared_folder(data_dir), workers=0, faults=faults)
+    items, about = prepare(cases, prepared_folder(data_dir), workers=0, faults=faults)
     organ = items[0].load()
 
 An organ is in a file named by the hash of its mask's and image's bytes and of all settings, written whole or not at all: so what
@@ -94,8 +94,12 @@ def open_prepared(folder) -> tuple[list[Item], dict]:
 # ---- all cases -------------------------------------------------------------------------------------------------------------
 
 
-def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation: Preparation | None = None) -> list[Item]:
-    """The organs of cases, in their order; only those that the folder does not have are made, by `workers` processes (0: cores).
+def prepare(
+    cases: list[Case], folder, workers: int, faults: Faults, preparation: Preparation | None = None
+) -> tuple[list[Item], dict]:
+    """The organs of cases, in their order, and what open_prepared says beside them.
+
+    Only those that the folder does not have are made, by `workers` processes (0: cores).
 
     faults is told what was left out and what is worth knowing. UserError where nothing is left; the folder is then none that
     train takes.
@@ -132,7 +136,7 @@ def prepare(cases: list[Case], folder, workers: int, faults: Faults, preparation
         unite_copies(kept, faults)
         about = {"format": PREPARED_FORMAT, "finished": True, "settings": asdict(job.preparation), "organs": kept}
         write_json(folder / PREPARED, about | {"left_out": left_out, "notes": dict(faults.notes)})
-    return open_prepared(folder)[0]
+        return open_prepared(folder)  # in here: another run, with other organs, writes its own prepared.json
 
 
 def digests_of(cases: list[Case], folder: Path) -> dict[Path, str]:

@@ -42,7 +42,7 @@ def main(argv=None):
     from cases import group_patients
     from common.runtime import guard, say
     from data import find_organs
-    from prepared import open_prepared, prepare, prepared_folder, write_surfaces
+    from prepared import prepare, prepared_folder, write_surfaces
     from preparing import Preparation, say_plan
     from report import report_on
 
@@ -56,13 +56,14 @@ def main(argv=None):
     with found.faults as faults:
         found.cases = group_patients(found.cases, config.group) if config.group else found.cases
         say_plan(found.cases, folder)
-        items = prepare(found.cases, folder, config.num_workers, faults, Preparation(config.modality, config.min_voxels))
+        preparation = Preparation(config.modality, config.min_voxels)
+        items, about = prepare(found.cases, folder, config.num_workers, faults, preparation)
     faults.report()
     if config.meshes:
         write_surfaces(items, folder / "meshes", config.num_workers)
         say(f"{len(items)} meshes in RAS mm are in {folder / 'meshes'}")
     with guard("the report"):
-        say(report_on(items, open_prepared(folder)[1], folder))
+        say(report_on(items, about, folder))
         say(f"report.md, slices.png and volumes.png are in {folder}")
     say(f"{len(items)} organs are ready: python train_lora.py --data_dir {folder}")
 

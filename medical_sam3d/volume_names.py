@@ -38,6 +38,11 @@ class VolumeFile:
         """By which it is compared where image and mask are named differently: the words that do not say what it is."""
         return tuple(words_of(bare_name(self.stem)))
 
+    @property
+    def named(self) -> str | None:
+        """ct or mr, where its own name says so."""
+        return next(filter(None, map(modality_word, words_of(self.stem))), None)
+
 
 def name_as_text(name: str) -> str:
     """A name as one line that can be printed, written and compared: NFC, line feeds and bytes that are no text escaped."""

@@ -572,6 +572,18 @@ def test_of_several_scans_of_a_case_the_first_is_the_image(tmp_path):
     assert not faults.found and len(faults.notes["several images of a case, the first is taken"]) == 2
 
 
+def test_a_mask_that_says_ct_or_mr_is_of_no_scan_that_says_the_other(tmp_path):
+    cases, faults = found(tree(tmp_path / "both", "a_ct.nii.gz a_mr.nii.gz a_seg_ct.nii.gz a_seg_mr.nii.gz"))
+    assert {(facts[0], facts[1][0][1]) for facts in cases.values()} == {
+        (f"a_{k}.nii.gz", f"a_seg_{k}.nii.gz") for k in ("ct", "mr")
+    }
+    cases, faults = found(tree(tmp_path / "mr", "a_ct.nii.gz a_mr.nii.gz a_seg_mr.nii.gz b_ct.nii.gz b_seg.nii.gz"))
+    assert {facts[0] for facts in cases.values()} == {"a_mr.nii.gz", "b_ct.nii.gz"}
+    assert faults.found == {"image without a mask": ["a_ct.nii.gz"]}
+    with pytest.raises(UserError, match="no case in it; expected TotalSegmentator"):
+        found(tree(tmp_path / "other", "a_ct.nii.gz a_seg_mr.nii.gz"))
+
+
 @pytest.mark.parametrize("place", ["labels/{case}/{organ}", "masks/{organ}/{case}"])
 def test_organs_in_folders_beside_the_images_belong_to_their_cases(tmp_path, place):
     files = [
@@ -732,6 +744,10 @@ def test_folders_without_a_case_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no case in it; expected TotalSegmentator"):
         find_cases(tmp_path / "empty", Faults())
+    tree(tmp_path / "mixed", "x_ct.nii.gz x_ct_low.nii.gz x_seg.nii.gz x_seg_full.nii.gz")  # x_seg is x_ct_low's
+    saved(tmp_path / "mixed/x_ct.nii.gz", nifti(np.zeros((*SHAPE[:2], 20), np.float32)))
+    with pytest.raises(UserError, match="do not say which mask is of which image: expected TotalSegmentator"):
+        find_cases(tmp_path / "mixed", Faults())
     saved(tmp_path / "bad/images/a.nii.gz", b"no volume")
     saved(tmp_path / "bad/labels/a.nii.gz", MASK)
     with pytest.raises(UserError, match="none of its 1 cases can be used, all for one reason: not a NIfTI"):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from conftest import MEDICAL, use_task
 
 from common.config import UserError
+from common.folders import one_at_a_time
 from common.plots import figure
 from common.samples import BadFile, Faults
 
@@ -236,7 +238,7 @@ def case_of(folder, name, labels=None, image=True, masks=((7, "liver"),), patien
 def made_by(cases, folder, workers=1, **options):
     """(items, faults) of prepare."""
     faults = Faults()
-    return prepare(cases, folder, workers, faults, Preparation(**options)), faults
+    return prepare(cases, folder, workers, faults, Preparation(**options))[0], faults
 
 
 def test_what_is_on_disk_is_what_was_cropped(tmp_path):
@@ -317,6 +319,22 @@ def test_a_full_disk_ends_in_one_line(tmp_path, monkeypatch):
         made_by([case_of(tmp_path, "a")], tmp_path / "kept")
     with pytest.raises(UserError, match="cannot make the folder"):
         made_by([case_of(tmp_path, "a")], tmp_path / "labels" / "a.nii.gz" / "kept")
+
+
+def test_a_run_that_prepares_other_organs_in_the_same_folder_changes_nothing(tmp_path, monkeypatch):
+    one, other = case_of(tmp_path, "a"), case_of(tmp_path, "b", np.roll(blob()[0], 2, 0))
+
+    @contextmanager
+    def then_another(folder):  # which takes its turn at the first moment that it can
+        with one_at_a_time(folder):
+            yield
+        monkeypatch.undo()
+        made_by([other], tmp_path / "kept")
+
+    monkeypatch.setattr("prepared.one_at_a_time", then_another)
+    items, _ = made_by([one], tmp_path / "kept")
+    assert [item.name for item in items] == ["a/liver"] and items[0].load().mask.any()
+    assert [item.name for item in open_prepared(tmp_path / "kept")[0]] == ["b/liver"]
 
 
 def test_copies_of_a_scan_are_of_one_patient(tmp_path):
