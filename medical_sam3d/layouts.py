@@ -23,7 +23,8 @@ LISTED = "pairs that dataset.json lists"
 NNUNET = "nnU-Net"
 BY_NAME = "images and masks of one name"
 BY_WORDS = "images and masks told apart by a word of their names"
-IMAGE_ALONE, MASK_ALONE = "image without a mask", "mask without an image"
+IMAGE_ALONE = "image without a mask"
+MASK_ALONE = "mask without an image"
 # Endings that hold volumes, too -> what makes a NIfTI of them.
 OTHER_FORMATS = {
     ".nrrd": "3D Slicer or SimpleITK",
