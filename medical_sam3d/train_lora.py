@@ -32,7 +32,7 @@ class Config(LoraTrainConfig):
     crop: CountOrZero = 0  # train on blocks of at most so many active cells, which bounds memory; 0: whole organs
     augment: bool = True  # turn, scale and shift the cube around the organ
     latents_dir: str = ""  # latents of the official pipeline, a .npz for each organ; empty: the encoder makes them
-    mesh_loss: Annotated[float, Range(0, 100)] = setting(0.0, demo=0.5)  # weight of Chamfer distance and normals; slower
+    mesh_loss: Annotated[float, Range(0, 100)] = 0.5  # weight of Chamfer distance and normals of the mesh; 0: faster
     gradient_checkpointing: bool = False  # compute the torso twice instead of keeping it: less memory, a third more time
     cache: Literal["auto", "off"] = "auto"  # keep organs in memory, up to a quarter of what is free
     epochs: int = setting(50, demo=15)  # passes over the training data
