@@ -385,9 +385,12 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
 
     model: as it is about to train, with its adapter on it. saved, origin: what load_checkpoint(folder, merge=False) gave.
     class_parts: the parts that belong to the classes, where those are others now: they stay as new as they are. UserError for
-    a checkpoint of the other method, and for another adapter than this run's.
+    a checkpoint of the other method, and for another adapter than this run's. What trained as a head alone starts either: it
+    brings its head, and the rest is the base's.
     """
     plain = model.get_base_model() if is_adapted(model) else model
+    if origin["method"] == "head":
+        return take_head(plain, saved, folder, class_parts)
     # Without adapters a part of the model trains, or nearly all of it.
     trains_whole = sum(p.numel() * (2 * p.requires_grad - 1) for p in model.parameters()) > 0
     if (origin["method"] == "full") != trains_whole:
@@ -407,6 +410,27 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
     say(
         f"starts from {folder}"
         + (f"; its classes are others, so new here: {', '.join(class_parts)}" if class_parts else ", head included")
+    )
+
+
+def take_head(model, saved, folder: str, class_parts) -> None:
+    """take_over of a checkpoint whose head alone trained. UserError where that does not fit, or this run has another base."""
+    from safetensors import safe_open
+
+    with safe_open(best_of(Path(folder).expanduser()) / TRAINED_PART, "pt") as file:
+        names = [name for name in file.keys() if not is_within(name, class_parts)]  # noqa: SIM118
+    own, theirs = model.state_dict(), saved.state_dict()
+    odd = [name for name in names if name not in own or own[name].shape != theirs[name].shape]
+    if odd:
+        raise UserError(
+            f"--start_from {folder} does not fit this run: it has {odd[0]} {tuple(theirs[odd[0]].shape)}, others here"
+        )
+    model.load_state_dict({name: theirs[name] for name in names}, strict=False)
+    if not class_parts:
+        model.new_layers = []
+    say(
+        f"starts from {folder}, the head alone"
+        + (f", but for {', '.join(class_parts)}, which are new here" if class_parts else "")
     )
 
 

@@ -382,6 +382,14 @@ def test_rank_zero_trains_the_head_alone_and_saves_it_alone(small_base, tmp_path
         start_from(str(tmp_path / "head"), begun)
         assert torch.equal(begun.classifier.weight, model.classifier.weight if same else fresh)
         assert begun.new_layers == ([] if same else ["classifier"])
+    whole = with_classes(load_base(str(small_base))[0], NEW)  # what learns more starts with this head, too
+    start_from(str(tmp_path / "head"), whole)
+    adapted = with_classes(load_base(str(small_base))[0], NEW)
+    adapter = LoraConfig(r=2, target_modules=lora_targets(adapted, "qv"))
+    adapted = add_adapter(adapted, adapter, class_layers(adapted))
+    start_from(str(tmp_path / "head"), adapted)
+    for begun in (whole, adapted):
+        assert torch.equal(outputs(begun, pixels), outputs(model, pixels))
     (tmp_path / "head" / "manifest.json").unlink()
     (tmp_path / "head" / "head.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match=r"head\.safetensors cannot be read"):
