@@ -73,11 +73,11 @@ def add_own_adapter(model, config, presets: dict[str, str], whole, answer):
 
 
 def read_ranks(text: str) -> dict[str, int]:
-    """--lora_rank_pattern: "ups=12,resblocks=4" -> {"ups": 12, "resblocks": 4}. UserError for anything else."""
+    """--lora_rank_pattern: "to_qkv=8,upsample=2" -> {"to_qkv": 8, "upsample": 2}. UserError for anything else."""
     ranks = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         name, equals, rank = part.rpartition("=")
         if not (equals and name and rank.isascii() and rank.isdigit() and len(rank) < 6):
-            raise UserError(f"--lora_rank_pattern: {shown(part)} is no name=rank, as in ups=12,resblocks=4")
+            raise UserError(f"--lora_rank_pattern: {shown(part)} is no name=rank, as in some_layers=12,others=4")
         ranks[name] = int(rank)
     return ranks

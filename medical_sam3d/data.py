@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cases import Case, find_cases
+from cases import Case, find_cases, plain_name
 from common.batches import EpochBatches, EvalBatches, build_loader, number_from
 from common.config import UserError
 from common.folders import make_once
@@ -90,7 +90,7 @@ def read_items(found: FoundOrgans, modality: str = "auto", workers: int = 0) -> 
 def chosen_items(items: list[Item], found: FoundOrgans) -> list[Item]:
     """Those whose organ, by its name or label, was asked for; all where none was. UserError for one that is not there."""
     names = [{item.organ.casefold(), str(item.label)} for item in items]
-    wanted = {name.casefold() for name in found.organs}
+    wanted = {plain_name(name).casefold() for name in found.organs}
     if strange := sorted(wanted.difference(*names)):
         known = ", ".join(sorted({item.organ for item in items}))
         raise UserError(f"--organs: there is no {strange[0]} in {found.name}; there are {known}")
@@ -294,8 +294,8 @@ def look_through(data: OrganData, faults: Faults, most: int, text: str) -> tuple
 def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
     """(train loader, validation loader, the processor with the organs' names, facts for the summary).
 
-    processor: the base's; found: what find_organs gave. A batch is what `collate` gives. Volumes are prepared first, if that
-    was not done yet. UserError where nothing is left to train on.
+    processor: as model.set_up gave it; found: what find_organs gave. A batch is what `collate` gives. Volumes are prepared
+    first, if that was not done yet. UserError where nothing is left to train on.
     """
     rank, world = process_index()
     limit, faults = cache_limit(config.cache), found.faults
@@ -304,7 +304,7 @@ def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
         if "train" not in splits:
             raise UserError(f"{found.name} has no training split; it has {', '.join(splits)}")
         learnt = sorted({item.organ for item in splits["train"]})
-        processor = replace(processor, every=config.every or processor.every, organs=learnt)
+        processor = replace(processor, organs=learnt)
         latents_dir = latents_folder(config.latents_dir, processor)
         val = OrganData(splits["val"], processor, latents_dir, limit // 4)
         draws = {"seed": config.seed, "augment": config.augment, "crop": config.crop}

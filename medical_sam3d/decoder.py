@@ -193,7 +193,7 @@ def read_decoder(path: Path | str) -> tuple[DecoderConfig, dict[str, torch.Tenso
         config = config_of(tensors, told if told is not None else told_beside(path))
     except (UserError, ValueError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path}: its architecture cannot be told: {error}") from None
-    check_tensors(path, config, tensors)
+    check_tensors(path, without_memory(config), tensors)
     return config, {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
 
 
@@ -279,10 +279,17 @@ def config_of(tensors: dict, told: dict | None) -> DecoderConfig:
     )
 
 
-def check_tensors(where, config: DecoderConfig, tensors: dict) -> None:
-    """UserError that names the tensors which are missing, left over, of another shape than the architecture's, or not finite."""
+def without_memory(config: DecoderConfig) -> SLatMeshDecoder:
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in SLatMeshDecoder(config).state_dict().items()}
+        return SLatMeshDecoder(config)
+
+
+def check_tensors(where, model: nn.Module, tensors: dict) -> None:
+    """UserError that names the tensors which are missing, left over, of another shape than the model's, or not finite.
+
+    model: on the meta device, so that nothing is taken for the sizes that a stranger's file claims.
+    """
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     found = {name: tuple(t.shape) if is_finite(t) else "not finite" for name, t in tensors.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -302,7 +309,7 @@ def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> Non
     from safetensors.torch import save_file
 
     path = Path(path)
-    check_tensors(path, config, tensors)
+    check_tensors(path, without_memory(config), tensors)
     content = {name: t.detach().to("cpu", file_dtype(name), copy=True).contiguous() for name, t in tensors.items()}
     if large := [name for name, tensor in content.items() if not is_finite(tensor)]:
         raise UserError(f"{large[0]} has numbers above 65,504, which half precision cannot hold")

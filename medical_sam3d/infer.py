@@ -102,10 +102,10 @@ def make_organs(case, predictor, config, faults) -> list[Made]:
     """The meshes of a case's organs; what is wrong with one goes to `faults` and costs the others nothing."""
     from preparing import read_labels, read_picture
 
-    needs_image, every = "image" in predictor.models[""].processor.channels, predictor.models[""].processor.every
-    picture, made = None, []
+    tuned, picture, made = predictor.models[""], None, []
+    needs_image, every = "image" in tuned.processor.channels, tuned.processor.every
     try:
-        picture = read_picture(case, "auto")
+        picture = read_picture(case, tuned.modality)
     except (OSError, ValueError, MemoryError) as error:
         if needs_image:
             faults.add_error(str(error) or type(error).__name__, case.name)

@@ -10,12 +10,12 @@ from common.bases import base_source, fetch_file, load_under, make_origin, open_
 from common.checkpoint import check_holds, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError
 from common.folders import best_of
-from common.lora import is_finite, is_within
+from common.lora import is_within
 from common.own_adapters import add_own_adapter
 from common.runtime import say
-from decoder import Cubes, DecoderConfig, SLatMeshDecoder, memory_needed, read_decoder
+from decoder import Cubes, DecoderConfig, SLatMeshDecoder, check_tensors, memory_needed, read_decoder
 from latents import LatentEncoder
-from processor import OrganProcessor
+from processor import POINTS, OrganProcessor
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 EXAMPLE = "facebook/sam-3d-objects/checkpoints/slat_decoder_mesh.ckpt"
@@ -137,12 +137,7 @@ def build(config: DecoderConfig, encoder: dict | None, tensors: dict, where) -> 
     with torch.device("meta"):
         decoder = SLatMeshDecoder(config)
         model = OrganMesher(None if encoder is None else LatentEncoder.from_json(encoder), decoder)
-    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    given = {name: tuple(t.shape) if is_finite(t) else "not finite" for name, t in tensors.items()}
-    wrong = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-    if wrong:
-        found, expected = given.get(wrong[0], "missing"), own.get(wrong[0], "no such tensor")
-        raise UserError(f"--model {where}: {wrong[0]} is {found}, expected {expected} ({len(wrong)} such tensors)")
+    check_tensors(f"--model {where}", model, tensors)
     model.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
     return model.requires_grad_(True)
 
@@ -202,9 +197,8 @@ def answer(model: OrganMesher) -> torch.Tensor:
     device, config = next(model.parameters()).device, model.decoder.config
     edge = torch.arange(min(3, config.resolution))
     cells = torch.cartesian_prod(torch.zeros(1, dtype=edge.dtype), edge, edge, edge).int().to(device)
-    channels = config.latent_channels if model.encoder is None else (model.encoder.channels, 4, 4, 4)
-    shape = (len(cells), channels) if isinstance(channels, int) else (len(cells), *channels)
-    return model.eval()(cells, torch.randn(shape).to(device)).features
+    shape = (config.latent_channels,) if model.encoder is None else (model.encoder.channels, *[POINTS] * 3)
+    return model.eval()(cells, torch.randn(len(cells), *shape).to(device)).features
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Tuned:
 
     folder: Path
     processor: OrganProcessor
+    modality: str  # how images were scaled in its training: ct, mr, or auto, by what is known of each
 
 
 class Predictor:
@@ -61,7 +62,7 @@ class Predictor:
         if merge:
             merge_lora(self.model)
         self.lock, self.current = threading.Lock(), ""
-        self.models = {"": Tuned(Path(checkpoint).expanduser(), processor)}
+        self.models = {"": Tuned(Path(checkpoint).expanduser(), processor, self.origin.get("modality", "auto"))}
 
     def add(self, checkpoint, name: str) -> None:
         """Takes another adapter on the same base, as `model` of predict. UserError where it is of another base, or whole."""
@@ -75,7 +76,7 @@ class Predictor:
                 f"{folder} is an adapter for another base ({about['base']['name']}, latents: {processor.latents}): "
                 "make a Predictor of its own for it"
             )
-        self.models[name] = Tuned(folder, processor)
+        self.models[name] = Tuned(folder, processor, about.get("modality", "auto"))
 
     def predict(self, source, organs=None, image=None, every: int | None = None, model: str = "") -> dict[str, Mesh]:
         """{organ: Mesh} of a mask's file, or of (labels (X, Y, Z) of whole numbers, affine (4, 4) from voxel to RAS mm).
@@ -84,7 +85,7 @@ class Predictor:
         or not, for a model that takes one. every, model: see `mesh`. ValueError (BadVolume) for a file that cannot be read,
         and for an organ of which there is no voxel.
         """
-        volume = read_volume(source, image)
+        volume = read_volume(source, image, self.known(model).modality)
         organs = {str(label): label for label in labels_of(volume.labels)} if organs is None else organs
         found = {name: organ_of(volume, label)[:2] for name, label in organs.items()}
         return {name: self.mesh(*organ, every, model, volume=volume.geometry)[0] for name, organ in found.items()}
@@ -95,15 +96,18 @@ class Predictor:
         model: a name given to `add`; "": the first. latents (latents.Latents): of the official pipeline, for a model that was
         trained on these. volume (nifti_header.Geometry): the voxels that were scanned, outside of which nothing is made.
         """
-        if model not in self.models:
-            raise UserError(f"there is no model {model!r}; added were: {', '.join(filter(None, self.models)) or 'none'}")
-        processor = self.models[model].processor
+        processor = self.known(model).processor
         organ, observed = seen(organ, every, kept)
         sample = processor.sample(organ, observed, latents=latents)
         with self.lock:
             if model != self.current:
                 self.put_on(model)
             return reconstruct(self.model, processor, [sample], volume)[0], organ, observed
+
+    def known(self, model: str) -> Tuned:
+        if model not in self.models:
+            raise UserError(f"there is no model {model!r}; added were: {', '.join(filter(None, self.models)) or 'none'}")
+        return self.models[model]
 
     def put_on(self, name: str) -> None:
         """Exchanges the adapter on the base, which stays where it is."""
@@ -121,12 +125,12 @@ def labels_of(labels: np.ndarray) -> list[int]:
     return [int(label) for label in np.unique(labels) if label]
 
 
-def read_volume(source, image=None) -> Volume:
+def read_volume(source, image=None, modality: str = "auto") -> Volume:
     """A mask, with its image where one is given, in RAS order: of a file, or of (labels, affine). ValueError where it is none."""
     if not isinstance(source, (tuple, list)):
         path = Path(source).expanduser()
         case = Case(path.name, path.name, image and Path(image).expanduser(), ((path.name, path, 1),), None, None)
-        return read_labels(path, read_picture(case, "auto"), False)
+        return read_labels(path, read_picture(case, modality), False)
     labels, affine = np.asarray(source[0]), np.asarray(source[1], np.float64)
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
     if labels.ndim != 3 or not whole or affine.shape != (4, 4) or not np.linalg.det(affine[:3, :3]):

@@ -61,10 +61,13 @@ class Item:
 # ---- folders ---------------------------------------------------------------------------------------------------------------
 
 
-def prepared_folder(data_dir) -> Path:
-    """Where the organs of a data folder are kept if nobody names a place: in the user's cache, the same for every script."""
+def prepared_folder(data_dir, *settings) -> Path:
+    """Where the organs of a data folder are kept if nobody names a place: in the user's cache, the same for every script.
+
+    settings: those by which patients or organs are others than training finds by itself; each has a folder of its own.
+    """
     place = Path(data_dir).expanduser().resolve()
-    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode("\n".join(map(str, (place, *settings))))).hexdigest()[:8]
     try:
         return user_cache() / "medical" / f"{place.name[:60]}-{digest}"
     except RuntimeError:

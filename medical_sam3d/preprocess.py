@@ -42,6 +42,7 @@ def main(argv=None):
     from cases import group_patients
     from common.runtime import guard, say
     from data import find_organs
+    from organs import MIN_VOXELS
     from prepared import prepare, prepared_folder, write_surfaces
     from preparing import Preparation, say_plan
     from report import report_on
@@ -49,7 +50,8 @@ def main(argv=None):
     found = find_organs(config.data_dir, config.organs)
     if found.format == "prepared":
         raise UserError(f"{found.folder} is what this script leaves: train takes it as it is; name the volumes' own folder")
-    folder = Path(config.output_dir).expanduser() if config.output_dir else prepared_folder(found.folder)
+    own = [value for value, usual in ((config.group, ""), (config.min_voxels, MIN_VOXELS)) if value != usual]
+    folder = Path(config.output_dir).expanduser() if config.output_dir else prepared_folder(found.folder, *own)
     if (folder.exists() and not folder.is_dir()) or folder.resolve() == found.folder.resolve():
         what = "the data's own folder" if folder.is_dir() else "no folder"
         raise UserError(f"--output_dir {folder} is {what}: name another, which may be new")

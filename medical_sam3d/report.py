@@ -7,19 +7,14 @@ import numpy as np
 
 from common.checkpoint import write_text
 from common.plots import figure, plot_text, save_figure
-from organs import Organ
+from pages import Shown, draw_planes
 from prepared import Item
 from preparing import known_facts
 
 PICTURED = 6  # organs in the picture of slices
 SHOWN = 25  # organs in the printed table
 FEW = 10  # patients below which a metric on those that are held out says little
-# A plane: its name, the axis that goes to the left in the picture, the one that goes up, and what is on the picture's left,
-# right, bottom and top. As radiologists see a patient: from the feet, from the front, from the left.
-SECTIONS = (("axial", 0, 1, "RLPA"), ("coronal", 0, 2, "RLIS"), ("sagittal", 1, 2, "APIS"))
-DARK = {"facecolor": "k", "edgecolor": "none", "alpha": 0.6, "pad": 1.5}  # under the letters
 HEADS = ["organ", "n", "ml, mean", "ml, least to most", "spacing, mm", "left out"]
-IMAGE_RANGE = {"ct": (0.42, 0.62)}  # of a CT in 0..1, shown from black to white: -160 to 240 HU of a window of -1000 to 1000
 
 
 def report_on(items: list[Item], about: dict, folder: Path) -> str:
@@ -28,7 +23,7 @@ def report_on(items: list[Item], about: dict, folder: Path) -> str:
     facts = [known_facts(folder, item.path.stem) for item in items]
     text = report_text(items, facts, about)
     write_text(folder / "report.md", text)
-    draw_slices(choose_pictured(items), folder / "slices.png")
+    draw_planes([Shown(item.name, item.load(), {}) for item in choose_pictured(items)], folder / "slices.png", "mask")
     draw_volumes(items, facts, folder / "volumes.png")
     rows = organ_rows(items, facts, about)
     more = f"\nand {len(rows) - SHOWN} more organs in report.md" if len(rows) > SHOWN else ""
@@ -43,9 +38,7 @@ def report_text(items: list[Item], facts: list[dict], about: dict) -> str:
     patients, scans = {item.patient for item in items}, {item.case for item in items}
     spoken = f"{len(items)} organs in {len(scans)} scans of {len(patients)} patients"
     parts = [f"# Organs to train on\n\n{spoken}. Volumes are of the voxels, in ml; spacings in mm."]
-    parts.append(
-        table(["organ", "n", "ml, mean", "ml, least to most", "spacing, mm", "left out"], organ_rows(items, facts, about))
-    )
+    parts.append(table(HEADS, organ_rows(items, facts, about)))
     parts.append("![slices of some organs](slices.png)\n\n![volumes of all organs](volumes.png)")
     parts.append("## Splits\n\n" + table(["split", "patients", "scans", "organs"], split_rows(items)))
     if said := advice(items):
@@ -125,37 +118,6 @@ def choose_pictured(items: list[Item]) -> list[Item]:
         used.update([("organ", best.organ), ("case", best.case)])
         chosen.append(best)
     return chosen
-
-
-def draw_slices(items: list[Item], path: Path) -> None:
-    """A row for each organ: the middle slices in three planes, the mask's outline over the image, sides of the patient marked."""
-    drawing, axes = figure(len(items), len(SECTIONS), width=3.4, height=3.2)
-    for item, row in zip(items, axes, strict=True):
-        organ = item.load()
-        low, high = IMAGE_RANGE.get(known_facts(item.path.parent, item.path.stem)["modality"], (0, 1))
-        for axis, plane in zip(row, SECTIONS, strict=True):
-            draw_section(axis, organ, plane, low, high)
-        row[0].set_title(plot_text(item.name), fontsize=9, loc="left")
-    save_figure(drawing, path)
-
-
-def draw_section(axis, organ: Organ, plane: tuple, low: float, high: float) -> None:
-    """The slice that shows most of the organ, in mm, with letters for the sides of the patient."""
-    name, across, up, letters = plane
-    through = 3 - across - up
-    middle = int(np.argmax(organ.mask.sum((across, up))))
-    flat = organ.mask.take(middle, through).T
-    image = np.zeros(flat.shape) if organ.image is None else organ.image.take(middle, through).T
-    width, height = organ.mask.shape[across] * organ.spacing[across], organ.mask.shape[up] * organ.spacing[up]
-    axis.imshow(image, cmap="gray", vmin=low, vmax=high, extent=(0, width, 0, height), origin="lower", aspect="equal")
-    axis.contour(flat, [0.5], colors="#ffb000", linewidths=1.2, extent=(0, width, 0, height), origin="lower")
-    axis.set_xlim(width, 0)
-    axis.grid(False)
-    axis.set_xlabel(f"{name}, {width:.0f} x {height:.0f} mm", fontsize=8)
-    axis.set(xticks=[], yticks=[])
-    places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.03), (0.5, 0.97))
-    for letter, (x, y) in zip(letters, places, strict=True):
-        axis.text(x, y, letter, transform=axis.transAxes, color="w", ha="center", va="center", fontsize=9, bbox=DARK)
 
 
 def draw_volumes(items: list[Item], facts: list[dict], path: Path) -> None:

@@ -7,7 +7,8 @@
 #
 # --method full, lora or both (the default). Every other setting goes to each step that has one of this name: preprocess.py,
 # train.py and train_lora.py, eval.py; their --help says which there are. One that no step has is refused before anything
-# starts. --output_dir is that of training; reports are in the run's folder. PYTHON names the interpreter: python if it is not set.
+# starts. --output_dir is that of training; reports are in the run's folder. Data of your own is trained on as preprocess.py leaves
+# it, so that its settings, such as whose scan is whose (--group), hold. PYTHON names the interpreter: python if it is not set.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -71,13 +72,19 @@ run() {
     PYTHONUNBUFFERED=1 "$python" "$root/medical_sam3d/$script" ${arguments[@]+"${arguments[@]}"}
 }
 
-run preprocess.py "output_dir model"
+run preprocess.py "output_dir model" | tee "$aside/log"
+data=() # the demo's is found without a name
+for ((i = 0; i < ${#settings[@]}; i += 2)); do
+    if [[ ${settings[i]} == data_dir && -n ${settings[i + 1]} ]]; then
+        data=(--data_dir "$(sed -n 's/.* are ready: python train_lora.py --data_dir //p' "$aside/log" | tail -n 1)")
+    fi
+done
 folders=()
 for pair in $pairs; do
-    run "${pair%:*}" "" | tee "$aside/log"
+    run "${pair%:*}" "data_dir" ${data[@]+"${data[@]}"} | tee "$aside/log"
     folder=$(sed -n 's/^run folder //p' "$aside/log" | tail -n 1)
     folders+=("$folder")
-    run "${pair#*:}" "output_dir" --checkpoint "$folder/checkpoints/best"
+    run "${pair#*:}" "output_dir data_dir" --checkpoint "$folder/checkpoints/best"
 done
 if [[ $method == both ]]; then
     echo "== compare.py"

@@ -92,8 +92,8 @@ def say_what_for(model) -> None:
         say(f"note: {model.decoder.config.resolution} cells along an edge, where the official decoder has 64")
 
 
-def info(name: str) -> list[str]:
-    """What a decoder's file, or a checkpoint of ours, says: a line each. UserError where it is neither."""
+def info(name: str, base: str = "") -> list[str]:
+    """What a decoder's file, or a checkpoint of ours, says: a line each. UserError where it is neither. base: as of export."""
     from collections import Counter
 
     from common.bases import open_checkpoint
@@ -111,7 +111,7 @@ def info(name: str) -> list[str]:
         told = {"stored as": ", ".join(f"{kind} {count:,}" for kind, count in kinds.items()), "sha256": sha256_of(path)}
     else:
         folder, about = open_checkpoint(path, "medical_sam3d")
-        model, processor, _ = load_checkpoint(folder)
+        model, processor, _ = load_checkpoint(folder, base)
         config, tensors = model.decoder.config, model.decoder.state_dict()
         told = {
             "method": about["method"],
@@ -120,8 +120,7 @@ def info(name: str) -> list[str]:
             "organs": ", ".join(processor.organs) or "not said",
             "sees": f"one of {processor.every} slices; {', '.join(processor.channels)}",
         }
-    shapes = {key: value for key, value in config.to_json().items()}
-    lines = {"architecture": ", ".join(f"{key} {value}" for key, value in shapes.items())}
+    lines = {"architecture": ", ".join(f"{key} {value}" for key, value in config.to_json().items())}
     lines |= {"parameters": f"{sum(t.numel() for t in tensors.values()):,} in {len(tensors)} tensors"} | told
     return [f"{key}: {value}" for key, value in lines.items()]
 
@@ -133,16 +132,19 @@ def main(argv=None):
     out = commands.add_parser("export", help="a run's decoder in the official format", allow_abbrev=False)
     out.add_argument("checkpoint", help="a run folder, or its checkpoints/best")
     out.add_argument("out", help="the file to write: .safetensors, .ckpt or .pt")
-    out.add_argument("--model", default="", help="where an adapter's base is, if not under the name that it had in training")
     out.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     about = commands.add_parser("info", help="what a decoder's file or a checkpoint holds", allow_abbrev=False)
     about.add_argument("file", help="a .safetensors, .ckpt or .pt, a run folder, or its checkpoints/best")
+    for command in (out, about):
+        command.add_argument(
+            "--model", default="", help="where an adapter's base is, if not under the name that it had in training"
+        )
     args = parser.parse_args(argv)
     sys.path.insert(0, str(MEDICAL_TASK))
     if args.command == "export":
         print(export(args.checkpoint, args.out, args.model, args.overwrite))
     else:
-        print("\n".join(info(args.file)))
+        print("\n".join(info(args.file, args.model)))
 
 
 if __name__ == "__main__":

@@ -204,14 +204,15 @@ if "--help" in sys.argv:
 else:
     print("STEP", json.dumps([{name!r}, sys.argv[1:]]))
     print("run folder /runs of mine/" + {name!r})
+    print("3 organs are ready: python train_lora.py --data_dir /my cache/scans")
     sys.exit({name!r} in sys.argv)
 """
 STEPS = {
-    "preprocess": ["data_dir", "num_workers", "output_dir"],
+    "preprocess": ["data_dir", "group", "num_workers", "output_dir"],
     "train": ["data_dir", "model", "epochs", "output_dir", "resume!"],
     "train_lora": ["data_dir", "model", "epochs", "output_dir", "resume!", "lora_r"],
-    "eval": ["checkpoint", "model", "split", "output_dir", "merge!"],
-    "eval_lora": ["checkpoint", "model", "split", "output_dir", "merge!"],
+    "eval": ["checkpoint", "data_dir", "model", "split", "output_dir", "merge!"],
+    "eval_lora": ["checkpoint", "data_dir", "model", "split", "output_dir", "merge!"],
 }
 
 
@@ -236,14 +237,15 @@ def pipeline(tmp_path):
 
 def test_each_setting_of_the_pipeline_reaches_the_steps_that_have_it(pipeline):
     code, steps, _ = pipeline(
-        "--data-dir", "my scans", "--epochs=3", "--lora_r", "2", "--no_merge", "--split", "test", "--resume"
+        *("--data-dir", "my scans", "--group", "P[0-9]+", "--epochs=3", "--lora_r", "2"),
+        *("--no_merge", "--split", "test", "--resume"),
     )
     best = ["--checkpoint", "/runs of mine/train/checkpoints/best"]
-    data, merge = ["--data_dir", "my scans"], ["--no_merge", "--split", "test"]
+    merge, data = ["--no_merge", "--split", "test"], ["--data_dir", "/my cache/scans"]  # as it was prepared, by --group
     assert code == 0 and list(steps) == ["preprocess", "train", "eval", "train_lora", "eval_lora", "compare"]
-    assert steps["preprocess"] == data
-    assert steps["train"] == [*data, "--epochs", "3", "--resume"]
-    assert steps["train_lora"] == [*data, "--epochs", "3", "--lora_r", "2", "--resume"]
+    assert steps["preprocess"] == ["--data_dir", "my scans", "--group", "P[0-9]+"]
+    assert steps["train"] == ["--epochs", "3", "--resume", *data]
+    assert steps["train_lora"] == ["--epochs", "3", "--lora_r", "2", "--resume", *data]
     assert steps["eval"] == [*merge, *best]
     assert steps["compare"] == ["/runs of mine/train", "/runs of mine/train_lora"]
 

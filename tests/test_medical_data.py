@@ -414,6 +414,7 @@ PROCESSOR = OrganProcessor(resolution=8)
 
 
 def loaders(settings, processor=PROCESSOR):
+    processor = replace(processor, every=settings.every)
     return build_loaders(settings, processor, find_organs(settings.data_dir, settings.organs, settings.seed))
 
 

@@ -288,15 +288,6 @@ def test_the_gradients_of_an_adapter_are_those_of_its_product(kernel, children):
     assert all((a - b).abs().max() < 1e-8 for a, b in zip(*gradients, strict=True))
 
 
-def test_adapters_of_the_official_size_have_the_numbers_of_their_formula():
-    attention, both = r"blocks\.\d+\.attn\.to_(qkv|out)", r"blocks\.\d+\.(attn\.to_(qkv|out)|mlp\.mlp\.[02])"
-    for target, r, expected in ((attention, 4, 221_184), (attention, 16, 884_736), (both, 4, 589_824), (both, 8, 1_179_648)):
-        with torch.device("meta"):
-            model = SLatMeshDecoder(DecoderConfig())
-            inject_lora(model, LoRAConfig(r=r, target_modules=target))
-        assert sum(p.numel() for p in lora_parameters(model)) == expected
-
-
 def test_the_estimate_of_memory_grows_with_what_it_depends_on():
     official = DecoderConfig()
     plain, training, less = (memory_needed(official, 1000, *how) for how in ((False,), (True,), (True, True)))

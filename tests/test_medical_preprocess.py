@@ -15,7 +15,6 @@ from conftest import MEDICAL, use_task
 
 from common.config import UserError
 from common.folders import one_at_a_time
-from common.plots import figure
 from common.samples import BadFile, Faults
 
 TASK = MEDICAL
@@ -26,10 +25,10 @@ from cases import Case  # noqa: E402
 from distance import signed_distance  # noqa: E402
 from meshes import read_mesh  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
-from organs import BadOrgan, Organ, crop_organ  # noqa: E402
+from organs import BadOrgan, crop_organ  # noqa: E402
 from prepared import is_prepared, open_prepared, prepare  # noqa: E402
 from preparing import Job, Preparation, in_processes, prepare_case  # noqa: E402
-from report import SECTIONS, advice, choose_pictured, draw_section, split_rows  # noqa: E402
+from report import advice, choose_pictured, split_rows  # noqa: E402
 from volumes import normalise, read_mask  # noqa: E402
 
 
@@ -488,19 +487,3 @@ def test_pictures_show_all_organs_before_a_second_case_of_one(tmp_path):
     cases.append(case_of(tmp_path, "d", spleen, masks=((8, "spleen"),)))
     items, _ = made_by(cases, tmp_path / "kept")
     assert [item.name for item in choose_pictured(items)] == ["a/liver", "d/spleen", "b/liver", "c/liver"]
-
-
-def test_slices_are_drawn_to_scale_with_the_right_side_of_the_patient_on_the_left():
-    mask = np.zeros((20, 16, 9), bool)
-    mask[12:17, 4:12, 3:6] = True  # in the right half of the volume, in its lower half
-    affine = np.diag([1.0, 1, 4, 1])
-    organ = Organ(mask, None, None, affine, 2, [])
-    drawing, axes = figure(1, 1)
-    draw_section(axes[0, 0], organ, SECTIONS[1], 0, 1)
-    axis = axes[0, 0]
-    left, right, bottom, top = (*axis.get_xlim(), *axis.get_ylim())
-    assert (left, right, bottom, top) == (20, 0, 0, 36) and axis.get_aspect() == 1
-    outline = np.concatenate([path.vertices for path in axis.collections[0].get_paths()])
-    assert outline.mean(0) == pytest.approx((14.4, 17.9), abs=0.6)
-    letters = {text.get_text(): text.get_position() for text in axis.texts}
-    assert letters["R"][0] < letters["L"][0] and letters["I"][1] < letters["S"][1]
