@@ -97,14 +97,15 @@ def chosen_items(items: list[Item], found: FoundOrgans) -> list[Item]:
     return [item for item, own in zip(items, names, strict=True) if not wanted or own & wanted]
 
 
-def split_items(items: list[Item], seed: int, where, faults: Faults) -> dict[str, list[Item]]:
+def split_items(items: list[Item], seed: int, where, faults: Faults, wanted: str = "train") -> dict[str, list[Item]]:
     """Split -> organs: as the data set says, where it does; what is held out to validate on comes of its training patients.
 
-    All organs and scans of a patient, and copies of them, stay together. UserError where there is only one patient.
+    All organs and scans of a patient, and copies of them, stay together. wanted: the split that is asked for; for "test" none is
+    held out. UserError where there is only one patient.
     """
     named = {split: [item for item in items if (item.split or "train") == split] for split in SPLIT_NAMES}
     splits = {split: members for split, members in named.items() if members}
-    if "train" in splits and "val" not in splits:
+    if "train" in splits and "val" not in splits and wanted != "test":
         patients = [item.patient for item in splits["train"]]
         splits["train"], splits["val"] = hold_out(splits["train"], patients, seed, where, "patients")
     trained = {item.patient for item in splits.get("train", [])}
@@ -386,7 +387,7 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
     latents_dir = latents_folder(getattr(config, "latents_dir", "") or origin.get("latents_dir", ""), processor)
     with found.faults:
         items = read_items(found, origin.get("modality", "auto"), config.num_workers)
-        splits = split_items(items, found.seed, found.folder, found.faults)
+        splits = split_items(items, found.seed, found.folder, found.faults, config.split)
         if config.split not in splits:
             raise UserError(f"{found.name} has no {config.split} split; it has {', '.join(splits)}")
         data = OrganData(splits[config.split], processor, latents_dir, cache_limit("auto"))
