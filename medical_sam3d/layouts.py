@@ -219,7 +219,7 @@ def pair_group(group: list[VolumeFile], about: dict, faults: Faults) -> tuple[li
 
 def note_channels(name: str, images: list[VolumeFile], faults: Faults) -> None:
     if len(images) > 1:
-        faults.note("several images of a case, the first is taken", f"{name} ({images[0].path.name} of {len(images)})")
+        faults.note("several images of a case, the first is taken", f"{name} ({images[0].path.name} of {len(images)})".strip())
 
 
 def without_channel(image: VolumeFile) -> str | None:

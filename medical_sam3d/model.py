@@ -186,7 +186,7 @@ def freeze_encoder(model: OrganMesher) -> OrganMesher:
 
 def say_memory(model: OrganMesher, dataset, batch_size: int) -> None:
     """A line, before the first step, with about what a step needs: by the cells of the first samples, beside the weights."""
-    cells = batch_size * max(len(dataset[1, index]["coords"]) for index in range(min(4, len(dataset))))
+    cells = min(batch_size, len(dataset)) * max(len(dataset[1, index]["coords"]) for index in range(min(4, len(dataset))))
     needed = memory_needed(model.decoder.config, cells, True, model.decoder.gradient_checkpointing)
     say(f"a step takes about {needed / 1e9:.1f} GB beside the weights ({cells:,} active cells, {64 * cells:,} voxels)")
 

@@ -14,7 +14,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python}
 method=both
-settings=() # name, value, name, value ...; a switch has the value ""
+settings=() # name, value, name, value ...
+none=$'\a' # the value of a switch
 
 fail() {
     echo "error: $1" >&2
@@ -27,7 +28,7 @@ settings_of() {
 }
 
 while (($#)); do
-    name=${1#--} value=
+    name=${1#--} value=$none
     case $1 in
         -h | --help) sed -nE '2,/^set/{/^set/d;s/^# ?//p}' "${BASH_SOURCE[0]}" && exit ;;
         --*=*) name=${name%%=*} value=${1#*=} ;;
@@ -42,15 +43,21 @@ case $method in
     full) pairs="train.py:eval.py" ;;
     lora) pairs="train_lora.py:eval_lora.py" ;;
     both) pairs="train.py:eval.py train_lora.py:eval_lora.py" ;;
-    *) fail "--method $method: full, lora or both" ;;
+    *) fail "--method ${method#"$none"}: full, lora or both" ;;
 esac
 
 aside=$(mktemp -d)
 trap 'rm -rf "$aside"' EXIT
 for script in preprocess.py ${pairs//:/ }; do settings_of "$script" >"$aside/$script"; done
 for ((i = 0; i < ${#settings[@]}; i += 2)); do
-    name=${settings[i]}
-    grep -qxh -e "$name" -e "${name#no_}!" "$aside"/*.py || fail "--$name: no step has a setting of this name"
+    name=${settings[i]} value=${settings[i + 1]}
+    if grep -qxhF -e "${name#no_}!" "$aside"/*.py; then
+        [[ $value == "$none" ]] || fail "--$name $value: it is a switch, which takes no value"
+    elif grep -qxhF -e "$name" "$aside"/*.py; then
+        [[ $value != "$none" ]] || fail "--$name needs a value"
+    else
+        fail "--$name: no step has a setting of this name"
+    fi
 done
 
 # Runs a script with those of the settings that it has, but for the names in $2, and with the arguments from $3 on.
@@ -60,9 +67,9 @@ run() {
         name=${settings[i]}
         if [[ $except == *" $name "* ]]; then
             continue
-        elif grep -qx -e "${name#no_}!" "$aside/$script"; then
+        elif grep -qxF -e "${name#no_}!" "$aside/$script"; then
             arguments+=("--$name")
-        elif grep -qx -e "$name" "$aside/$script"; then
+        elif grep -qxF -e "$name" "$aside/$script"; then
             arguments+=("--$name" "${settings[i + 1]}")
         fi
     done

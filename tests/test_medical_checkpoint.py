@@ -261,7 +261,8 @@ def test_the_pipeline_without_arguments_is_the_demo_and_one_method_may_be_named(
 
 
 def test_the_pipeline_refuses_unknown_settings_first_and_stops_where_a_step_fails(pipeline):
-    for arguments in (["--lora_rank", "3"], ["--method", "dora"], ["--method", "full", "--lora_r", "3"], ["words"]):
+    unknown = (["--lora_rank", "3"], ["--method", "dora"], ["--method", "full", "--lora_r", "3"], ["words"], ["--.*", "3"])
+    for arguments in (*unknown, ["--epochs"], ["--epochs", "--resume"], ["--resume", "yes"], ["--method"]):
         code, steps, said = pipeline(*arguments)
         assert code == 2 and not steps and said.count("\n") == 1 and said.startswith("error: ")
     code, steps, _ = pipeline("--model", "train")
