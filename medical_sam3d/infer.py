@@ -311,7 +311,7 @@ def main(argv=None, method="full", doc=None):
         finally:
             if rows:  # also of what was done before Ctrl-C
                 write_tables(root, rows)
-            elif not config.output_dir:
+            elif not config.output_dir and not any(root.iterdir()):
                 root.rmdir()
         if not rows:
             raise UserError(f"--input {config.input}: {NOTHING}")

@@ -133,7 +133,8 @@ def read_volume(source, image=None, modality: str = "auto") -> Volume:
         return read_labels(path, read_picture(case, modality), False)
     labels, affine = np.asarray(source[0]), np.asarray(source[1], np.float64)
     whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and np.array_equal(labels, np.rint(labels)))
-    if labels.ndim != 3 or not whole or affine.shape != (4, 4) or not np.linalg.det(affine[:3, :3]):
+    sound = affine.shape == (4, 4) and np.isfinite(affine).all() and np.linalg.det(affine[:3, :3]) != 0
+    if labels.ndim != 3 or not whole or not sound:
         what = f"{labels.dtype} of shape {labels.shape}, affine of {affine.shape}"
         raise ValueError(f"no mask, expected whole numbers (X, Y, Z) and an affine (4, 4) that can be inverted, got {what}")
     labels, affine = to_ras(labels.astype(np.int64) if labels.dtype.kind == "f" else labels, affine)

@@ -1,6 +1,7 @@
 """Meshes of a user's masks: how they are observed, in mm, in files, in the input's own space."""
 
 import csv
+import errno
 import json
 
 import nibabel
@@ -307,3 +308,23 @@ def test_what_was_done_before_ctrl_c_is_kept_and_listed(tmp_path, run, monkeypat
         run(tmp_path / "in")
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [row["case"] for row in rows] == ["a"] and (tmp_path / "out" / rows[0]["outputs"]["nii"]).is_file()
+
+
+def test_a_disk_that_fills_up_in_the_first_case_is_named(tmp_path, run, monkeypatch):
+    def full(path, *_):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.folders.project_root", lambda: tmp_path)
+    monkeypatch.setattr("meshes.write_mesh", full)
+    mask, affine = ball((24, 24, 24), (1, 1, 1), 8)
+    save(tmp_path / "a.nii.gz", mask.astype(np.uint8), affine)
+    with pytest.raises(OSError, match="No space left"):
+        main(["--input", str(tmp_path / "a.nii.gz"), "--threads", "1"])
+
+
+def test_an_array_without_a_place_in_the_world_is_refused():
+    labels = ball((8, 8, 8), (1, 1, 1), 3)[0].astype(np.uint8)
+    for affine in (np.full((4, 4), np.nan), np.zeros((4, 4)), np.eye(3)):
+        with pytest.raises(ValueError, match="no mask, expected"):
+            read_volume((labels, affine))
