@@ -203,7 +203,11 @@ def one_at_a_time(folder: Path):
         try:
             import fcntl
 
-            fcntl.lockf(file, fcntl.LOCK_EX)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # as systems differ
+                say(f"waiting for another process, which is at work on {folder}")
+                fcntl.lockf(file, fcntl.LOCK_EX)
         except ImportError:  # Windows: no lock
             pass
         yield

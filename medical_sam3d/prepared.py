@@ -256,8 +256,8 @@ def write_surfaces(items: list[Item], folder: Path, workers: int) -> None:
     for item in items:
         parts = [re.sub(r"[^\w.+-]", "_", part).lstrip(".") or "_" for part in item.name.split("/")]
         path = folder.joinpath(*parts[:-1], f"{parts[-1]}.ply")
-        path = path if path not in taken else path.with_name(f"{parts[-1]}_{item.path.stem[:8]}.ply")
-        taken.add(path)
+        path = path if str(path).casefold() not in taken else path.with_name(f"{parts[-1]}_{item.path.stem[:8]}.ply")
+        taken.add(str(path).casefold())  # some file systems do not tell Liver from liver
         paths.append(path)
     tasks = [(item, path) for item, path in zip(items, paths, strict=True) if not is_surface_of(path, item)]
     workers = min(workers or cores(), 1 + len(tasks) // MESHES_A_WORKER)

@@ -13,7 +13,7 @@ from conftest import Child
 from common import runtime
 from common.batches import EpochBatches, EvalBatches, build_loader, number_from, seed_everything, seeded, to_device
 from common.config import UserError
-from common.folders import make_once
+from common.folders import make_once, one_at_a_time
 from common.runtime import Interrupted, StopSignals, quiet, say
 
 
@@ -217,6 +217,30 @@ def test_of_two_processes_that_need_the_demo_data_one_makes_it(tmp_path):
     both = [Child(ask, log=tmp_path / f"{i}.txt") for i in range(2)]
     assert [child.wait() for child in both] == [0, 0], [child.text for child in both]
     assert (tmp_path / "calls").read_text() == "made\n"
+
+
+def test_who_waits_for_another_process_says_so(tmp_path):
+    def hold():
+        with one_at_a_time(tmp_path / "data"):
+            (tmp_path / "held").touch()
+            until(lambda: (tmp_path / "go").exists())
+
+    def enter():
+        with one_at_a_time(tmp_path / "data"):
+            assert (tmp_path / "go").exists()
+
+    def until(true):
+        end = time.monotonic() + 60
+        while not true() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    first = Child(hold, log=tmp_path / "first.txt")
+    until((tmp_path / "held").exists)
+    second = Child(enter, log=tmp_path / "second.txt")
+    until(lambda: "waiting for another process" in second.text)
+    (tmp_path / "go").touch()
+    assert (first.wait(), second.wait()) == (0, 0), second.text
+    assert "waiting for another process" in second.text and "waiting" not in first.text
 
 
 def test_progress_without_a_terminal_is_in_plain_lines(monkeypatch, capsys):
