@@ -42,7 +42,7 @@ def main(argv=None, method="full", doc=None):
     from common.bases import choose_checkpoint
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
-    from common.record import of_split
+    from common.record import of_split, without_nan
     from common.runtime import guard, process_index, start_accelerator
     from data import load_for_eval
     from metrics import organ_metrics, save_samples
@@ -63,7 +63,7 @@ def main(argv=None, method="full", doc=None):
     if process_index()[0]:
         return
     found = of_system(rows, own)
-    metrics = of_split(organ_metrics(loader.dataset, found), config.split)
+    metrics = without_nan(of_split(organ_metrics(loader.dataset, found), config.split))  # distances of a miss are infinite
 
     file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "organs": len(found), "patients": len({row["patient"] for row in found})}

@@ -1,14 +1,16 @@
 """Where a model comes from and what of it trains: official files as bases, parts by their exact names, files of adapters."""
 
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import MEDICAL, use_task
+from conftest import MEDICAL, Script, use_task
 from safetensors.torch import load_file, save_file
 
 from common.bases import save_lora, save_model
@@ -201,3 +203,24 @@ def test_an_image_is_scaled_in_inference_as_it_was_in_training(official, tmp_pat
     predictor.predict(tmp_path / "mask.nii", image=tmp_path / "image.nii")
     as_ct = np.clip((image + 1000) / 2000, 0, 1)[6:18, 6:18, 6:18]
     assert np.abs(seen[0][3:-3, 3:-3, 3:-3] - as_ct).mean() > 0.05
+
+
+def test_eval_says_which_organs_a_model_misses_to_the_end(tmp_path, monkeypatch):
+    """A model that finds no surface is scored as such: Dice 0, no distance, and a report that names what was missed."""
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "masks").mkdir()
+    points = np.indices((22, 20, 18)).reshape(3, -1).T - (10.5, 9.5, 8.5)
+    for name, radii in (("a", (8, 7, 6)), ("b", (7, 8, 6))):
+        mask = ((points / radii) ** 2).sum(1).reshape(22, 20, 18) < 1
+        nibabel.save(nibabel.Nifti1Image(mask.astype(np.uint8), np.diag([1.5, 1.5, 2, 1])), tmp_path / "masks" / f"{name}.nii")
+    base, processor, facts = load_base("demo")
+    with torch.no_grad():
+        base.decoder.out_layer.weight[:8] = 0
+        base.decoder.out_layer.bias[:8] = 1  # all is outside
+    about = origin("full", facts, settings(data_dir=str(tmp_path / "masks"), modality="auto"))
+    save_model(tmp_path / "best", base, replace(processor, organs=["1"]), about)
+    args = ["--checkpoint", tmp_path / "best", "--output_dir", tmp_path / "out"]
+    said = Script(TASK, "eval.py", args, tmp_path / "log", draw=False).wait(0).stdout
+    metrics = json.loads((tmp_path / "out" / "eval.json").read_text())["metrics"]
+    assert (metrics["dice"], metrics["hd95"], metrics["failed"]) == (0, None, 1)
+    assert "1 missed" in (tmp_path / "out" / "eval_val" / "report.md").read_text() and "could not be made" not in said
