@@ -290,6 +290,7 @@ def main(argv=None, method="full", doc=None):
     from common.folders import predictions_folder
     from common.runtime import progress_bar, start_accelerator
     from common.samples import Faults
+    from data import counted
     from predictor import Predictor
 
     with Faults() as faults:
@@ -317,8 +318,9 @@ def main(argv=None, method="full", doc=None):
             raise UserError(f"--input {config.input}: {NOTHING}")
     faults.report()
     left = sum(faults.counts().values())
-    print(f"{len(rows)} meshes of {len({row['case'] for row in rows})} cases; {left} left out")
-    print(f"saved {', '.join(formats)}, volumes.csv and predictions.json in {root}")
+    organs, made_of = counted(len(rows), "organ"), counted(len({row["case"] for row in rows}), "case")
+    print(f"meshes of {organs} of {made_of}; {left} left out")
+    print(f"saved {', '.join(formats)}, pictures, volumes.csv and predictions.json in {root}")
 
 
 if __name__ == "__main__":

@@ -133,6 +133,7 @@ def draw_volumes(items: list[Item], facts: list[dict], path: Path) -> None:
     axis.set(xlabel="volume, ml", ylim=(len(organs) - 0.5, -0.5))
     if high > 30 * low:  # a scale of powers of ten, so that small organs are no dots at zero
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
     else:
         axis.set_xlim(0, 1.05 * high)
     axis.set_yticks(range(len(organs)), [plot_text(organ, 28) for organ in organs])

@@ -101,9 +101,9 @@ def system_lines(systems: dict[str, dict], text=mean_text) -> list[list[str]]:
 
 def difference_text(difference: dict) -> str:
     """One paired difference, and what it says."""
-    mean = "" if difference["mean"] is None else f"{difference['mean']:+.3f} "
-    ends = "" if difference["interval"] is None else "({:+.3f} to {:+.3f}) ".format(*difference["interval"])
-    return f"{mean}{ends}\n{difference['says']}"
+    mean = "" if difference["mean"] is None else f"{difference['mean']:+.3f}"
+    ends = "" if difference["interval"] is None else " ({:+.3f} to {:+.3f})".format(*difference["interval"])
+    return "\n".join(filter(None, (mean + ends, difference["says"])))
 
 
 def difference_lines(found: list[dict]) -> tuple[list[str], list[list[str]]]:
@@ -141,6 +141,7 @@ def write_report(path: Path, title: str, about: list[str], rows: list[dict], own
             markdown_table(["", *head[3:]], lines),
         ]
     parts += [worst_organs([row for row in rows if row["system"] == own], own), faults_of(systems)]
+    parts += ["![scores of each organ](scores.png)\n\n![predictions over the truth, in three planes](planes.png)\n"]
     parts += ["## What the numbers are\n" + DEFINITIONS.format(tolerance=config.tolerance, fewest=FEWEST)]
     write_text(path, "\n".join(part for part in parts if part))
 
