@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.checkpoint import fsync, read_json, write_json
+from common.checkpoint import disk_fault, fsync, read_json, write_json
 from common.config import Range, UserError, convert, field_kinds, shown
 from common.lora import is_finite
 from layers import Block, Upsample, Windows, positions
@@ -304,8 +304,9 @@ def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> Non
     """Writes a decoder as the official files are: blocks and convolutions in float16, all else in float32; NAME.json beside.
 
     .safetensors, or .ckpt and .pt of torch: a plain dict of tensors. UserError for tensors that are not this decoder's, and for
-    numbers that half precision cannot hold.
+    numbers that half precision cannot hold, and where the disk does not take them.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -322,6 +323,8 @@ def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> Non
             torch.save(content, aside)
         fsync(aside)
         os.replace(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own for a full disk is a RuntimeError
+        raise UserError(f"could not write {path}: {disk_fault(error) or 'the disk took only a part of it'}") from error
     finally:
         aside.unlink(missing_ok=True)
     write_json(path.with_suffix(".json"), about)

@@ -1,12 +1,15 @@
 """The SLAT mesh decoder: names and numbers of the official one, what is absent, adapters, files of strangers."""
 
 import json
+import os
+import resource
+import signal
 import sys
 import zipfile
 
 import pytest
 import torch
-from conftest import MEDICAL, ROOT, Payload, use_task
+from conftest import MEDICAL, ROOT, Child, Payload, use_task
 from torch.nn import functional as F
 
 from common.checkpoint import write_json
@@ -418,6 +421,22 @@ def test_nothing_is_written_that_half_precision_cannot_hold_or_that_is_of_anothe
     with pytest.raises(UserError, match="does not fit the decoder"):
         write_decoder(tmp_path / "a.safetensors", DecoderConfig(), state)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.ckpt"])
+@pytest.mark.parametrize("limit", [0, 30_000])
+def test_a_disk_that_fills_up_ends_in_a_line_and_leaves_nothing(tmp_path, name, limit):
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writes beyond the limit fail, as on a full disk
+        try:
+            write_decoder(tmp_path / "out" / name, SMALL, small_decoder().state_dict())
+        except UserError as error:
+            os._exit(10 if str(error).startswith(f"could not write {tmp_path / 'out' / name}: ") else 11)
+
+    (tmp_path / "out").mkdir()
+    assert Child(write, log=tmp_path / "log.txt").wait() == 10
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize(
