@@ -22,6 +22,7 @@ use_task(TASK)
 
 import preprocess  # noqa: E402
 from cases import Case  # noqa: E402
+from data import find_organs, read_items  # noqa: E402
 from distance import signed_distance  # noqa: E402
 from meshes import read_mesh  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
@@ -412,6 +413,7 @@ def test_the_script_says_what_it_takes_and_leaves_organs_meshes_and_a_report(tmp
     ]
     for words in ("2 organs: liver, spleen", "of memory a process", "mask that is full (1): s0002/spleen", "| spleen | 1 |"):
         assert words in said
+    assert said.endswith(f"4 organs are ready: python train_lora.py --data_dir {out}\n"), "as run_medical_pipeline.sh reads it"
     report = (out / "report.md").read_text()
     assert "4 organs in 3 scans of 3 patients" in report and "mask that is full (1): s0002/spleen" in report
     assert "organs of which the masks are empty (1): s0000 (1)" in report
@@ -426,6 +428,15 @@ def test_the_script_says_what_it_takes_and_leaves_organs_meshes_and_a_report(tmp
     preprocess.main(["--data_dir", str(data), "--output_dir", str(out), "--meshes"])
     new = [path.relative_to(out).as_posix() for path, time in made.items() if path.stat().st_mtime_ns != time]
     assert new == ["meshes/s0001/liver.ply"]  # only what is of other voxels now
+
+
+def test_patients_by_a_rule_stay_whoever_trains_on_the_volumes_without_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "cache"))
+    data = patients_of(tmp_path / "data", ("liver",), 3)
+    preprocess.main(["--data_dir", str(data), "--group", "s000"])
+    folder = capsys.readouterr().out.split()[-1]
+    assert {item.patient for item in read_items(find_organs(str(data)))} == {"s0000", "s0001", "s0002"}
+    assert {item.patient for item in open_prepared(folder)[0]} == {"s000"}
 
 
 def test_the_script_ends_with_2_and_a_reason_where_nothing_can_be_used(tmp_path):
