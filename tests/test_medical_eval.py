@@ -179,9 +179,9 @@ def test_two_hundred_thousand_surface_voxels_take_seconds():
     side = 185  # a plane's worth of boundary voxels on each of six sides: 205,000
     mask = np.zeros((side + 6,) * 3, bool)
     mask[2:-4, 2:-4, 2:-4] = True
-    began = time.perf_counter()
+    began = time.process_time()
     assert mask_scores(np.roll(mask, 1, 0), mask, np.eye(4))["hd"] == 1
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10
 
 
 # ---- a model on organs -----------------------------------------------------------------------------------------------
