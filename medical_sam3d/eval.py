@@ -44,7 +44,7 @@ def main(argv=None, method="full", doc=None):
     from common.folders import check_data_dir, eval_places
     from common.record import of_split, without_nan
     from common.runtime import guard, process_index, start_accelerator
-    from data import load_for_eval
+    from data import counted, load_for_eval
     from metrics import organ_metrics, save_samples
     from model import load_checkpoint
     from scores_report import leave_results, say_scores
@@ -74,7 +74,7 @@ def main(argv=None, method="full", doc=None):
     with guard("the report, its pictures and the page"), accelerator.autocast():
         leave_results(folder, config, about, rows, own, loader, systems)
 
-    print(f"{name}, {config.split} split, {about['organs']} organs of {about['patients']} patients")
+    print(f"{name}, {config.split} split, {counted(about['organs'], 'organ')} of {counted(about['patients'], 'patient')}")
     say_scores(rows, own)
     print(f"saved {file}, the report {folder / 'report.md'}, and a page to turn the meshes on, {folder / 'page.html'}")
 

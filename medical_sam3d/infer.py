@@ -196,7 +196,7 @@ def write_case(case, made: list[Made], root: Path, name: str, formats: list[str]
         for item in made:
             item.row["outputs"]["nii"] = path.relative_to(root).as_posix()
     with guard(f"the picture of {case.name}"):
-        draw_planes([shown_over_input(item) for item in most_changed(made)], root / f"{name}.png", "input")
+        draw_planes([shown_over_input(item) for item in most_changed(made)], root / f"{name}.png", "as seen")
 
 
 def most_changed(made: list[Made]) -> list[Made]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from common.checkpoint import write_text
 from common.plots import figure, plot_text, save_figure
+from data import counted
 from pages import Shown, draw_planes
 from prepared import Item
 from preparing import known_facts
@@ -35,8 +36,8 @@ def report_on(items: list[Item], about: dict, folder: Path) -> str:
 
 def report_text(items: list[Item], facts: list[dict], about: dict) -> str:
     """The report in Markdown. about: what prepared.json says; facts: of each item, as preparing.known_facts has them."""
-    patients, scans = {item.patient for item in items}, {item.case for item in items}
-    spoken = f"{len(items)} organs in {len(scans)} scans of {len(patients)} patients"
+    patients, scans = len({item.patient for item in items}), len({item.case for item in items})
+    spoken = f"{counted(len(items), 'organ')} in {counted(scans, 'scan')} of {counted(patients, 'patient')}"
     parts = [f"# Organs to train on\n\n{spoken}. Volumes are of the voxels, in ml; spacings in mm."]
     parts.append(table(HEADS, organ_rows(items, facts, about)))
     parts.append("![slices of some organs](slices.png)\n\n![volumes of all organs](volumes.png)")

@@ -7,6 +7,7 @@ from pathlib import Path
 from common.batches import to_device
 from common.checkpoint import write_text
 from common.config import one_line
+from data import counted
 from mesh_page import CaseViews, View, html_table, write_page
 from metrics import one_of
 from pages import Shown, draw_planes, draw_scores, worst_median_best
@@ -181,7 +182,7 @@ def say_scores(rows: list[dict], own: str) -> None:
         print(f"  {name:22}" + "".join(f"{one_line(mean_text(scores[key])):>24}" for key in shown) + missed)
     for each in differences(rows, own):
         if each["metric"] == "dice":
-            many = f"{each['n']} organs of {each['patients']} patients"
+            many = f"{counted(each['n'], 'organ')} of {counted(each['patients'], 'patient')}"
             print(f"  {own} less {each['to']}, {many}: Dice {one_line(difference_text(each))}")
 
 
@@ -195,8 +196,9 @@ def leave_results(folder: Path, config, about: dict, rows: list[dict], own: str,
     """
     title = f"Meshes of {about['split']} organs: {own}"
     seen = f"one slice in {about['every']} of a mask" if about["every"] > 1 else "all slices of a mask"
+    many = f"{counted(about['organs'], 'organ')} of {counted(about['patients'], 'patient')}"
     lines = [
-        f"Data: {about['data']}, {about['split']} split, {about['organs']} organs of {about['patients']} patients.",
+        f"Data: {about['data']}, {about['split']} split, {many}.",
         f"Seen: {seen}. Base: {about['base']['name']}. Checkpoint: {config.checkpoint}.",
     ]
     write_report(folder / "report.md", title, lines, rows, own, config)
