@@ -199,8 +199,10 @@ def part_of(module: Module, is_script: bool, demo: bool) -> Part:
         while first - 1 > above and part.lines[first - 2].startswith("#") and not NEEDS.match(part.lines[first - 2]):
             first -= 1
         binds = defined_by(node)
-        at_import = decorators if isinstance(node, DEFINITIONS) else [n for n in ast.walk(node) if isinstance(n, ast.Call)]
-        calls = {n.id for call in at_import for n in ast.walk(getattr(call, "func", call)) if isinstance(n, ast.Name)}
+        # Of a decorator all names, since `@partial(register, Base)` calls register, too.
+        called = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+        at_import = decorators if isinstance(node, DEFINITIONS) else called
+        calls = {n.id for each in at_import for n in ast.walk(each) if isinstance(n, ast.Name)}
         uses = names_used("\n".join(part.lines[begin - 1 : node.end_lineno]))
         shares_line = above >= first  # as in `a = 1; b = 2`
         if shares_line:

@@ -501,6 +501,32 @@ def test_statements_that_do_more_than_define_a_name_stay(tmp_path):
     assert "TABLE = {}\nTABLE['x'] = sorted\na = 1; b = print\nfor c in" in text and "gone" not in text
 
 
+def test_what_a_decorator_registers_stays_however_it_is_called(tmp_path):
+    model = """from functools import partial
+
+KINDS = {}
+
+
+def add(kind, made):
+    KINDS[kind] = made
+    return made
+
+
+@partial(add, "new")
+class Registered:
+    pass
+
+
+@partial(sorted)
+class Gone:
+    pass
+
+
+"""
+    text = single_file(follow_imports(make_project(tmp_path, model=model + PROJECT["tasks/shapes/model.py"])))
+    assert '@partial(add, "new")\nclass Registered' in text and "KINDS[kind] = made" in text and "Gone" not in text
+
+
 def test_without_the_demo_its_drawing_goes_and_the_script_says_what_it_needs(tmp_path):
     data = '''"""Data."""
 
