@@ -25,6 +25,7 @@ DECODER_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth")
 # By its exact name: "out_layer" alone would also name upsample.*.out_layers.*, which are 5.7 M weights of the official decoder.
 OUT_LAYER = "decoder.out_layer"
 ENCODER = "encoder"
+LOSS_BYTES = (1_700, 2_500)  # that the loss takes for each of the finest voxels, without a mesh and with one: 764,000 measured
 # What --lora_targets may say -> a regular expression for full names of layers. r 4 at official size: 221,184 weights in
 # attention, 589,824 with the MLPs; the convolutions hold the local geometry.
 ATTENTION = r"decoder\.blocks\.\d+\.attn\.to_(qkv|out)"
@@ -184,10 +185,12 @@ def freeze_encoder(model: OrganMesher) -> OrganMesher:
     return model
 
 
-def say_memory(model: OrganMesher, dataset, batch_size: int) -> None:
+def say_memory(model: OrganMesher, dataset, config) -> None:
     """A line, before the first step, with about what a step needs: by the cells of the first samples, beside the weights."""
+    batch_size = config.batch_size
     cells = min(batch_size, len(dataset)) * max(len(dataset[1, index]["coords"]) for index in range(min(4, len(dataset))))
     needed = memory_needed(model.decoder.config, cells, True, model.decoder.gradient_checkpointing)
+    needed += 64 * cells * LOSS_BYTES[config.mesh_loss > 0]
     say(f"a step takes about {needed / 1e9:.1f} GB beside the weights ({cells:,} active cells, {64 * cells:,} voxels)")
 
 

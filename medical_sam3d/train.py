@@ -64,7 +64,7 @@ def main(argv=None):
         model = freeze_encoder(model)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
-        say_memory(model, train_loader.dataset, config.batch_size)
+        say_memory(model, train_loader.dataset, config)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model whose meshes overlap best with the held-out organs.
