@@ -414,7 +414,7 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
 
 
 def take_head(model, saved, folder: str, class_parts) -> None:
-    """take_over of a checkpoint whose head alone trained. UserError where that does not fit, or this run has another base."""
+    """take_over of a checkpoint whose head alone trained. UserError where that has no place in this model."""
     from safetensors import safe_open
 
     with safe_open(best_of(Path(folder).expanduser()) / TRAINED_PART, "pt") as file:
@@ -422,16 +422,15 @@ def take_head(model, saved, folder: str, class_parts) -> None:
     own, theirs = model.state_dict(), saved.state_dict()
     odd = [name for name in names if name not in own or own[name].shape != theirs[name].shape]
     if odd:
+        here = tuple(own[odd[0]].shape) if odd[0] in own else "missing"
         raise UserError(
-            f"--start_from {folder} does not fit this run: it has {odd[0]} {tuple(theirs[odd[0]].shape)}, others here"
+            f"--start_from {folder} does not fit this run: its {odd[0]} is {tuple(theirs[odd[0]].shape)}, and here it is {here}"
         )
     model.load_state_dict({name: theirs[name] for name in names}, strict=False)
     if not class_parts:
         model.new_layers = []
-    say(
-        f"starts from {folder}, the head alone"
-        + (f", but for {', '.join(class_parts)}, which are new here" if class_parts else "")
-    )
+    new = f", but for {', '.join(class_parts)}, which are new here" if class_parts else ""
+    say(f"starts from {folder}, the head alone{new}")
 
 
 def train_mode(model) -> None:

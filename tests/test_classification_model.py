@@ -16,7 +16,7 @@ from test_labelled import check_preprocess
 TASK = CLASSIFICATION
 use_task(TASK)
 
-from common.bases import save_lora, save_model, train_mode  # noqa: E402
+from common.bases import save_lora, save_model, take_head, train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within  # noqa: E402
@@ -390,6 +390,8 @@ def test_rank_zero_trains_the_head_alone_and_saves_it_alone(small_base, tmp_path
     start_from(str(tmp_path / "head"), adapted)
     for begun in (whole, adapted):
         assert torch.equal(outputs(begun, pixels), outputs(model, pixels))
+    with pytest.raises(UserError, match=r"its classifier\.\w+ is \(.*\), and here it is missing"):
+        take_head(torch.nn.Linear(2, 2), model, str(tmp_path / "head"), ())
     (tmp_path / "head" / "manifest.json").unlink()
     (tmp_path / "head" / "head.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match=r"head\.safetensors cannot be read"):
