@@ -222,8 +222,9 @@ def class_tensors(build, model) -> list[str]:
 
 def make_origin(task: str, method: str, base: dict, config, **details) -> dict:
     """The content of origin.json. details: what else the task needs to load and score the checkpoint, such as classes."""
-    data_dir = str(Path(config.data_dir).expanduser().resolve()) if config.data_dir else ""
-    shared = {"data_dir": data_dir, "batch_size": config.batch_size, "seed": config.seed}
+    places = {key: getattr(config, key, "") for key in ("data_dir", "exclude")}
+    places = {key: str(Path(place).expanduser().resolve()) if place else "" for key, place in places.items()}
+    shared = {**places, "batch_size": config.batch_size, "seed": config.seed}
     return {"task": task, "method": method, "base": base, **details, **shared}
 
 

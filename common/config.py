@@ -75,6 +75,7 @@ class TrainConfig:
 
     data_dir: str = ""  # folder with your data; empty: synthetic demo data, made once
     model: str = ""  # base model: a hub name, a local folder, or "demo" for the small base that comes along
+    exclude: str = ""  # text file of samples to leave out, a path a line: scripts/check_data.py --quarantine writes one
     start_from: str = ""  # checkpoint whose weights the run starts with, on this or other data; --model is then its base
     output_dir: str = ""  # where run folders go; empty: outputs/ beside common/
     run_name: str = ""  # name of the run folder; empty: full or lora

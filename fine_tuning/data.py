@@ -20,10 +20,10 @@ def source_of(data_dir: str) -> Path:
     return Path(data_dir).expanduser() if data_dir else demo_data()
 
 
-def read_tables(data_dir: str, seed: int):
+def read_tables(data_dir: str, seed: int, exclude: str = ""):
     """What build_loaders needs of the data; opens no picture. UserError where there is none, or a list of other classes."""
     source = source_of(data_dir)
-    tables = read_labelled(source, seed)
+    tables = read_labelled(source, seed, exclude=exclude)
     check_class_list(source, tables[1])
     return tables
 

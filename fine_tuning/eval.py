@@ -23,6 +23,7 @@ from common.config import BatchSizeOrZero, LoadConfig, Workers, cli, parse  # no
 @dataclass
 class EvalConfig(LoadConfig):
     data_dir: str = ""  # folder or CSV file as for training; empty: the data that the checkpoint was trained on
+    exclude: str = ""  # text file of samples to leave out; empty: on the data of the training, that of the training
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     subset: bool = False  # score data that lacks some of the checkpoint's classes; else that is an error
     zero_shot: bool = True  # score the base's own zero-shot answers, too, where the base is at hand (nothing is fetched)

@@ -75,7 +75,7 @@ def main(argv=None):
     )
 
     with Run(config, task="clip", method=config.peft_method if config.lora_r else "head") as run:
-        tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
+        tables = read_tables(config.data_dir, config.seed, config.exclude)  # before a base is fetched: the path may be wrong
         tower, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
+from common.exclude import Exclusions
 from common.runtime import say
 from common.samples import Faults, split_of, visible_entries
 from common.scan import FileReader, Scan
@@ -55,17 +56,19 @@ class Case:
     modality: str | None
 
 
-def find_cases(folder, faults: Faults, organs: str = "") -> tuple[list[Case], dict]:
+def find_cases(folder, faults: Faults, organs: str = "", excluded: Exclusions | None = None) -> tuple[list[Case], dict]:
     """(cases in order of their places, facts: layout, where the splits come from, organ -> number of its masks) of a folder.
 
-    organs: names or labels, "liver,2", that are wanted; empty: all. faults is told of what is left out and how the rest was
-    understood. UserError where no case is left.
+    organs: names or labels, "liver,2", that are wanted; empty: all. excluded: files and folders that are as good as not there.
+    faults is told of what is left out and how the rest was understood. UserError where no case is left.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         why = ": it is a file; name the folder that holds the data" if root.exists() else ""
         raise UserError(f"--data_dir: there is no folder {root}{why}")
     found, layout = find_layout(root, faults)
+    if excluded:
+        found = leave_out_files(found, excluded, faults)
     if not found:
         raise UserError(f"--data_dir {folder}: no case in it; expected {LAYOUTS}")
     files = look_at_files(found)
@@ -87,6 +90,18 @@ def find_cases(folder, faults: Faults, organs: str = "") -> tuple[list[Case], di
     say(f"{folder}: {many} ({layout}){f'; splits as in {source}' if source else ''}")
     counts = Counter(organ for case in cases for organ, _, _ in case.masks)
     return cases, {"layout": layout, "splits": source, "patients": patients, "organs": dict(sorted(counts.items()))}
+
+
+def leave_out_files(found: list[FoundCase], excluded: Exclusions, faults: Faults) -> list[FoundCase]:
+    """The cases without the masks that are excluded; none of a case whose image is, or all of whose masks are."""
+    kept = []
+    for case in found:
+        masks = excluded.leave_out(case.masks, faults, lambda mask: mask[1])
+        images = excluded.leave_out([case.image] if case.image else [], faults, lambda path: path)
+        if masks and bool(images) == bool(case.image):
+            kept.append(replace(case, masks=tuple(masks)))
+    excluded.note_strangers(faults)
+    return kept
 
 
 def number_of(number: int, what: str) -> str:

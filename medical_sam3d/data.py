@@ -14,6 +14,7 @@ import torch
 from cases import Case, find_cases, plain_name
 from common.batches import EpochBatches, EvalBatches, build_loader, number_from
 from common.config import UserError
+from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
 from common.runtime import from_main, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
@@ -44,6 +45,7 @@ class FoundOrgans:
     format: str  # "prepared" (by preprocess.py), or the layout of the volumes
     cases: list[Case] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
+    excluded: Exclusions = field(default_factory=lambda: Exclusions("", Path()))
 
 
 def demo_data() -> Path:
@@ -53,17 +55,19 @@ def demo_data() -> Path:
     return make_once(HERE / "data" / "demo", make_demo_data) / "target"
 
 
-def find_organs(data_dir: str, organs: str = "", seed: int = 0) -> FoundOrgans:
+def find_organs(data_dir: str, organs: str = "", seed: int = 0, exclude: str = "") -> FoundOrgans:
     """What is in a folder of volumes and masks (cases.find_cases), in one that preprocess.py wrote, or in the demo data ("").
 
-    organs: names with commas between them; empty: all. UserError where there is no organ.
+    organs: names with commas between them; empty: all. exclude: a list of files or cases to leave out; of prepared organs, by
+    case or case/organ. UserError where there is no organ.
     """
-    folder = data_folder(Path(data_dir).expanduser() if data_dir else demo_data(), is_prepared)
+    root = Path(data_dir).expanduser() if data_dir else demo_data()
+    folder, excluded = data_folder(root, is_prepared), Exclusions(exclude, root)
     names = [name.strip() for name in organs.split(",") if name.strip()]
-    found = FoundOrgans(data_dir or "demo", folder, names, seed, "prepared")
+    found = FoundOrgans(data_dir or "demo", folder, names, seed, "prepared", excluded=excluded)
     if not is_prepared(folder):
         with found.faults:
-            found.cases, facts = find_cases(folder, found.faults, organs)
+            found.cases, facts = find_cases(folder, found.faults, organs, excluded)
             found.format = facts["layout"]
     return found
 
@@ -71,7 +75,10 @@ def find_organs(data_dir: str, organs: str = "", seed: int = 0) -> FoundOrgans:
 def read_items(found: FoundOrgans, modality: str = "auto", workers: int = 0) -> list[Item]:
     """The organs of what was found; those of volumes are prepared on the way, on the main process."""
     if found.format == "prepared":
-        return chosen_items(open_prepared(found.folder)[0], found)
+        items = chosen_items(open_prepared(found.folder)[0], found)
+        items = found.excluded.leave_out(items, found.faults, lambda item: found.folder / item.name)
+        found.excluded.note_strangers(found.faults)
+        return items
     folder = prepared_folder(found.folder)
 
     def make():
@@ -383,7 +390,7 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
     UserError where there is no such split.
     """
     organs = getattr(config, "organs", "") or origin.get("organs", "")
-    found = find_organs(config.data_dir or origin["data_dir"], organs, origin["seed"])
+    found = find_organs(config.data_dir or origin["data_dir"], organs, origin["seed"], exclude_for_eval(config, origin))
     latents_dir = latents_folder(getattr(config, "latents_dir", "") or origin.get("latents_dir", ""), processor)
     with found.faults:
         items = read_items(found, origin.get("modality", "auto"), config.num_workers)

@@ -57,7 +57,8 @@ def main(argv=None):
     from pages import draw_results
 
     with Run(config, task="medical_sam3d", method="lora" if config.lora_r else "head") as run:
-        found = find_organs(config.data_dir, config.organs, config.seed)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        found = find_organs(config.data_dir, config.organs, config.seed, config.exclude)
         base, processor, base_facts = load_base(config.model)
         model, processor = set_up(base, processor, config)
         train_loader, val_loader, processor, data_facts = build_loaders(config, processor, found)

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.batches import EvalBatches, LengthBatches, build_loader, seeded
 from common.config import UserError
+from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
 from common.runtime import from_main, in_time, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
@@ -45,6 +46,7 @@ class Found:
     recordings: list[Recording] = field(default_factory=list)
     speakers: list[str] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
+    excluded: Exclusions = field(default_factory=lambda: Exclusions("", Path()))
 
 
 def demo_data() -> Path:
@@ -54,19 +56,21 @@ def demo_data() -> Path:
     return make_once(HERE / "data" / "demo", make_demo_data) / "target"
 
 
-def find_voice(data_dir: str, speakers: str, seed: int) -> Found:
+def find_voice(data_dir: str, speakers: str, seed: int, exclude: str = "") -> Found:
     """What is in a folder of sound (or one file), or in the demo data where data_dir is empty; UserError where nothing is.
 
-    speakers: all is "one" voice, the "folders" are voices, or "auto": see find_recordings.
+    speakers: all is "one" voice, the "folders" are voices, or "auto": see find_recordings. exclude: a list of recordings to
+    leave out.
     """
     folder = Path(data_dir).expanduser() if data_dir else demo_data()
+    excluded = Exclusions(exclude, folder)
     if folder.is_dir():
         folder = data_folder(folder, lambda inner: is_prepared(inner) or is_experiment(inner))
     kind = "prepared" if is_prepared(folder) else "experiment" if is_experiment(folder) else "audio"
-    found = Found(data_dir or "demo", folder, kind, speakers == "one", seed)
+    found = Found(data_dir or "demo", folder, kind, speakers == "one", seed, excluded=excluded)
     if kind == "audio":
         with found.faults:
-            found.recordings, found.speakers = find_recordings(folder, found.faults, speakers)
+            found.recordings, found.speakers = find_recordings(folder, found.faults, speakers, excluded)
     return found
 
 
@@ -82,6 +86,7 @@ def read_clips(found: Found, voice, named: bool = False) -> tuple[list, list[str
         clips, speakers, layout = read_or_prepare(found, voice, named)
     else:
         clips, speakers, layout = prepare_once(found, found.recordings, found.speakers, voice, named), found.speakers, "audio"
+    clips = leave_out_clips(clips, found)
     if found.one_voice and len(speakers) > 1:
         clips, speakers = [replace(clip, speaker=0) for clip in clips], [found.folder.name]
     least = voice.config.segment_frames  # a shorter clip teaches nothing that others do not, and breaks what sees a segment
@@ -91,6 +96,16 @@ def read_clips(found: Found, voice, named: bool = False) -> tuple[list, list[str
     return [clip for clip in clips if clip.frames >= least], speakers, layout
 
 
+def leave_out_clips(clips: list, found: Found) -> list:
+    """The clips without those that are excluded; prepared ones go by the names of their recordings."""
+    if found.kind == "audio":  # no file that is excluded became a clip
+        return clips
+    path_of = {"prepared": lambda clip: found.folder / clip.recording, "experiment": lambda clip: clip.path}[found.kind]
+    kept = found.excluded.leave_out(clips, found.faults, path_of)
+    found.excluded.note_strangers(found.faults)
+    return kept
+
+
 def read_or_prepare(found: Found, voice, named: bool) -> tuple[list, list[str], str]:
     """As read_clips, of an experiment folder. Where its features are for another kind of voice, its slices are prepared anew."""
     try:
@@ -98,6 +113,7 @@ def read_or_prepare(found: Found, voice, named: bool) -> tuple[list, list[str], 
     except Unfit as reason:
         say(f"{found.folder.name}: {reason}; its slices are prepared anew, as recordings are")
         recordings, speakers = slices_as_recordings(found.folder, found.faults)
+        recordings = found.excluded.leave_out(recordings, found.faults)
         return prepare_once(found, recordings, speakers, voice, named), speakers, "audio"
     content = facts["content"]
     if content and f"hubert:{CONTENT_MODELS.get(content, content)}" != voice.content:
@@ -332,7 +348,7 @@ def load_for_eval(config, voice, origin: dict):
     UserError where there is no such split, and where the data has speakers whom the voice does not know.
     """
     data_dir = config.data_dir or origin["data_dir"]
-    found = find_voice(data_dir, origin.get("speakers", "auto"), origin["seed"])
+    found = find_voice(data_dir, origin.get("speakers", "auto"), origin["seed"], exclude_for_eval(config, origin))
     with found.faults:
         clips, speakers, _ = read_clips(found, voice)
         places = speaker_places(speakers, voice, found.name)

@@ -24,6 +24,7 @@ from common.config import BatchSizeOrZero, Count, CountOrZero, LoadConfig, Range
 @dataclass
 class EvalConfig(LoadConfig):
     data_dir: str = ""  # folder of recordings of the voice; empty: the data that the checkpoint was trained on
+    exclude: str = ""  # text file of samples to leave out; empty: on the data of the training, that of the training
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     source_dir: str = ""  # recordings of other voices to convert; empty: the demo's with the demo's data, else none
     sources: Count = 24  # of those recordings at most so many, of each voice in turn

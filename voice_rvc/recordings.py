@@ -5,6 +5,7 @@ from pathlib import Path
 
 from audio_files import AUDIO_ENDINGS, is_audio
 from common.config import UserError
+from common.exclude import Exclusions
 from common.runtime import say
 from common.samples import Faults, data_folder, files_below, readable, short_names, split_of, visible_entries
 from common.scan import Scan
@@ -28,12 +29,15 @@ class Recording:
     seconds: float = 0.0
 
 
-def find_recordings(data_dir, faults: Faults, speakers: str = "auto") -> tuple[list[Recording], list[str]]:
+def find_recordings(
+    data_dir, faults: Faults, speakers: str = "auto", excluded: Exclusions | None = None
+) -> tuple[list[Recording], list[str]]:
     """(recordings in order of their paths, names of the voices: Recording.speaker is a place in it) of a folder or of one file.
 
     Every file is decoded once, and what is known of it kept for the next start: what cannot be read, and copies of a file,
     are left out and named in faults. Folders named like a split (train, val ...) give the split. speakers: of SPEAKERS; with
-    "auto" numbered folders are voices as in Applio, and what lies beside them is voice 0. UserError where nothing is left.
+    "auto" numbered folders are voices as in Applio, and what lies beside them is voice 0. excluded: files that are as
+    good as not there, so that a copy of one is used. UserError where nothing is left.
     """
     root = Path(data_dir).expanduser()
     if not root.exists():
@@ -43,6 +47,9 @@ def find_recordings(data_dir, faults: Faults, speakers: str = "auto") -> tuple[l
         files, voice = sound_files(root, faults), root.name
     else:
         files, voice, root = [root], root.stem, root.parent
+    if excluded:
+        files = excluded.leave_out(files, faults, lambda path: path)
+        excluded.note_strangers(faults)
     if not files:
         raise UserError(f"--data_dir {data_dir}: no recording in it (looked for {', '.join(AUDIO_ENDINGS)})")
     splits, owners = zip(*(place_of(path.relative_to(root).parts[:-1]) for path in files), strict=True)

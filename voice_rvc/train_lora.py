@@ -67,7 +67,8 @@ def main(argv=None):
     from voice_index import save_index
 
     with Run(config, task="voice_rvc", method="lora" if config.lora_r else "head") as run:
-        found = find_voice(config.data_dir, config.speakers, config.seed)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        found = find_voice(config.data_dir, config.speakers, config.seed, config.exclude)
         base, voice, base_facts = load_base(config.model)
         train_loader, val_loader, voice, data_facts = build_loaders(config, voice, found)
         run.describe(base=base_facts, data=data_facts)

@@ -11,6 +11,7 @@ import torch
 
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
+from common.exclude import exclude_for_eval, exclude_from
 from common.runtime import process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import Faults, attempt
@@ -115,10 +116,14 @@ def load_resized(preprocess: ClassifierPreprocess, sample: Sample) -> np.ndarray
     return preprocess.resize(decode(sample.path)).numpy()
 
 
-def read_labelled(source: Path, seed: int, scored: bool = False):
-    """(splits, classes, layout, faults) of the pictures in `source`, a folder or CSV file: see read_dataset."""
+def read_labelled(source: Path, seed: int, scored: bool = False, exclude: str = ""):
+    """(splits, classes, layout, faults) of the pictures in `source`, a folder or CSV file: see read_dataset.
+
+    exclude: a list of pictures to leave out.
+    """
     with Faults() as faults:
-        return *read_dataset(source, seed, faults, scored), faults
+        splits, classes, layout = read_dataset(source, seed, faults, scored)
+        return exclude_from(splits, exclude, source, faults), classes, layout, faults
 
 
 def labelled_loaders(config, processor, tables):
@@ -189,7 +194,7 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
     split, or with config.subset.
     """
     data_dir = config.data_dir or origin["data_dir"]
-    splits, found, _, faults = read_labelled(source, origin["seed"], scored=True)
+    splits, found, _, faults = read_labelled(source, origin["seed"], scored=True, exclude=exclude_for_eval(config, origin))
     classes = origin["classes"]
     its_own = {unicodedata.normalize("NFC", name): name for name in classes}
     names = [its_own.get(unicodedata.normalize("NFC", name), name) for name in found]

@@ -19,9 +19,9 @@ def source_of(data_dir: str) -> Path:
     return Path(data_dir).expanduser() if data_dir else demo_data()
 
 
-def read_tables(data_dir: str, seed: int):
+def read_tables(data_dir: str, seed: int, exclude: str = ""):
     """What build_loaders needs of the data; opens no picture. UserError where there is no such data."""
-    return read_labelled(source_of(data_dir), seed)
+    return read_labelled(source_of(data_dir), seed, exclude=exclude)
 
 
 def build_loaders(config, processor, tables):

@@ -51,7 +51,7 @@ def main(argv=None):
     from model import answer, load_base, load_checkpoint, origin, plain_code, start_from, with_classes
 
     with Run(config, task="classification", method="full") as run:
-        tables = read_tables(config.data_dir, config.seed)  # before a base is fetched: the path may be wrong
+        tables = read_tables(config.data_dir, config.seed, config.exclude)  # before a base is fetched: the path may be wrong
         base, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)

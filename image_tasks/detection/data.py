@@ -12,6 +12,7 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 
 # needs: torchvision
 from common.config import UserError
+from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
 from common.runtime import process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
@@ -210,11 +211,15 @@ def clean_boxes(sample: Sample, width: int, height: int, faults: Faults) -> None
     sample.boxes, sample.labels, sample.crowd = clipped[keep], sample.labels[keep], sample.crowd[keep]
 
 
-def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True):
-    """(splits, classes, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture."""
+def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True, exclude: str = ""):
+    """(splits, classes, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture.
+
+    exclude: a list of pictures to leave out.
+    """
     folder = Path(data_dir).expanduser() if data_dir else demo_data()
     with Faults() as faults:
-        return *read_dataset(folder, data_format, seed, faults, to_train), faults
+        splits, classes, data_format = read_dataset(folder, data_format, seed, faults, to_train)
+        return exclude_from(splits, exclude, folder, faults), classes, data_format, faults
 
 
 def build_loaders(config, processor, tables):
@@ -283,7 +288,8 @@ def load_for_eval(config, processor, origin: dict):
     """
     chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
     data_dir = chosen["data_dir"]
-    splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False)
+    exclude = exclude_for_eval(config, origin)
+    splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False, exclude=exclude)
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     strange = [name for name in classes if name not in origin["classes"]]

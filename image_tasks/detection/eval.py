@@ -23,6 +23,7 @@ from common.config import BatchSizeOrZero, LoadConfig, Workers, cli, parse  # no
 class EvalConfig(LoadConfig):
     data_dir: str = ""  # COCO, VOC or YOLO folder; empty: the data that the checkpoint was trained on
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
+    exclude: str = ""  # text file of samples to leave out; empty: on the data of the training, that of the training
     split: Literal["train", "val", "test"] = "val"  # which part of the data
     batch_size: BatchSizeOrZero = 0  # pictures at a time; 0: as in training. AP does not depend on it, the loss a little
     num_workers: Workers = 0  # processes that prepare batches; 0: the main one does

@@ -63,7 +63,8 @@ def main(argv=None):
     from pages import draw_results
 
     with Run(config, task="detection", method="lora" if config.lora_r else "head") as run:
-        tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        tables = read_tables(config.data_dir, config.data_format, config.seed, exclude=config.exclude)
         base, processor, base_facts = load_base(config.model)
         check_size(base, processor, config.image_size)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)

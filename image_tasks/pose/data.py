@@ -10,6 +10,7 @@ import torch
 
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
+from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
 from common.runtime import process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
@@ -312,11 +313,15 @@ def clean_points(sample: Sample, size: tuple[int, int], faults: Faults) -> None:
     sample.points = np.where(finite[:, None], sample.points, 0.0)
 
 
-def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True):
-    """(splits, KeypointSet, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture."""
+def read_tables(data_dir: str, data_format: str, seed: int, to_train: bool = True, exclude: str = ""):
+    """(splits, KeypointSet, format, faults) of a folder, or of the demo data where data_dir is empty. Opens no picture.
+
+    exclude: a list of pictures to leave out.
+    """
     folder = Path(data_dir).expanduser() if data_dir else demo_data()
     with Faults() as faults:
-        return *read_dataset(folder, data_format, seed, faults, to_train), faults
+        splits, points, data_format = read_dataset(folder, data_format, seed, faults, to_train)
+        return exclude_from(splits, exclude, folder, faults), points, data_format, faults
 
 
 def build_loaders(config, preprocess: Preprocess, tables):
@@ -394,7 +399,8 @@ def load_for_eval(config, preprocess: Preprocess, known: dict, origin: dict):
     """
     chosen = {"data_dir": config.data_dir, "data_format": config.data_format} if config.data_dir else origin
     data_dir = chosen["data_dir"]
-    splits, points, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False)
+    exclude = exclude_for_eval(config, origin)
+    splits, points, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False, exclude=exclude)
     if config.split not in splits:
         raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
     both_named = points.named and known["named"]

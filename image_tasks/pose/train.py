@@ -57,7 +57,8 @@ def main(argv=None):
     from pages import draw_results
 
     with Run(config, task="pose", method="full") as run:
-        tables = read_tables(config.data_dir, config.data_format, config.seed)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        tables = read_tables(config.data_dir, config.data_format, config.seed, exclude=config.exclude)
         base, processor, base_facts = load_base(config.model)
         size = input_size(base, config.image_size)
         train_loader, val_loader, points, data_facts = build_loaders(config, Preprocess(processor, size), tables)
