@@ -79,18 +79,11 @@ def check_picture_inputs(predict, folder: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Tests of one file run one after the other in one process, for they share what they made; of test_tasks.py a task's do."""
-    for item in items:
-        task = item.callspec.params.get("task", "") if hasattr(item, "callspec") else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {task}"))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_the_tests(tmp_path_factory):
-    """Scans go to a folder of the session's own, also those of the scripts that tests start."""
+    """Scans go to a folder of the session's own, also those of the scripts that tests start; what numba compiled is kept."""
     os.environ["LORA_WORKSHOP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / ".pytest_cache" / "numba"))
 
 
 @pytest.fixture(autouse=True, scope="module")

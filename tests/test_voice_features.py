@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import VOICE, use_task
+from conftest import VOICE, Child, use_task
 
 TASK = VOICE
 use_task(TASK)
 from common.config import UserError  # noqa: E402
+from common.folders import one_at_a_time  # noqa: E402
 from common.samples import BadFile  # noqa: E402
+from compiled import from_librosa  # noqa: E402
 from content import REAL_CONTENT, align, load_content  # noqa: E402
 from f0 import F0_METHODS, F0_PART, choose_f0, coarse_pitch, extract_f0, is_there, loud_f0  # noqa: E402
 
@@ -84,6 +86,15 @@ def test_long_sounds_in_parts_have_the_f0_of_the_whole(method, monkeypatch):
 def test_the_range_is_a_setting():
     assert not np.any(extract_f0(sing(220), "pyin", low=60, high=200) > 206)
     assert abs(np.median(extract_f0(sing(220), "auto", low=150, high=400)) - 220) < 3
+
+
+def test_one_process_at_a_time_compiles_what_all_share(tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
+    with one_at_a_time(tmp_path / "numba"):
+        child = Child(lambda: print("compiled", from_librosa("sequence.dtw")), log=tmp_path / "child.log")
+        child.wait_for(lambda: "waiting for another process" in child.text)
+        assert "compiled" not in child.text
+    assert child.wait() == 0 and "compiled <function dtw" in child.text
 
 
 def test_a_tracker_that_is_not_there_is_named(monkeypatch):

@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 
-import librosa
 import pytest
 import torch
 from conftest import ROOT, VOICE, use_task
@@ -14,6 +13,7 @@ from common.lora import LoRAConfig, adapted_layers, inject_lora, lora_parameters
 TASK = VOICE
 use_task(TASK)
 
+from compiled import from_librosa  # noqa: E402
 from discriminator import SMALL_PERIODS, Discriminator  # noqa: E402
 from layers import sequence_mask, to_old_names  # noqa: E402
 from losses import (  # noqa: E402
@@ -277,7 +277,7 @@ def test_a_spectrogram_has_a_frame_for_each_hop_and_its_peak_at_the_tone():
     spec = spectrogram(wave, SMALL)
     assert spec.shape == (1, 257, 100) and (spec[0, :, 50].argmax() == 32)  # 1000 Hz / (16000 / 512)
     assert spectrogram(wave[:, :-1], SMALL).shape[-1] == 99
-    mel = librosa.feature.melspectrogram(S=spec[0].numpy(), sr=16000, n_mels=SMALL.mels)
+    mel = from_librosa("feature.melspectrogram")(S=spec[0].numpy(), sr=16000, n_mels=SMALL.mels)
     torch.testing.assert_close(mel_spectrogram(wave, SMALL)[0], torch.from_numpy(mel).log(), atol=1e-4, rtol=0)
     assert mel_spectrogram(torch.zeros(1, 1600), SMALL).max() < -10  # silence
     for samples in (160, 200, 320):  # shorter than the reflection

@@ -17,6 +17,7 @@ from common.checkpoint import sha256_of
 from common.config import UserError
 from common.runtime import say
 from common.samples import BadFile
+from compiled import from_librosa
 
 CONTENT_HOP = 320  # samples at 16 kHz: 20 ms
 MEL_BANDS = 24  # of the dsp features
@@ -76,7 +77,6 @@ def moments(cepstra) -> np.ndarray:
 
 def mel_cepstra(wave) -> np.ndarray:
     """(n // 320, 13) of a wave (n,) at 16 kHz: frames of 1024 samples under a Hann window of 800, with reflected edges."""
-    import librosa
     from scipy.fft import dct
 
     frames = len(wave) // CONTENT_HOP
@@ -85,16 +85,19 @@ def mel_cepstra(wave) -> np.ndarray:
     edge = (1024 - CONTENT_HOP) // 2
     wave = np.pad(np.asarray(wave, np.float32), (0, max(0, 1024 - len(wave))))  # reflecting needs more samples than the edge has
     wave = np.pad(wave, edge, mode="reflect")
-    spectrum = np.abs(librosa.stft(wave, n_fft=1024, hop_length=CONTENT_HOP, win_length=800, center=False))[:, :frames]
+    spectrum = np.abs(stft()(wave, n_fft=1024, hop_length=CONTENT_HOP, win_length=800, center=False))[:, :frames]
     mels = cepstral_filters() @ (spectrum / 200)  # 200: half the sum of the window, so that a full-scale sine is 1
     return dct(np.log(np.maximum(mels, SILENCE_FLOOR)), axis=0, norm="ortho")[:CEPSTRA].T
 
 
 @cache
-def cepstral_filters() -> np.ndarray:
-    import librosa
+def stft():
+    return from_librosa("stft")
 
-    return librosa.filters.mel(sr=16000, n_fft=1024, n_mels=MEL_BANDS, fmin=80, fmax=7600, norm=None)
+
+@cache
+def cepstral_filters() -> np.ndarray:
+    return from_librosa("filters.mel")(sr=16000, n_fft=1024, n_mels=MEL_BANDS, fmin=80, fmax=7600, norm=None)
 
 
 # ---- HuBERT ----------------------------------------------------------------------------------------------------------------

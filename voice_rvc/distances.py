@@ -1,9 +1,11 @@
 """How far one sound is from another: mel-cepstral distortion, STFT distances, long-term spectrum. Waves are mono float arrays."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
+
+from compiled import from_librosa
 
 HIGHEST_BAND = 8000  # Hz: bands end here whatever the rate, so that voices of 16 and of 48 kHz are measured on one scale
 CEPSTRAL_BANDS = 80
@@ -18,8 +20,7 @@ LONGEST_ALIGNED = 60  # seconds that are aligned in time: the table of an alignm
 @lru_cache(maxsize=4)
 def band_filters(rate: int, size: int) -> torch.Tensor:
     """(CEPSTRAL_BANDS, size // 2 + 1) triangles from 0 Hz to HIGHEST_BAND."""
-    from librosa.filters import mel
-
+    mel = from_librosa("filters.mel")
     return torch.from_numpy(mel(sr=rate, n_fft=size, n_mels=CEPSTRAL_BANDS, fmax=min(HIGHEST_BAND, rate / 2)))
 
 
@@ -60,10 +61,13 @@ def distortions(truth: np.ndarray, given: np.ndarray) -> np.ndarray:
 
 def aligned_rows(truth: np.ndarray, given: np.ndarray) -> np.ndarray:
     """Pairs (n, 2) of rows of two cepstra, in time: dynamic time warping by the distance of c_1..c_24."""
-    from librosa.sequence import dtw
-
-    _, path = dtw(truth[:, 1:].T, given[:, 1:].T)
+    _, path = dtw()(truth[:, 1:].T, given[:, 1:].T)
     return path[::-1]
+
+
+@cache
+def dtw():
+    return from_librosa("sequence.dtw", np.zeros((CEPSTRAL_ORDER, 2)), np.zeros((CEPSTRAL_ORDER, 3)))
 
 
 def frame_distortions(truth: np.ndarray, given: np.ndarray, rate: int, counts: np.ndarray, align: bool = False) -> np.ndarray:

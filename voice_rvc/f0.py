@@ -19,9 +19,11 @@ from functools import cache
 import numpy as np
 
 from common.config import UserError
+from compiled import from_librosa
 
 RATE_16K = 16000  # Hz: what pitch trackers and content models hear
 F0_HOP = 160  # samples of it: 10 ms
+PYIN = {"sr": RATE_16K, "frame_length": 1024, "hop_length": F0_HOP, "fill_na": 0.0}
 F0_LOW = 50.0  # Hz: RVC's range, from a bass ...
 F0_HIGH = 1100.0  # ... to a soprano
 PACKAGES = {"swift": "swift_f0", "harvest": "pyworld", "pyin": "librosa", "dio": "pyworld", "crepe": "torchcrepe"}
@@ -130,10 +132,12 @@ def by_dio(wave, low, high):
 
 def by_pyin(wave, low, high):
     """Probabilistic YIN (Mauch and Dixon 2014); 64 ms hold three periods of 50 Hz."""
-    import librosa
+    return pyin()(wave.astype(np.float32), fmin=low, fmax=high, **PYIN)[0]
 
-    options = {"sr": RATE_16K, "frame_length": 1024, "hop_length": F0_HOP, "fill_na": 0.0}
-    return librosa.pyin(wave.astype(np.float32), fmin=low, fmax=high, **options)[0]
+
+@cache
+def pyin():
+    return from_librosa("pyin", np.zeros(4096, np.float32), fmin=50.0, fmax=1100.0, **PYIN)
 
 
 def by_swift(wave, low, high):

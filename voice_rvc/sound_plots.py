@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from common.plots import figure, plot_text, save_figure
+from compiled import from_librosa
 from f0_scores import heard_f0
 from spectrum import mel_spectrogram
 
@@ -25,11 +26,9 @@ def draw_spectrograms(sounds: list[dict[str, np.ndarray]], labels: list[str], co
 
     labels: what each row is called.
     """
-    from librosa import mel_frequencies
-
     columns = list(dict.fromkeys(name for row in sounds for name in row))
     page, axes = figure(len(sounds), len(columns), max(2.6, 11 / len(columns)), 2.3)
-    bands = mel_frequencies(n_mels=config.mels + 2, fmax=config.sample_rate / 2)[1:-1]
+    bands = from_librosa("mel_frequencies")(n_mels=config.mels + 2, fmax=config.sample_rate / 2)[1:-1]
     marked = [hertz for hertz in HERTZ if hertz < bands[-1]]
     for place, (row, label, line) in enumerate(zip(sounds, labels, axes, strict=True)):
         pictures = {name: mel_picture(wave, config) for name, wave in row.items()}

@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch.nn import functional as F
 
+from compiled import from_librosa
+
 MAGNITUDE_FLOOR = 1e-6  # under the root of the magnitude, whose slope is infinite at 0; newest RVC: 2e-7
 QUIETEST_MEL = 1e-5  # below it a mel band is silent; newest RVC: 2e-6. Losses are comparable where both are the same
 
@@ -34,8 +36,7 @@ def spectrogram(wave, config) -> torch.Tensor:
 @lru_cache(maxsize=8)
 def mel_filters(rate: int, n_fft: int, mels: int, device) -> torch.Tensor:
     """(mels, n_fft // 2 + 1): Slaney's triangles of equal area from 0 to half the rate."""
-    from librosa.filters import mel
-
+    mel = from_librosa("filters.mel")
     return torch.from_numpy(mel(sr=rate, n_fft=n_fft, n_mels=mels, fmin=0, fmax=None)).to(device)
 
 
