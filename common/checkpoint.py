@@ -193,6 +193,7 @@ class Progress:
     settings: dict = field(default_factory=dict)  # of the run's config; {}: a version that did not keep them
     processes: int = 1
     idle: list[str] | None = None  # parameters that train, but have had no gradient yet; None: no step was looked at
+    predicted: dict | None = None  # what the run was to take, by its first steps; see summary_schema.md
     unreadable: dict[str, str] = field(default_factory=dict)  # file -> fault, of what turned out bad while it was trained on
 
     @classmethod

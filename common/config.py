@@ -37,6 +37,11 @@ def setting(real, demo):
     return field(default=real, metadata={"demo": demo})
 
 
+def rare(default):
+    """A default that few runs change: --help lists its setting below the others."""
+    return field(default=default, metadata={"rare": True})
+
+
 @dataclass(frozen=True)
 class Range:
     """What a number may be, both ends included: `Annotated[int, Range(1, 100)]`. --help shows it."""
@@ -75,11 +80,11 @@ class TrainConfig:
 
     data_dir: str = ""  # folder with your data; empty: synthetic demo data, made once
     model: str = ""  # base model: a hub name, a local folder, or "demo" for the small base that comes along
-    exclude: str = ""  # text file of samples to leave out, a path a line: scripts/check_data.py --quarantine writes one
-    start_from: str = ""  # checkpoint whose weights the run starts with, on this or other data; --model is then its base
+    exclude: str = rare("")  # text file of samples to leave out, a path a line: scripts/check_data.py --quarantine writes one
+    start_from: str = rare("")  # checkpoint whose weights the run starts with, on this or other data; --model is then its base
     output_dir: str = ""  # where run folders go; empty: outputs/ beside common/
     run_name: str = ""  # name of the run folder; empty: full or lora
-    overwrite: bool = False  # replace an existing run folder instead of taking the next free name
+    overwrite: bool = rare(False)  # replace an existing run folder instead of taking the next free name
     resume: bool = False  # go on where a stopped run left off: the same command with --resume added
     epochs: Count = 10  # passes over the training data
     max_steps_per_epoch: Annotated[int, Range(0, 10**9)] = 0  # cut every epoch short, for a smoke run; 0: whole epochs
@@ -87,19 +92,25 @@ class TrainConfig:
     gradient_accumulation_steps: BatchSize = 1  # backward passes per optimizer step: a large batch on a small device
     lr: Rate = 1e-4  # peak learning rate, reached after the warm-up, then down to zero by a cosine
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # pulls matrices towards zero; biases and norms are left alone
-    lr_head: RateOrZero = 1e-3  # least peak rate of a head with new weights, which has the longest way to go; 0: lr
+    lr_head: RateOrZero = rare(1e-3)  # least peak rate of a head with new weights, which has the longest way to go; 0: lr
     warmup_steps: Warmup = 0.1  # from zero to lr, since early gradients are large and noisy: below 1 a share of all steps
     max_grad_norm: Annotated[float, Range(0, 10**6)] = 1.0  # gradients longer than this are scaled down to it; 0: never
-    patience: CountOrZero = 0  # stop after this many epochs without a new best; 0: never
+    patience: CountOrZero = rare(0)  # stop after this many epochs without a new best; 0: never
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass; what trains stays fp32
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: a GPU where there is one
     num_workers: Workers = 0  # processes that prepare batches; 0: the main one does
-    threads: Threads = 0  # CPU threads of this process; 0: as torch chooses
+    threads: Threads = rare(0)  # CPU threads of this process; 0: as torch chooses
     seed: Seed = 0  # data order, augmentation and new weights are functions of it
-    save_steps: Annotated[int, Range(0, 10**9)] = 0  # save for resuming every N steps, too, for long epochs; 0: after an epoch
+    save_steps: Annotated[int, Range(0, 10**9)] = rare(0)  # save for resuming every N steps, too; 0: after each epoch
+    ema_decay: Annotated[float, Range(0, 0.99999)] = rare(0.0)  # judge and save a mean of the weights over steps (0.999); 0: off
+    compile: bool = rare(False)  # torch.compile for training: the first steps take minutes, the others less, above all on GPUs
+    push_to_hub: str = rare("")  # owner/name: where on the hub the best checkpoint goes after the run; private, if it is new
+    dry_run: bool = False  # train some steps, say what the whole run takes (time, memory, disk), and leave nothing
 
     def __post_init__(self):
         check_ranges(self)
+        if self.dry_run and self.resume:
+            raise UserError("--dry_run foretells a run from its start: leave --resume out")
 
 
 @dataclass
@@ -402,9 +413,9 @@ def make_parser(cls, doc: str | None, twin: Path | None = None) -> Parser:
     parser.kinds, parser.twin = field_kinds(cls), twin
     parser.add_argument("--version", nargs=0, action=Versions, default=argparse.SUPPRESS, help="of project and libraries")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
-    comments = field_comments(cls)
+    comments, seldom = field_comments(cls), parser.add_argument_group("seldom needed")
     for f in dataclasses.fields(cls):
-        add_flag(parser, f, parser.kinds[f.name], comments[f.name])
+        add_flag(seldom if "rare" in f.metadata else parser, f, parser.kinds[f.name], comments[f.name])
     return parser
 
 

@@ -12,8 +12,9 @@ from common.checkpoint import previous_of, read_json, recover
 from common.config import UserError, project_root, read_yaml
 from common.runtime import say
 
+ONCE = {"resume", "overwrite", "dry_run", "push_to_hub"}  # settings of one start, which who repeats the run may not want
 # Settings that say where and with what a run works: they do not change the weights (threads may, in the last bit).
-OF_THE_PLACE = {"resume", "overwrite", "device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
+OF_THE_PLACE = ONCE | {"device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
 FREE_ON_RESUME = OF_THE_PLACE | {"patience"}  # may differ when a run is taken up again; patience says when to stop, no more
 # What a start writes before anything else.
 OF_A_START = {".lock", "config.yaml", "summary.json", ".config.yaml.tmp", ".summary.json.tmp"}

@@ -139,6 +139,7 @@ class Record:
             "epochs": len(history) - 1 if history else 0,
             "steps": progress.step,
             "seconds": round(clock["seconds"], 2),
+            "predicted": progress.predicted,
             "train_seconds": round(clock["train_seconds"], 2),
             "samples_per_second": round(clock["samples"] / clock["train_seconds"], 2) if clock["train_seconds"] else None,
             "peak_memory_bytes": peak_memory(self.device),

@@ -10,20 +10,27 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from common.averaging import WeightAverage
 from common.batches import seed_everything, to_device
 from common.checkpoint import Progress, folder_bytes, load_moving_state, load_state, moving_state, save_state
 from common.config import UserError, write_yaml
-from common.folders import discard, forget_replaced, open_run_folder, other_setting
+from common.folders import ONCE, discard, forget_replaced, open_run_folder, other_setting
+from common.forecast import Enough, Forecast, compared, timed
+from common.hub import check_hub, push
 from common.optim import clip_gradients, follow_schedule, take_step
+from common.out_of_memory import advice, is_out_of_memory
 from common.record import Record, in_words, key_of, without_nan
 from common.runtime import (
     Interrupted,
     StopSignals,
+    check_compiler,
     from_main,
     gather_lists,
     guard,
     in_time,
+    peak_memory,
     process_index,
     progress_bar,
     say,
@@ -57,8 +64,8 @@ class Run:
     and from the others of the window from the old one.
 
     A schedule by epoch: give step_optimizer no scheduler, and call scheduler.step() after run.end_epoch, from where on until
-    the checkpoint is written nothing interrupts. An average of the weights: torch's AveragedModel, given to run.prepare like a
-    scheduler and updated after each step: `if run.step_optimizer(...): average.update_parameters(run.unwrap(model))`.
+    the checkpoint is written nothing interrupts. With --ema_decay the first model has its averaged weights from the last batch
+    of an epoch until the checkpoint to resume from is written: they are what is evaluated, and saved as the best.
     """
 
     def __init__(self, config, task: str, method: str):
@@ -77,6 +84,9 @@ class Run:
         self.under_way: Step | None = None  # the optimizer step, between its first batch and its end
         self.log_every = LOG_EVERY
         self.stop_wanted = 0  # the signal that some process got
+        self.forecast = Forecast(config)
+        self.average: WeightAverage | None = None  # with --ema_decay: of the first model
+        self.scratch = None  # the folder that a dry run takes away again
         self.ready = self.finished = False
         self.is_new = True  # False: goes on with a run that was stopped
 
@@ -97,6 +107,8 @@ class Run:
         self.rank, self.world = process_index()
         self.is_main = self.rank == 0
         self.device = self.accelerator.device
+        if self.config.push_to_hub:
+            from_main(lambda: check_hub(self.config.push_to_hub))
         self.folder = from_main(self.open_folder)
         self.best = self.folder / "checkpoints" / "best"
         self.last = self.folder / "checkpoints" / "last"
@@ -112,14 +124,17 @@ class Run:
 
     def __exit__(self, kind, error, _trace):
         self.signals.busy = True  # a second SIGTERM must not cut the last save short (a second Ctrl-C does)
-        status = "finished" if self.finished else "failed"
+        status = "finished" if self.finished or kind is Enough else "failed"
         if kind in (Interrupted, KeyboardInterrupt):
             status = "interrupted"
+        fault = None
+        if self.ready and is_out_of_memory(error):
+            kind, fault = UserError, UserError(advice(self.config, self.device))
         try:
             if status == "interrupted" and self.ready and self.under_way is None:  # what is in memory is whole
                 self.save()
         finally:
-            said = f"{kind.__name__}: {error}" if kind and status != "finished" else None
+            said = f"{kind.__name__}: {fault or error}" if kind and status != "finished" else None
             if self.ready or self.is_new:
                 self.record.write_summary(self.progress, {**self.described, "notes": self.notes}, status, said)
             self.record.close()
@@ -128,24 +143,36 @@ class Run:
             elif self.is_main:
                 self.lock.close()
             self.signals.__exit__()
+            if self.scratch:
+                self.scratch.cleanup()
         if self.world > 1:
             # A thread of gloo frees the last tensors that were sent, and needs Python's lock for it. With torch 2.11 the process
             # hangs if DDP, which waits for that thread, is freed first: 6 of 100 short runs did.
             time.sleep(0.2)
-            if kind is None:
+            if kind in (None, Enough):
                 self.accelerator.end_training()
         if status == "interrupted":
-            say(f"stopped at step {self.step}; run the same command with --resume to go on")
+            if not self.config.dry_run:
+                say(f"stopped at step {self.step}; run the same command with --resume to go on")
             raise SystemExit(128 + getattr(error, "signum", 2)) from None
+        if fault:
+            raise fault from error
+        return kind is Enough
 
     def open_folder(self) -> Path:
-        folder, self.lock = open_run_folder(self.config, self.task, self.method)
+        """The run folder, locked; of a dry run one that goes with it."""
+        config = self.config
+        if config.dry_run:
+            self.scratch = TemporaryDirectory(prefix="dry-run-")
+            config = dataclasses.replace(config, output_dir=self.scratch.name)
+        folder, self.lock = open_run_folder(config, self.task, self.method)
         return folder
 
     def write_start(self) -> None:
         """config.yaml, and a summary.json that says that the run is under way."""
         if self.is_main:
-            write_yaml(dataclasses.replace(self.config, resume=False, overwrite=False), self.folder / "config.yaml")
+            once = {f.name: f.default for f in dataclasses.fields(self.config) if f.name in ONCE}
+            write_yaml(dataclasses.replace(self.config, **once), self.folder / "config.yaml")
         self.record.write_summary(self.progress, self.described, "running")
 
     def describe(self, **parts) -> None:
@@ -165,8 +192,6 @@ class Run:
         import torch
         from accelerate import DistributedDataParallelKwargs
 
-        from common.lora import count_parameters
-
         self.find_unused = find_unused
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=find_unused)
         ready = []
@@ -174,6 +199,9 @@ class Run:
             if isinstance(thing, torch.optim.swa_utils.AveragedModel):
                 self.companions.append(thing.to(self.device))
             elif isinstance(thing, torch.nn.Module):
+                if self.config.compile:
+                    check_compiler(self.device)
+                    thing.compile()  # in place: its class, and the names of its tensors, stay as they are
                 thing = self.accelerator.prepare_model(thing)
                 self.models.append(thing)
                 self.bare_models.append(self.unwrap(thing))
@@ -183,12 +211,10 @@ class Run:
             else:
                 self.companions.append(thing)
             ready.append(thing)
-        counts = [count_parameters(model) for model in self.models]
-        total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
-        counted = self.described.setdefault("parameters", {"total": total, "trainable": trains})
-        share = counted["trainable"] / counted["total"]
-        say(f"{counted['trainable']:,} of {counted['total']:,} parameters train ({share:.2%}), on {self.device}")
-        say(f"run folder {self.folder}")  # not earlier: a start that is refused leaves none
+        if self.config.ema_decay:
+            self.average = WeightAverage(self.bare_models[0], self.config.ema_decay)
+            self.companions.append(self.average)
+        self.say_start()
         if self.config.resume:
             self.restore()
             self.record.go_on(self.progress)
@@ -198,6 +224,18 @@ class Run:
         self.ready = True
         self.signals.wait_always = self.world > 1  # until now there was nothing to save together
         return ready if len(ready) > 1 else ready[0]
+
+    def say_start(self) -> None:
+        """How much trains, where, and which folder the run leaves; not earlier, since a start that is refused leaves none."""
+        from common.lora import count_parameters
+
+        counts = [count_parameters(model) for model in self.models]
+        total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
+        counted = self.described.setdefault("parameters", {"total": total, "trainable": trains})
+        share = counted["trainable"] / counted["total"]
+        say(f"{counted['trainable']:,} of {counted['total']:,} parameters train ({share:.2%}), on {self.device}")
+        if not self.config.dry_run:
+            say(f"run folder {self.folder}")
 
     def unwrap(self, model):
         """The model itself, without what several processes wrap around it."""
@@ -223,23 +261,24 @@ class Run:
     def total_steps(self, loader) -> int:
         """Optimizer steps of the whole run, for the schedule."""
         steps = -(-len(loader.batch_sampler) // self.config.gradient_accumulation_steps)
-        total = self.config.epochs * min(steps, self.config.max_steps_per_epoch or steps)
+        total = self.forecast.total = self.config.epochs * min(steps, self.config.max_steps_per_epoch or steps)
         self.log_every = max(1, min(LOG_EVERY, total // STEP_LINES))
         return total
 
-    def epochs(self, before):
+    def epochs(self, val_loader=None, *, before):
         """Yields the epochs that are left, from 1. before() gives the metrics of the untrained model, for the record.
 
+        val_loader: what before() goes over, of which a dry run may take a part.
         What the loop's body saved (the best model) is on disk when the checkpoint to resume from is written.
         """
         progress = self.progress
         if not progress.history:
-            record = {"epoch": 0, "step": 0, **without_nan(before())}
+            record = {"epoch": 0, "step": 0, **without_nan(self.forecast.validate(before, val_loader))}
             self.signals.busy = True
             progress.history.append(record)
             self.record.add(record)
             say(f"before training: {in_words(record)}")
-            self.save_and_stop_if_asked()
+            _, self.forecast.saving = timed(self.save_and_stop_if_asked)
         first = progress.epoch
         while progress.epoch <= self.config.epochs and not self.out_of_patience():
             yield progress.epoch
@@ -280,7 +319,8 @@ class Run:
         with bar:
             while progress.batches_done < len(plan):
                 number = progress.batches_done  # of this batch in the epoch
-                batch = to_device(next(batches), self.device)
+                with self.forecast.waiting():
+                    batch = to_device(next(batches), self.device)
                 self.signals.busy = True
                 if number % accumulate == 0:
                     self.under_way = Step(min(accumulate, len(plan) - number), self.device, self.world)
@@ -292,11 +332,21 @@ class Run:
                 progress.batches_done += 1
                 if self.under_way.is_last_batch():
                     self.end_step(began)
+                    self.foretell(loader, epoch, progress.batches_done == len(plan))
                     began = time.monotonic()
                     bar.set_postfix_str(self.where(len(plan)), refresh=False)
                 bar.update()
         if hasattr(loader.dataset, "new_faults"):
             self.leave_out(gather_lists(loader.dataset.new_faults()))
+        if self.average:
+            self.average.use(True)
+
+    def foretell(self, loader, epoch: int, epoch_ends: bool) -> None:
+        """After enough steps, once: what the whole run will take. There a dry run ends."""
+        if self.progress.predicted is None and self.forecast.is_due(epoch_ends):
+            self.progress.predicted = self.forecast.foretell(self, loader, epoch)
+            if self.config.dry_run:
+                raise Enough
 
     def where(self, batches: int) -> str:
         """Where the training stands, in words; batches: of an epoch. The time left is that of the training steps alone."""
@@ -407,7 +457,13 @@ class Run:
             self.record.tick(self.progress)
             took = in_time(self.progress.clock["seconds"])
             say(f"finished after {took}: best {name} {value} in epoch {best['epoch']}{self.progress.no_better()}")
+            if predicted := self.progress.predicted:
+                peak = peak_memory(self.device)
+                say(compared(predicted, self.progress.clock["seconds"], peak["gpu"] or peak["cpu"], folder_bytes(self.best)))
             say(f"saved {self.best} ({folder_bytes(self.best) / 1e6:.2f} MB); curves.png and summary.json in {self.folder}")
+            if self.config.push_to_hub:
+                with self.guard("the upload"):
+                    push(self.best, self.config.push_to_hub)
             self.say_next()
 
     def say_next(self) -> None:
@@ -436,8 +492,12 @@ class Run:
         if progress.step + 1 >= FIRST_STEPS:
             self.stop_if_idle()
         progress.step += 1
+        if self.average:
+            self.average.update()
         progress.count_losses(step.means("loss"))
-        clock["train_seconds"] += time.monotonic() - began
+        seconds = time.monotonic() - began
+        clock["train_seconds"] += seconds
+        self.forecast.count(seconds)
         clock["samples"] += sum(map(len, step.files)) * self.world
         self.under_way = None
         if logs:
@@ -473,18 +533,23 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint to resume from: everything that moves, and where the training stands."""
         self.record.tick(self.progress)
+        if self.average:
+            self.average.use(False)
         if not self.is_main:
             return
-        state = {
+        now = {"log_bytes": self.record.size(), "processes": self.world}
+        now |= {what: self.described.get(what) for what in ("base", "data")}
+        now["settings"] = dataclasses.asdict(self.config)
+        save_state(self.last, self.state(), dataclasses.asdict(dataclasses.replace(self.progress, **now)))
+
+    def state(self) -> dict:
+        """Everything that moves."""
+        return {
             "models": [moving_state(model) for model in self.bare_models],
             "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
             "schedulers": [companion.state_dict() for companion in self.companions],
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
         }
-        now = {"log_bytes": self.record.size(), "processes": self.world}
-        now |= {what: self.described.get(what) for what in ("base", "data")}
-        now["settings"] = dataclasses.asdict(self.config)
-        save_state(self.last, state, dataclasses.asdict(dataclasses.replace(self.progress, **now)))
 
     def restore(self) -> None:
         """Loads the newest whole checkpoint into what was prepared, if there is one, and cuts metrics.jsonl to its length."""

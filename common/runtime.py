@@ -76,6 +76,17 @@ def choose_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def check_compiler(device) -> None:
+    """UserError where torch.compile does not work: no C++ compiler, no Triton, a Python that torch does not know yet."""
+    import torch
+
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except Exception as error:  # of the compiler, of its backend, of the linker
+        fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--compile: torch.compile does not work here; is there a C++ compiler? ({fault[:150]})") from None
+
+
 def process_index() -> tuple[int, int]:
     """(this process, number of processes)."""
     import torch

@@ -94,7 +94,7 @@ def main(argv=None):
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the adapter with the best validation accuracy, every class counting the same.
-        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, classes)):  # with a zero-shot head: CLIP as it is
+        for epoch in run.epochs(val_loader, before=lambda: evaluate(model, val_loader, classes)):  # zero-shot head: CLIP as it is
             train_mode(model)
             for batch in run.batches(train_loader, epoch):
                 logits = model(pixel_values=batch["pixel_values"]).logits

@@ -69,7 +69,7 @@ def main(argv=None):
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model whose meshes overlap best with the held-out organs.
-        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader)):
+        for epoch in run.epochs(val_loader, before=lambda: evaluate(run.unwrap(model), val_loader)):
             model.train()
             for batch in run.batches(train_loader, epoch):
                 cubes = model(batch["coords"], batch["inputs"])

@@ -90,7 +90,7 @@ def main(argv=None):
 
         # 2. Train; keep the adapter whose conversions come closest to the held-out recordings.
         sounds = run.folder / "predictions"  # what a few held-out clips sound like before, and after the epoch that was last
-        for epoch in run.epochs(before=lambda: evaluate(run.unwrap(model), val_loader, sounds / "before")):
+        for epoch in run.epochs(val_loader, before=lambda: evaluate(run.unwrap(model), val_loader, sounds / "before")):
             model.train()
             for batch in run.batches(train_loader, epoch):
                 out = model(*(batch[key] for key in MODEL_INPUTS))

@@ -66,7 +66,7 @@ def main(argv=None):
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model with the best validation accuracy, every class counting the same.
-        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, classes)):
+        for epoch in run.epochs(val_loader, before=lambda: evaluate(model, val_loader, classes)):
             train_mode(model)
             for batch in run.batches(train_loader, epoch):
                 logits = model(pixel_values=batch["pixel_values"]).logits

@@ -76,7 +76,7 @@ def main(argv=None):
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 
         # 2. Train; keep the model with the best validation mAP.
-        for epoch in run.epochs(before=lambda: evaluate(model, processor, val_loader, classes)):
+        for epoch in run.epochs(val_loader, before=lambda: evaluate(model, processor, val_loader, classes)):
             train_mode(model)
             for batch in run.batches(train_loader, epoch):
                 outputs = model(**batch)

@@ -73,7 +73,7 @@ def main(argv=None):
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model with the smallest error on the validation data.
-        for epoch in run.epochs(before=lambda: evaluate(model, val_loader, points)):
+        for epoch in run.epochs(val_loader, before=lambda: evaluate(model, val_loader, points)):
             model.train()
             for batch in run.batches(train_loader, epoch):
                 coords, _, heatmaps = model(batch["pixel_values"])
