@@ -1,0 +1,241 @@
+"""A comparison as tables, Markdown and what the terminal shows."""
+
+from pathlib import Path
+
+from bootstrap import interval_over_seeds
+from compare_runs import SEPARATE
+from compare_words import interval, megabytes, number, p_value, percent, ratio, signed, times
+
+NEW_HEADS = {"classification", "detection", "pose"}  # tasks whose model starts with a head that knows nothing yet
+SHORT = 12  # characters of a hash that are shown
+
+
+# Tables ----------------------------------------------------------------------------------------------------------------
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with columns of equal width, so that it reads well in a terminal, too."""
+    lines = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in lines) for i in range(len(head))]
+
+    def line(cells):
+        return "| " + " | ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(cells)) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
+
+
+def main_table(runs: list[dict], metric: str, memory: str, split: str) -> str:
+    """A column for each row of runs, a line for each fact."""
+
+    def row(name, key, show=number):
+        return [name, *(show(run.get(key)) for run in runs)]
+
+    best = [row(f"{metric} best" if split == "val" else f"{metric}, test split", "metric")]
+    return table(
+        ["", *(run["label"] for run in runs)],
+        [
+            row(f"{metric} before training", "metric_before"),
+            *best,
+            *([row("95 % interval", "interval", interval)] if any("interval" in run for run in runs) else []),
+            *([row(f"{metric} best (val)", "metric_best")] if split != "val" else []),
+            row(f"{metric} final", "metric_final"),
+            row("best epoch", "best_epoch"),
+            row("trained parameters", "trained_parameters"),
+            row("of all parameters", "trained_percent", percent),
+            row("checkpoint", "checkpoint_bytes", megabytes),
+            row("training steps", "train_seconds", lambda x: number(x, "s")),
+            row("whole run", "seconds", lambda x: number(x, "s")),
+            row("samples per second", "samples_per_second", lambda x: "unknown" if x is None else f"{x:,.1f}"),
+            row(f"peak memory ({memory.upper()})", "peak_memory_bytes", megabytes),
+        ],
+    )
+
+
+def methods_table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) with the base as it is and each method in a row: what it reaches, how sure that is, what it takes."""
+    metric, base = record["metric"], record["compared_with"]
+    head = ["method", metric, f"minus {base}", "checkpoint", "95 % in all", "95 % over seeds", "seeds", "McNemar p"]
+    head += ["trained", "training", "memory"]
+    before, where = record["before"], "" if record["before_split"] == record["split"] else " (val)"
+    rows = [[before_name(record) + where, number(before), *[""] * 9]]
+    for run in sorted(record["runs"], key=lambda run: run["checkpoint_bytes"] or 0):
+        p = (run.get("agreement") or {}).get("p")
+        rows.append([
+            run["label"],
+            number(run["metric"]),
+            signed(run["difference"]) if "difference" in run else "",
+            megabytes(run["checkpoint_bytes"]),
+            interval(run["interval"]) if "interval" in run else "",
+            over_seeds(run),
+            str(len(run["seeds"])),
+            "" if p is None else p_value(p),
+            number(run["trained_parameters"]),
+            number(run["train_seconds"], "s"),
+            megabytes(run["peak_memory_bytes"]),
+        ])  # fmt: skip
+    shown = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows)]
+    return [head[i] for i in shown], [[row[i] for i in shown] for row in rows]
+
+
+def before_name(record: dict) -> str:
+    return "new head, untrained" if record["task"] in NEW_HEADS else "base as it is"
+
+
+def over_seeds(run: dict) -> str:
+    values = [each["metric"] for each in run["runs"]]
+    ends = interval_over_seeds(values) if None not in values else None
+    return "" if ends is None else interval(ends)
+
+
+def all_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) with each comparison in a row."""
+    head = ["comparison", "LoRA", "full", "LoRA minus full", "checkpoints", "head alone", "before", "seeds", "samples", "metric"]
+    rows = []
+    for record in records:
+        named = {run["method"]: run for run in reversed(record["runs"])} | {"lora": lora_of(record)}
+        lora, full = named["lora"], named["full"]
+        factor = ratio(full["checkpoint_bytes"], lora["checkpoint_bytes"])
+        size = f"{megabytes(lora['checkpoint_bytes'])}, {megabytes(full['checkpoint_bytes'])}"
+        rows.append([
+            record["title"],
+            number(lora["metric"]),
+            number(full["metric"]),
+            signed(lora["difference"]) if "difference" in lora else "unknown",
+            size + (f" ({times(factor)})" if factor else ""),
+            number(named["head"]["metric"]) if "head" in named else "",
+            number(record["before"]) if record["before_split"] == record["split"] else f"{number(record['before'])} (val)",
+            "/".join(dict.fromkeys(str(len(run["seeds"])) for run in (lora, full))),
+            f"{lora['samples']} {record['split']}" if "samples" in lora else record["split"],
+            record["metric"] + ("" if record["higher_is_better"] else " (less is better)"),
+        ])  # fmt: skip
+    return head, rows
+
+
+def lora_of(record: dict) -> dict:
+    """The row that a comparison is about: LoRA's, else the first that is not the one compared with."""
+    others = [run for run in record["runs"] if run["label"] != record["compared_with"]]
+    return next((run for run in others if run["method"] == "lora"), others[0])
+
+
+# Markdown --------------------------------------------------------------------------------------------------------------
+
+
+def one_page(record: dict) -> tuple[str, str]:
+    """(what the terminal shows of a comparison, the whole of it as Markdown)."""
+    several = any(len(run["seeds"]) > 1 for run in record["runs"])
+    parts = [*record["verdict"], *(f"Note: {note}" for note in record["notes"])]
+    parts += [table(*methods_table(record))] if several else []
+    parts += [main_table(record["runs"], record["metric"], record["memory"], record["split"])]
+    shown = "\n\n".join(parts) + "\n"
+    picture = "\n![metric, checkpoint size, trained parameters and training time of the runs](compare.png)\n"
+    return shown, f"# {record['heading']}\n\n{shown}{picture}{rest_of_page(record)}"
+
+
+def rest_of_page(record: dict) -> str:
+    """The other metrics, the settings that differ, and how to read it all, as Markdown."""
+    runs, text, labels = record["runs"], "", [run["label"] for run in record["runs"]]
+    names = dict.fromkeys(name for run in runs for name in run["metrics"] if name not in ("epoch", "step"))
+    if names:
+        what = "of the best epoch" if record["split"] == "val" else "of the test split"
+        rows = [[name, *(number(run["metrics"].get(name)) for run in runs)] for name in names]
+        text += f"\n## All metrics {what}\n\n{table(['', *labels], rows)}\n"
+    if rows := settings_that_differ(record):
+        text += f"\n## Settings that differ\n\n{table(['', *labels], rows)}\n"
+    if "agreement" in lora_of(record):
+        text += f"\n## Who is right\n\n{table(*agreement_table(record))}\n"
+    text += "\n## How to read it\n\n" + "".join(f"- {line}\n" for line in how_to_read([record]))
+    return text + "\n" + "".join(f"- {run['label']}: `{each['folder']}`\n" for run in runs for each in run["runs"])
+
+
+def settings_that_differ(record: dict) -> list[list[str]]:
+    configs = record["configs"]
+    names = dict.fromkeys(name for config in configs for name in config if name not in SEPARATE)
+    rows = [[name, *(str(config.get(name, "-"))[:60] for config in configs)] for name in names]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def agreement_table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): of how many answers both are right, one of the two, neither."""
+    run, other = lora_of(record), record["compared_with"]
+    found = run["agreement"]
+    total = sum(found[key] for key in ("both", "first", "second", "neither"))
+
+    def cell(key):
+        return f"{found[key]:,} ({100 * found[key] / total:.1f} %)"
+
+    head = [f"answers to {found['samples']} samples", f"{other} right", f"{other} wrong"]
+    rows = [[f"{run['label']} right", cell("both"), cell("first")], [f"{run['label']} wrong", cell("second"), cell("neither")]]
+    return head, rows
+
+
+def how_to_read(records: list[dict]) -> list[str]:
+    """What the words and numbers of these comparisons mean: a line each."""
+    test, seeds = any(r["split"] == "test" for r in records), max(len(run["seeds"]) for r in records for run in r["runs"])
+    lines = ["*best* is the epoch that the validation metric chose; the same samples choose it and measure it, for every run."]
+    if test:
+        lines = ["The metric is that of the test split, which chose nothing; the validation split chose the epoch."]
+        if any(r["split"] == "val" for r in records):
+            lines += ["Where there is no test split, or a run was not scored on it, the validation split chose and measures it."]
+    drawn = "bootstrap, the same draws for every run"
+    lines += [
+        f"*95 % interval*, *in all*: where the metric lies if the samples are drawn anew ({drawn})"
+        + (" and other seeds are trained. *Over seeds*: Student's t of the seeds alone." if seeds > 1 else ".")
+        + " A difference whose interval holds 0 is not shown, which is not to say that there is none."
+    ]
+    if len(records) > 1:
+        lines += ["Each interval is of 95 %: of twenty comparisons without any difference one would show one."]
+    if any("agreement" in run for r in records for run in r["runs"]):
+        lines += [
+            "*McNemar p*: how likely it is that one of the two is right so much more often where only one is, if none of them is "
+            "better; each sample has one vote. A difference is shown where p is below 0.05, too."
+        ]
+    if seeds > 1:
+        lines += ["Where there are several seeds, numbers are means over them, and seeds are compared with themselves."]
+    else:
+        lines += ["These are single runs. Another `--seed` shows how much of a difference is chance of the training."]
+    lines += [
+        "*checkpoint* is what you keep of a run. An adapter also needs its base model, once for all adapters.",
+        "*peak memory* on a CPU counts the whole process, libraries included; on a GPU what torch had allocated.",
+    ]
+    return lines
+
+
+def all_pages(sentence: str, records: list[dict], notes: list[str]) -> tuple[str, str]:
+    """(what the terminal shows of several comparisons, the whole of them as Markdown)."""
+    shown = "\n\n".join(
+        [sentence, table(*all_table(records)), *(f"{r['title']}: {r['claim']}" for r in records), *(f"Note: {n}" for n in notes)]
+    )
+    text = f"# Full or LoRA?\n\n{sentence}\n\n{table(*all_table(records))}\n"
+    text += "".join(f"\nNote: {note}\n" for note in notes)
+    for record in records:
+        text += f"\n## {record['title']}\n\n{record['claim']}\n\n{table(*methods_table(record))}\n"
+        text += "".join(f"\nNote: {note}\n" for note in record["notes"])
+        text += f"\n{made_by(record)}\n"
+    text += "\n## How to read it\n\n" + "".join(f"- {line}\n" for line in how_to_read(records))
+    return shown + "\n", text
+
+
+def made_by(record: dict) -> str:
+    """Which base and data, on which machine, with which versions: one paragraph."""
+    where = record["provenance"]
+    versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "transformers", "peft") if where[name])
+    base, data = ((where[f"{what}_name"], where[f"{what}_sha256"]) for what in ("base", "data"))
+    named = [f"{Path(name or 'unknown').name} ({(digest or 'no hash')[:SHORT]})" for name, digest in (base, data)]
+    return f"Base {named[0]}, data {named[1]}; {where['machine']}; {versions}."
+
+
+# docs/results.md -------------------------------------------------------------------------------------------------------
+
+
+def results_page(sentence: str, records: list[dict], notes: list[str]) -> str:
+    """The page of results that goes with the project: verdicts and tables alone, and no path of the machine that made them."""
+    text = f"# Results: full fine-tuning against LoRA\n\n{sentence}\n\n{table(*all_table(records))}\n\n"
+    text += "`python scripts/compare.py --all --results docs/results.md` made this page from the run folders"
+    text += " ([how to read it](comparing.md)).\n"
+    text += "".join(f"\nNot in it: {note.partition(': ')[0]}.\n" for note in notes)  # the rest names folders
+    for record in records:
+        text += f"\n## {record['title']}\n\n{record['claim']}\n\n{table(*methods_table(record))}\n\n{made_by(record)}\n"
+        if "agreement" in lora_of(record):
+            text += f"\n{table(*agreement_table(record))}\n"
+    return text + "\n## How to read it\n\n" + "".join(f"- {line}\n" for line in how_to_read(records))

@@ -1,0 +1,399 @@
+"""scripts/compare.py over seeds and tasks: what was planted is found, what is not there is not claimed, the page stands alone."""
+
+import json
+import re
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from common.config import UserError
+from planted_runs import plant, plant_task
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from bootstrap import agreement, interval_over_seeds, intervals, read_samples  # noqa: E402
+from compare import compare_all, compared, main, rows_of  # noqa: E402
+from compare_plots import draw_classes, draw_pareto, draw_rank_curve, draw_sweep  # noqa: E402
+from compare_text import lora_of  # noqa: E402
+from compare_words import claim, judge, overall  # noqa: E402
+
+
+def compare_task(folder):
+    """The one comparison of the runs of a task's folder."""
+    (record,), notes = compare_all([folder.parent], force=False)
+    assert notes == []
+    return record
+
+
+# ---- what is claimed ---------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_difference_is_found_and_not_overstated(tmp_path):
+    record = compare_task(plant_task(tmp_path, lora={"better": -0.1}))
+    assert (
+        record["judgement"]["kind"] == "worse" and 0.05 < record["judgement"]["by"] < 0.11 and record["judgement"]["seeds"] == 3
+    )
+    assert (
+        record["claim"].startswith("LoRA is worse than full by at least 0.0")
+        and "by 3 seeds and 80 validation" in record["claim"]
+    )
+    record = compare_task(plant_task(tmp_path / "up", "voice_rvc", lora={"better": 0.1}))
+    assert record["judgement"]["kind"] == "better" and record["claim"].startswith("LoRA is better than full by at least 0.0")
+
+
+def paired(rng, seeds=3, samples=60, of_seed=0.0, own=1.0):
+    """[seed -> record] of two methods whose true difference is 0."""
+    hard = rng.normal(size=samples)
+    return [
+        {
+            seed: {
+                "rows": [{"file": str(i), "value": float(x)} for i, x in enumerate(hard + own * rng.normal(size=samples) + shift)]
+            }
+            for seed, shift in enumerate(of_seed * rng.normal(size=seeds))
+        }
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("of_seed", [0.0, 0.3])
+def test_where_there_is_no_difference_hardly_one_in_twenty_is_claimed(monkeypatch, of_seed):
+    monkeypatch.setattr("bootstrap.DRAWS", 200)
+    rng = np.random.default_rng(0)
+    claimed = 0
+    for _ in range(150):
+        low, high = intervals(paired(rng, of_seed=of_seed), 0)[1]["difference"]
+        claimed += not low <= 0 <= high
+    assert claimed <= 150 * 0.09  # 5 % would be 7.5, and a binomial's 97.5 % point 13
+
+
+def test_seeds_that_scatter_widen_the_interval_of_their_mean():
+    rng = np.random.default_rng(0)
+    same, apart = (intervals(paired(rng, of_seed=spread), 0)[1]["difference"] for spread in (0.0, 2.0))
+    assert apart[1] - apart[0] > 4 * (same[1] - same[0])
+
+
+def test_the_interval_over_seeds_is_students():
+    from scipy.stats import sem, t
+
+    values = [0.91, 0.93, 0.90, 0.95]
+    assert interval_over_seeds(values) == pytest.approx(t.interval(0.95, 3, np.mean(values), sem(values)))
+    assert interval_over_seeds([0.9]) is None
+
+
+def answers(right):
+    return {"rows": [{"file": str(i), "label": 0, "right": bool(r)} for i, r in enumerate(right)]}
+
+
+def test_mcnemar_is_scipys_exact_test_and_a_sample_has_one_vote():
+    from scipy.stats import binomtest
+
+    rng = np.random.default_rng(0)
+    a, b = rng.random(100) < 0.8, rng.random(100) < 0.6
+    found = agreement({0: answers(a)}, {0: answers(b)})
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    assert (found["first"], found["second"], found["both"]) == (only_a, only_b, int((a & b).sum()))
+    assert found["p"] == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
+    thrice = agreement({s: answers(a) for s in range(3)}, {s: answers(b) for s in range(3)})
+    assert thrice["p"] == found["p"] and thrice["first"] == 3 * only_a and thrice["samples"] == 100
+
+
+def test_four_answers_to_none_are_no_evidence(tmp_path):
+    record = {"rows": [{"file": str(i), "label": i % 2, "right": True} for i in range(48)]}
+    worse = {"rows": [row | {"right": i > 3} for i, row in enumerate(record["rows"])]}
+    row = intervals([{0: record}, {0: worse}], 0)[1]
+    assert row["difference"][1] < 0 or row["difference"][1] == 0
+    row |= {"metric": 0.9, "agreement": agreement({0: worse}, {0: record})}
+    assert row["agreement"]["p"] == 0.125 and judge(row, True)["kind"] == "none"
+
+
+def test_samples_of_a_group_are_drawn_together():
+    rng = np.random.default_rng(0)
+    patients = np.repeat(rng.normal(size=30), 10)
+
+    def width(group):
+        rows = [{"file": str(i), "value": float(x)} | ({"group": f"p{i // 10}"} if group else {}) for i, x in enumerate(patients)]
+        found = intervals([{0: {"rows": rows}}], 0)[0]
+        return found["interval"][1] - found["interval"][0], found["samples"]
+
+    (apart, many), (together, few) = width(False), width(True)
+    assert (many, few) == (300, 30) and together > 2.5 * apart  # sqrt(10) = 3.2 times
+
+
+# ---- sentences ---------------------------------------------------------------------------------------------------------
+
+FULL = {"method": "full", "metric": 0.9, "checkpoint_bytes": 1_000_000}
+
+
+def said(up=True, **lora):
+    lora = {"method": "lora", "metric": 0.8, "checkpoint_bytes": 100_000, "samples": 100} | lora
+    record = {"metric": "accuracy", "higher_is_better": up, "split": "test", "runs": [FULL, lora]}
+    return claim(lora, FULL, record)
+
+
+@pytest.mark.parametrize(
+    ("lora", "up", "words"),
+    [
+        ({"difference": [-0.2, -0.05], "shared": [0, 1]}, True, "LoRA is worse than full by at least 0.050 (accuracy 0.800"),
+        ({"difference": [-0.2, -0.05], "shared": [0, 1]}, False, "LoRA is better than full by at least 0.050"),
+        ({"difference": [0.02, 0.3], "shared": [0, 1]}, True, "LoRA is better than full by at least 0.020"),
+        ({"difference": [-0.2, 0.05], "shared": [0, 1]}, True, "No difference is shown between LoRA and full; if LoRA is worse, "
+         "by at most 0.200"),
+        ({"difference": [-0.2, 0.05], "shared": [0, 1]}, False, "if LoRA is worse, by at most 0.050"),
+        ({"difference": [-0.2, -0.05], "shared": [0], "agreement": {"p": 0.2}}, True, "No difference is shown"),
+        ({"difference": [-0.2, -0.05], "shared": [0, 1, 2]}, True, "within -0.200 to -0.050, by 3 seeds and 100 test samples)"),
+        ({"difference": [-0.2, -0.05], "shared": [0]}, True, "That is one seed: another training may turn out otherwise."),
+        ({"difference": [-0.2, -0.05], "shared": [None]}, True, "by 100 test samples)"),
+        ({"samples": 12}, True, "LoRA and full cannot be told apart by 12 test samples (accuracy 0.800 against 0.900)."),
+        ({}, True, "LoRA reaches accuracy 0.800 against 0.900 of full; how much of that is chance is not known."),
+        ({}, True, "Its checkpoint has 0.10 MB against 1.00 MB (10.0x smaller)."),
+    ],
+)  # fmt: skip
+def test_a_claim_says_what_its_interval_carries(lora, up, words):
+    assert words in said(up, **lora)
+    assert ("one seed" in said(up, **lora)) == (lora.get("shared") == [0])
+
+
+def judged(title, kind, by=None, seeds=3, full=1_000_000):
+    found = {"kind": kind, "by": by, "seeds": seeds}
+    return {"title": title, "judgement": found, "metric": "acc", "bytes": {"lora": 100_000, "full": full}}
+
+
+@pytest.mark.parametrize(
+    ("records", "sentence"),
+    [
+        (
+            [judged("a", "none", 0.1), judged("b", "none", 0.1, full=3_200_000)],
+            "Of 2 comparisons LoRA shows no difference to full fine-tuning in 2; its checkpoints are 10.0x to 32x smaller.",
+        ),
+        (
+            [judged("a", "none", 0.1), judged("b", "worse", 0.02), judged("c", "better", 0.3, 1), judged("d", "few")],
+            "Of 4 comparisons LoRA shows no difference to full fine-tuning in 1, is worse in 1 (b by at least 0.020 acc), is "
+            "better in 1 (c by at least 0.300 acc) and cannot be judged by so few samples in 1 (d); its checkpoints are 10.0x "
+            "smaller; one seed only of c.",
+        ),
+        (
+            [judged("a", "unknown", seeds=0, full=None)],
+            "Of 1 comparison LoRA cannot be judged without samples in 1 (a).",
+        ),
+        (
+            [judged("a", "worse", 0.02, 1, full=50_000)],
+            "Of 1 comparison LoRA is worse in 1 (a by at least 0.020 acc); its checkpoints are 2.0x larger; one seed only.",
+        ),
+    ],
+)
+def test_the_sentence_over_all_counts_what_is_shown(records, sentence):
+    assert overall(records) == sentence
+
+
+# ---- which runs are one row, which are alike ---------------------------------------------------------------------------
+
+
+def test_seeds_are_one_row_with_their_mean_and_the_newest_of_one_seed_counts(tmp_path, capsys):
+    folder = plant_task(tmp_path, methods=("full", "lora", "head"))
+    plant(folder / "lora_again", "lora", 1, ended="2025-06-01T00:00:00+00:00", metrics__best={"pixel_error": 0.5, "epoch": 1})
+    record = compare_task(folder)
+    assert [(run["label"], run["seeds"]) for run in record["runs"]] == [
+        ("full", [0, 1, 2]),
+        ("lora", [0, 1, 2]),
+        ("head", [0, 1, 2]),
+    ]
+    lora = lora_of(record)
+    assert lora["metric"] == pytest.approx(np.mean([each["metric"] for each in lora["runs"]])) and lora["train_seconds"] == 51
+    assert lora["runs"][1]["metric"] == 0.5 and record["left_out"] == ["lora_s1 (a newer run has this seed)"]
+    assert "lora_s1 (a newer run has this seed)" in capsys.readouterr().err
+
+
+def test_of_a_sweep_the_rate_with_the_most_seeds_is_shown_and_further_ranks_have_rows(tmp_path):
+    folder = plant_task(tmp_path)
+    for rate in (1e-3, 1e-2):
+        plant(folder / f"lora_lr{rate:g}_s0", "lora", 0, config__lr=rate, ended="2025-06-01T00:00:00+00:00")
+    plant(folder / "lora_r32_s0", "lora", 0, config__lora_r=32)
+    record = compare_task(folder)
+    assert [run["label"] for run in record["runs"]] == ["full", "lora", "lora_r32_s0"] and len(record["left_out"]) == 2
+    assert lora_of(record)["seeds"] == [0, 1, 2]
+
+
+def test_splits_that_depend_on_the_seed_are_paired_within_a_seed(tmp_path):
+    folder = plant_task(tmp_path, lora={"better": -0.1})
+    for seed in range(3):
+        for method in ("full", "lora"):
+            run = folder / f"{method}_s{seed}"
+            summary, samples = (json.loads((run / name).read_text()) for name in ("summary.json", "samples.json"))
+            summary["data"]["sha256"] = str(seed) * 64
+            for row in samples["rows"]:
+                row["file"] = f"{seed}-{row['file']}"  # no two seeds share a sample
+            (run / "summary.json").write_text(json.dumps(summary))
+            (run / "samples.json").write_text(json.dumps(samples))
+    record = compare_task(folder)
+    assert record["judgement"] | {"by": 0} == {"kind": "worse", "by": 0, "seeds": 3} and lora_of(record)["samples"] == 240
+    assert record["provenance"]["splits"] == 3
+    rows = rows_of([folder / "full_s0", folder / "lora_s1"])
+    with pytest.raises(UserError, match="data.sha256"):
+        compared(rows, False, [])
+    plant(folder / "lora_s2", "lora", 2, data__sha256="e" * 64)
+    with pytest.raises(UserError, match="data.sha256"):
+        compared(rows_of([folder / f"{method}_s{seed}" for method in ("full", "lora") for seed in (1, 2)]), False, [])
+
+
+def test_the_test_split_counts_where_every_run_has_it(tmp_path):
+    folder = plant_task(tmp_path, split=("val", "test"))
+    record = compare_task(folder)
+    assert record["split"] == "test" and record["runs"][0]["metric"] != record["runs"][0]["metric_best"]
+    assert record["before_split"] == "val" and "test samples" in record["claim"]
+    (folder / "lora_s2" / "eval_test.json").unlink()
+    record = compare_task(folder)
+    assert record["split"] == "val" and "Not every run was scored on the test split" in " ".join(record["notes"])
+
+
+def test_what_the_base_reaches_is_taken_from_the_test_split_where_it_was_scored(tmp_path):
+    folder = plant_task(tmp_path, "voice_rvc", split=("val", "test"))
+    path = folder / "full_s0" / "eval_test.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out": {"base as it is": {"dice": {"value": 0.111}}}}))
+    assert (compare_task(folder)["before"], compare_task(folder)["before_split"]) == (0.111, "test")
+
+
+def test_a_seed_that_one_method_lacks_is_named(tmp_path):
+    folder = plant_task(tmp_path)
+    plant(folder / "full_s7", "full", 7)
+    record = compare_task(folder)
+    assert lora_of(record)["shared"] == [0, 1, 2]
+    assert "lora and full do not share seed 7" in " ".join(record["notes"])
+
+
+# ---- the whole report --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """(folder with the files of --all, what it printed) over four tasks, one of them without LoRA, and what may lie beside."""
+    runs, out = tmp_path_factory.mktemp("outputs"), tmp_path_factory.mktemp("report")
+    folder = plant_task(runs, "classification", methods=("full", "lora", "head"), split=("val", "test"), samples=120)
+    plant_task(runs, "pose", lora={"better": -0.1}, seeds=(0,), data__name="/home/somebody/data/faces")
+    plant_task(runs, "medical_sam3d", samples=8)
+    plant(runs / "clip" / "full", task="clip")
+    plant(runs / "clip" / "broken", task="clip", schema_version=9)
+    (folder / "compare").mkdir()
+    arm = {"rates": [1e-4, 1e-3, 1e-2], "metric": [0.7, 0.9, None], "best": 1e-3, "default": 1e-4}
+    (folder / "sweep.json").write_text(json.dumps({"full": arm, "lora": arm}))
+    curve = {"metric": "balanced_accuracy", "split": "val", "ranks": [1, 2, 4], "full": [0.5, 0.8, 0.9], "lora": [0.6, 0.9, None]}
+    (folder / "compare" / "rank_curve.json").write_text(json.dumps(curve))
+    Image.new("RGB", (20, 10)).save(folder / "compare" / "a.png")
+    (folder / "compare" / "b.wav").write_bytes(b"RIFF")
+    found = [{"file": "<script>", "what": "cat", "full": "cat 0.9", "lora": "dog 0.6", "picture": "a.png"}]
+    found += [{"file": "b", "what": "x", "full": "1", "lora": "2", "audio": "b.wav"}]
+    found += [{"file": "c", "what": "x", "full": "1", "lora": "2", "picture": "../full_s0/summary.json"}]
+    (folder / "compare" / "disagreements.json").write_text(json.dumps(found))
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: Image.new("L", (1, 1)).save(path))
+        main(["--all", "--runs_dir", str(runs), "--output_dir", str(out), "--results", str(out / "results.md")])
+    return out, printed.getvalue()
+
+
+def test_the_report_over_all_tasks_opens_with_one_sentence(report):
+    out, printed = report
+    sentence = printed.splitlines()[0]
+    assert sentence.startswith(
+        "Of 3 comparisons LoRA shows no difference to full fine-tuning in 1, is worse in 1 (pose by at least"
+    )
+    assert "so few samples in 1 (medical_sam3d)" in sentence and sentence.endswith("one seed only of pose.")
+    assert "clip on demo is not compared: no finished lora run of clip" in printed
+    record = json.loads((out / "compare.json").read_text())
+    assert record["sentence"] == sentence and [r["task"] for r in record["comparisons"]] == [
+        "classification",
+        "pose",
+        "medical_sam3d",
+    ]
+    for name in ("compare.md", "compare.html", "results.md"):
+        assert sentence in (out / name).read_text()
+
+
+def test_the_page_needs_nothing_else(report):
+    page = (report[0] / "compare.html").read_text()
+    assert "<script" not in page and "@import" not in page and "<link" not in page and "&lt;script&gt;" in page
+    sources = re.findall(r"""(?:src|href)=["']([^"']{0,40})""", page)
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", page)
+    images = re.findall(r"<img [^>]*>", page)
+    assert len(images) >= 7 and all(re.search(r'alt="[^"]{10,}"', image) for image in images)
+    assert page.count("<audio") == 1 and page.count("data:audio/wav") == 1
+    assert page.count("<table") == page.count('<div class="scroll"') and "prefers-color-scheme: dark" in page
+    assert "summary.json" not in page  # what lies outside its folder is not shown
+
+
+@pytest.mark.slow
+def test_every_picture_is_drawn_and_shows_something(report, tmp_path):
+    record = json.loads((report[0] / "compare.json").read_text())["comparisons"][0]
+    for draw in (draw_sweep, draw_rank_curve, draw_classes, lambda record, path: draw_pareto([record] * 4, path)):
+        draw(record, tmp_path / "picture.png")
+        with Image.open(tmp_path / "picture.png") as picture:
+            assert min(picture.size) > 250 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_the_results_page_names_machine_and_versions_and_no_path_of_the_machine(report):
+    page = (report[0] / "results.md").read_text()
+    assert "torch 2.9" in page and "cpu, 2 cores" in page and "data faces (dddddddddddd)" in page
+    assert "/home/" not in page and str(report[0].parent) not in page and "Not in it: clip on demo is not compared." in page
+    assert page.count("\n## ") == 4  # three tasks, and how to read it
+
+
+# ---- files that are not believed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics__best": {"pixel_error": float("nan")}},
+        {"metrics__best": {"per_class_x": {"a": float("inf")}}},
+        {"train_seconds": 1e300},
+        {"checkpoint_bytes": 10**30},
+        {"config__seed": "one"},
+        {"data__name": 5},
+    ],
+)
+def test_numbers_that_can_be_none_are_named_and_the_run_left_out(tmp_path, capsys, changes):
+    folder = plant_task(tmp_path, seeds=(0,))
+    plant(folder / "lora_bad", "lora", 1, **changes)
+    record = compare_task(folder)
+    assert [run["label"] for run in record["runs"]] == ["full_s0", "lora_s0"]
+    key = next(iter(changes)).replace("__", ".")
+    assert re.search(rf"left out: \S+/lora_bad/summary.json is damaged: its {key}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "row", [{"value": float("nan")}, {"value": 1.0, "weight": -1}, {"value": "x"}, {"value": 1e300}, {"label": []}]
+)
+def test_samples_that_can_be_none_are_named(tmp_path, row):
+    plant(tmp_path)
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    samples["rows"][3] = {"file": "bad" * 1000, **row}
+    (tmp_path / "samples.json").write_text(json.dumps(samples))
+    with pytest.raises(UserError, match="samples.json is damaged") as fault:
+        read_samples(tmp_path, "pixel_error")
+    assert len(str(fault.value)) < 400
+
+
+def test_one_task_with_a_damaged_file_does_not_cost_the_others(tmp_path):
+    (plant_task(tmp_path, "pose") / "lora_s1" / "samples.json").write_text("{")
+    plant_task(tmp_path, "clip")
+    records, notes = compare_all([tmp_path], force=False)
+    assert [r["task"] for r in records] == ["clip"] and "pose on demo is not compared" in notes[0] and "samples.json" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"full": {"rates": [0], "metric": [1]}}', '{"full": {"rates": [1, 2], "metric": [1]}}']
+)
+def test_what_other_scripts_left_damaged_is_left_out_by_name(tmp_path, capsys, text):
+    folder = plant_task(tmp_path, seeds=(0,))
+    (folder / "sweep.json").write_text(text)
+    assert compare_task(folder)["sweep"] is None and "sweep.json" in capsys.readouterr().err
+
+
+def test_two_data_sets_of_a_task_are_two_comparisons(tmp_path):
+    plant_task(tmp_path / "a")
+    plant_task(tmp_path / "b", data__name="/somewhere/faces", data__sha256="e" * 64)
+    records, _ = compare_all([tmp_path / "a", tmp_path / "b"], force=False)
+    assert [r["title"] for r in records] == ["pose on demo", "pose on faces"]
