@@ -341,23 +341,24 @@ def check_origin(folder: Path, origin: dict) -> None:
         raise UserError(f"{folder / ORIGIN} is damaged: its {wrong[0]} is missing, or nothing that these scripts wrote")
 
 
-def load_under(folder: Path, origin: dict, load_base, name: str = ""):
+def load_under(folder: Path, origin: dict, load_base, name: str | tuple = ""):
     """(model, processor) that a checkpoint is loaded from: its own folder, or the base that its adapter goes on.
 
     load_base: the task's, a name -> (model, processor, {"name", "sha256"}). name: where an adapter's base is, if not under
-    its recorded name, which is a stranger's word: nothing is fetched for it. UserError where that is not the base that the
-    adapter was trained on.
+    its recorded name, which is a stranger's word: nothing is fetched for it; or what load_base gave before, of which a copy
+    comes back. UserError where that is not the base that the adapter was trained on.
     """
     with quiet():  # whoever uses a checkpoint has said which base it is of
         if origin["method"] == "full":  # it is its own base
             return load_base(str(folder.resolve()))[:2]
-        model, processor, base = load_base(name or origin["base"]["name"], download=bool(name))
+        loaded = name if isinstance(name, tuple) else None
+        model, processor, base = loaded or load_base(name or origin["base"]["name"], download=bool(name))
     if base["sha256"] != origin["base"]["sha256"]:
         raise UserError(
             f"{folder} was trained on the base {origin['base']['name']} (sha256 {origin['base']['sha256'][:12]}), but "
             f"{base['name']} has sha256 {base['sha256'][:12]}: an adapter fits no other base"
         )
-    return model, processor
+    return copy.deepcopy(model) if loaded else model, processor
 
 
 def with_saved_adapter(model, folder: Path, whole, merge: bool, answer, own_layers: bool = False):

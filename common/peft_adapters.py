@@ -18,7 +18,7 @@ from torch import nn
 from common.checkpoint import read_json
 from common.config import UserError, shown
 from common.fast_lora import conv_pays, lora_conv, lora_linear
-from common.lora import ADAPTER_FILE, is_finite, is_within
+from common.lora import ADAPTER_FILE, is_finite, is_within, replace_modules
 from common.lora_files import HARMLESS_STARTS, plain_names
 from common.runtime import say, time_limit
 from common.trial import freeze_unused, in_short, keeps_answers
@@ -264,6 +264,18 @@ def merged(model, answer):
     if keeps_answers(model, answer, model.merge_adapter, model.unmerge_adapter):
         return model.unload()
     return model.get_base_model()
+
+
+@torch.no_grad()
+def merge_layers(model):
+    """The model, out of its PeftModel, with the adapter of each layer in the weights and no trace of it beside them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.merge()
+    replace_modules(model, {layer: layer.get_base_layer() for layer in layers})
+    return model
 
 
 def train_whole(model, parts) -> None:

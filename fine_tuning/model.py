@@ -317,11 +317,11 @@ def origin(method: str, classes: list[str], model: ClipClassifier, base: dict, c
     return make_origin("clip", method, base, config, **details, quantize=getattr(config, "quantize", "none"))
 
 
-def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = True, device="cpu"):
     """(model in eval mode on the device, image processor, origin) of a checkpoint, fully trained or an adapter.
 
-    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights. An adapter
-    that was trained on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
+    base: an adapter's base, if not under its recorded name; or what load_base gave. merge: add the adapter into its weights. An
+    adapter that was trained on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
     """
     folder, about = open_checkpoint(folder, "clip")
     check_classifier_origin(folder, about)

@@ -102,10 +102,10 @@ def make_organs(case, predictor, config, faults) -> list[Made]:
     """The meshes of a case's organs; what is wrong with one goes to `faults` and costs the others nothing."""
     from preparing import read_labels, read_picture
 
-    tuned, picture, made = predictor.models[""], None, []
+    tuned, picture, made = predictor.known[""], None, []
     needs_image, every = "image" in tuned.processor.channels, tuned.processor.every
     try:
-        picture = read_picture(case, tuned.modality)
+        picture = read_picture(case, tuned.details)
     except (OSError, ValueError, MemoryError) as error:
         if needs_image:
             faults.add_error(str(error) or type(error).__name__, case.name)
@@ -145,7 +145,7 @@ def make_one(case, name: str, label: int, volume, predictor, config) -> Made:
     from predictor import organ_of
 
     organ, kept, remark = organ_of(volume, label)
-    processor, latents = predictor.models[""].processor, None
+    processor, latents = predictor.known[""].processor, None
     if processor.latents == "precomputed":
         latents = read_latents(find_latents(Path(config.latents_dir).expanduser(), f"{case.name}/{name}"), processor.resolution)
     every = None if config.every == "auto" else config.every
@@ -298,7 +298,7 @@ def main(argv=None, method="full", doc=None):
         accelerator = start_accelerator(config)
         folder, _ = choose_checkpoint(config.checkpoint, "medical_sam3d", method)
         predictor = Predictor(folder, config.model, accelerator.device, config.merge)
-        if predictor.models[""].processor.latents == "precomputed" and not config.latents_dir:
+        if predictor.known[""].processor.latents == "precomputed" and not config.latents_dir:
             raise UserError("--latents_dir is needed: this model was trained on latents of the official pipeline")
         root = predictions_folder(config, predictor.origin)
         rows, names = [], names_for_files([case.name for case in cases])

@@ -214,10 +214,10 @@ def origin(method: str, base: dict, config) -> dict:
     return make_origin("medical_sam3d", method, base, config, **data)
 
 
-def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = True, device="cpu"):
     """(OrganMesher in eval mode on the device, OrganProcessor, origin) of a checkpoint, full or an adapter.
 
-    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
+    base: an adapter's base, if not under its recorded name; or what load_base gave. merge: add the adapter into its weights.
     """
     folder, about = open_checkpoint(folder, "medical_sam3d")
     model, processor = load_under(folder, about, load_base, base)

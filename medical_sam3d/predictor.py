@@ -14,8 +14,6 @@ meshes = predictor.predict("segmentation.nii.gz", model="bones")
 """
 
 import sys
-import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,30 +23,17 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from cases import Case  # noqa: E402
-from common.bases import open_checkpoint, with_saved_adapter  # noqa: E402
-from common.config import UserError  # noqa: E402
-from common.lora import merge_lora, remove_lora  # noqa: E402
-from common.runtime import choose_device  # noqa: E402
+from common.adapters_on_base import AdaptersOnBase  # noqa: E402
 from meshes import Mesh, bounding_box  # noqa: E402
-from model import answer, load_checkpoint, whole_parts  # noqa: E402
+from model import answer, load_base, load_checkpoint  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
 from organs import BadOrgan, Organ, crop_organ  # noqa: E402
 from preparing import Volume, read_labels, read_picture  # noqa: E402
-from processor import OrganProcessor  # noqa: E402
 from reconstruct import between_drawn, reconstruct, seen  # noqa: E402
 from volumes import to_ras  # noqa: E402
 
 
-@dataclass
-class Tuned:
-    """A model that a Predictor knows, and where it comes from."""
-
-    folder: Path
-    processor: OrganProcessor
-    modality: str  # how images were scaled in its training: ct, mr, or auto, by what is known of each
-
-
-class Predictor:
+class Predictor(AdaptersOnBase):
     """A checkpoint that makes meshes in RAS mm of masks. Threads may share it; they take turns."""
 
     def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
@@ -57,26 +42,11 @@ class Predictor:
         base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
         into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
         """
-        self.device, self.merge = choose_device(device), merge
-        self.model, processor, self.origin = load_checkpoint(checkpoint, base, False, self.device)
-        if merge:
-            merge_lora(self.model)
-        self.lock, self.current = threading.Lock(), ""
-        self.models = {"": Tuned(Path(checkpoint).expanduser(), processor, self.origin.get("modality", "auto"))}
+        super().__init__(checkpoint, base, device, merge, load_base, load_checkpoint, answer)
 
-    def add(self, checkpoint, name: str) -> None:
-        """Takes another adapter on the same base, as `model` of predict. UserError where it is of another base, or whole."""
-        folder, about = open_checkpoint(checkpoint, "medical_sam3d")
-        if "full" in (about["method"], self.origin["method"]):
-            whole = self.models[""].folder if self.origin["method"] == "full" else folder
-            raise UserError(f"{whole} is a whole model: only adapters share a base; make a Predictor of its own")
-        processor = OrganProcessor.load(folder)
-        if about["base"]["sha256"] != self.origin["base"]["sha256"] or processor.latents != self.models[""].processor.latents:
-            raise UserError(
-                f"{folder} is an adapter for another base ({about['base']['name']}, latents: {processor.latents}): "
-                "make a Predictor of its own for it"
-            )
-        self.models[name] = Tuned(folder, processor, about.get("modality", "auto"))
+    def details(self, model, processor, origin):
+        """How images were scaled in a checkpoint's training: ct, mr, or auto, by what is known of each."""
+        return origin.get("modality", "auto")
 
     def predict(self, source, organs=None, image=None, every: int | None = None, model: str = "") -> dict[str, Mesh]:
         """{organ: Mesh} of a mask's file, or of (labels (X, Y, Z) of whole numbers, affine (4, 4) from voxel to RAS mm).
@@ -85,7 +55,7 @@ class Predictor:
         or not, for a model that takes one. every, model: see `mesh`. ValueError (BadVolume) for a file that cannot be read,
         and for an organ of which there is no voxel.
         """
-        volume = read_volume(source, image, self.known(model).modality)
+        volume = read_volume(source, image, self.find(model).details)
         organs = {str(label): label for label in labels_of(volume.labels)} if organs is None else organs
         found = {name: organ_of(volume, label)[:2] for name, label in organs.items()}
         return {name: self.mesh(*organ, every, model, volume=volume.geometry)[0] for name, organ in found.items()}
@@ -96,28 +66,11 @@ class Predictor:
         model: a name given to `add`; "": the first. latents (latents.Latents): of the official pipeline, for a model that was
         trained on these. volume (nifti_header.Geometry): the voxels that were scanned, outside of which nothing is made.
         """
-        processor = self.known(model).processor
+        processor = self.find(model).processor
         organ, observed = seen(organ, every, kept)
         sample = processor.sample(organ, observed, latents=latents)
-        with self.lock:
-            if model != self.current:
-                self.put_on(model)
-            return reconstruct(self.model, processor, [sample], volume)[0], organ, observed
-
-    def known(self, model: str) -> Tuned:
-        if model not in self.models:
-            raise UserError(f"there is no model {model!r}; added were: {', '.join(filter(None, self.models)) or 'none'}")
-        return self.models[model]
-
-    def put_on(self, name: str) -> None:
-        """Exchanges the adapter on the base, which stays where it is."""
-        self.current = None  # until it is done
-        remove_lora(self.model)
-        with_saved_adapter(self.model, self.models[name].folder, whole_parts(self.model), False, answer, own_layers=True)
-        if self.merge:
-            merge_lora(self.model)
-        self.model.eval()
-        self.current = name
+        with self.using(model) as mesher:
+            return reconstruct(mesher, processor, [sample], volume)[0], organ, observed
 
 
 def labels_of(labels: np.ndarray) -> list[int]:

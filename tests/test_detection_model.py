@@ -432,9 +432,10 @@ def test_the_predictor_finds_what_infer_finds_one_by_one_or_in_batches(detr_adap
         noise = np.random.default_rng(i).integers(0, 255, (40 + 20 * (i % 2), 60, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
     predictor = Predictor(detr_adapter, device="cpu")
-    dataset = pictures_only(paths, Preprocess(predictor.processor, 0), Faults())
+    processor = predictor.known[""].processor
+    dataset = pictures_only(paths, Preprocess(processor, 0), Faults())
     batches = [collate([dataset[(0, i)]]) for i in range(3)]
-    expected = [item for items in detect(predictor.model, predictor.processor, batches, with_loss=False) for item in items]
+    expected = [item for items in detect(predictor.model, processor, batches, with_loss=False) for item in items]
     together = predictor.predict_batch([paths[0], Image.open(paths[1]), np.array(Image.open(paths[2]))], threshold=0, nms=1)
     for path, found, answers in zip(paths, expected, together, strict=True):
         order = np.argsort(-found["scores"], kind="stable")

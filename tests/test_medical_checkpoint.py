@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,52 +127,9 @@ def ball_of(radius):
     return (np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0) < radius).astype(np.uint8), np.diag([1.5, 1.5, 2.0, 1])
 
 
-@pytest.fixture(scope="module")
-def second(tuned):
-    """Another adapter on the base of tuned.lora."""
-    model, processor, facts = load_base(str(tuned.full))
-    torch.manual_seed(5)
-    adapted = shake(setup_for_finetuning(model, SimpleNamespace(**LORA, frozen_dtype="fp32")), 0.2)
-    folder = tuned.lora.with_name("second")
-    save_lora(folder, adapted, processor, origin("lora", facts, CONFIG))
-    return folder
-
-
-@pytest.mark.parametrize("merge", [True, False])
-def test_adapters_take_turns_on_one_base_and_each_makes_what_it_makes_alone(tuned, second, merge):
-    alone = {name: Predictor(folder, merge=merge).predict(ball_of(8))["1"] for name, folder in (("", tuned.lora), ("b", second))}
-    both = Predictor(tuned.lora, merge=merge)
-    both.add(second, "b")
-    weights = both.model.decoder.input_layer.weight
-    for name in ("b", "", "b", "b", ""):
-        np.testing.assert_allclose(both.predict(ball_of(8), model=name)["1"].vertices, alone[name].vertices, atol=1e-3)
-    assert both.model.decoder.input_layer.weight is weights  # loaded once
-    assert alone[""].vertices.shape != alone["b"].vertices.shape or not np.allclose(alone[""].vertices, alone["b"].vertices)
-    with pytest.raises(UserError, match="no model 'c'; added were: b"):
-        both.predict(ball_of(8), model="c")
-
-
-def test_threads_that_share_a_predictor_get_their_own_answers(tuned, second):
-    predictor = Predictor(tuned.lora)
-    predictor.add(second, "b")
-    jobs = [(radius, name) for radius in (6, 8) for name in ("", "b")]
-    expected = [predictor.predict(ball_of(radius), model=name)["1"].vertices for radius, name in jobs]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda job: predictor.predict(ball_of(job[0]), model=job[1])["1"].vertices, jobs))
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-3)
-
-
-def test_only_adapters_of_one_base_share_it(tuned, second, tmp_path):
-    with pytest.raises(UserError, match="is a whole model"):
-        Predictor(tuned.full).add(second, "b")
-    with pytest.raises(UserError, match="is a whole model"):
-        Predictor(tuned.lora).add(tuned.full, "b")
-    model, processor, facts = load_base(str(tuned.full))
-    adapted = setup_for_finetuning(model, SimpleNamespace(**LORA, frozen_dtype="fp32"))
-    save_lora(tmp_path / "other", adapted, processor, origin("lora", facts | {"sha256": "1" * 64}, CONFIG))
-    with pytest.raises(UserError, match="for another base"):
-        Predictor(tuned.lora).add(tmp_path / "other", "b")
+def test_a_whole_model_shares_its_base_with_no_adapter(tuned):
+    with pytest.raises(UserError, match=f"{tuned.full} is a whole model"):
+        Predictor(tuned.full).add(tuned.lora, "b")
 
 
 def test_a_file_and_its_array_give_the_same_mesh_and_what_is_no_mask_is_refused(tuned, tmp_path):

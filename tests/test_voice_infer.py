@@ -1,7 +1,6 @@
 """infer and Predictor: every file of a folder answered for, voices of others as well as ours, adapters exchanged on one base."""
 
 import json
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +16,6 @@ from common.samples import BadFile
 TASK = VOICE
 use_task(VOICE)
 
-import predictor as predictor_module  # noqa: E402
 from infer import main  # noqa: E402
 from layers import to_old_names  # noqa: E402
 from model import Voice, add_lora, load_base, origin, with_voices  # noqa: E402
@@ -166,27 +164,6 @@ def test_a_voice_of_rvc_is_a_checkpoint(voices, talks, tmp_path):
     assert np.abs(made - wave).max() < 0.02 < np.abs(wave).max()
 
 
-def test_adapters_are_exchanged_on_a_base_that_is_loaded_once(voices, talks, monkeypatch):
-    loads = []
-    load = predictor_module.load_checkpoint
-    monkeypatch.setattr(predictor_module, "load_checkpoint", lambda *args: loads.append(args) or load(*args))
-    alone = {name: Predictor(voices / name).predict(talks / "a.wav")[0] for name in ("one", "two", "rows")}
-    loads.clear()
-    for merge in (True, False):
-        shared = Predictor(voices / "one", merge=merge)
-        shared.add(voices / "two", "two")
-        shared.add(voices / "rows", "rows")
-        for name in ("rows", "two", "", "two", "rows", ""):
-            wave, _ = shared.predict(talks / "a.wav", voice=name)
-            np.testing.assert_allclose(wave, alone[name or "one"], atol=0 if merge else 1e-4)
-    assert len(loads) == 2
-    assert len({str(wave) for wave in alone.values()}) == 3
-    with pytest.raises(UserError, match="there is no voice 'three'; added were: two, rows"):
-        shared.predict(talks / "a.wav", voice="three")
-    with pytest.raises(UserError, match="is a whole model: only adapters share a base"):
-        shared.add(voices / "whole", "whole")
-
-
 def test_a_file_and_its_wave_sound_the_same_and_no_wave_is_told_so(voices, talks):
     predictor = Predictor(voices / "whole", device="cpu")
     heard, rate = soundfile.read(talks / "a.wav", dtype="float32")
@@ -213,22 +190,3 @@ def test_the_index_beside_a_checkpoint_is_asked(voices, talks):
     np.testing.assert_array_equal(none, without)
     np.testing.assert_array_equal(drawn, named)
     assert np.abs(drawn - without).max() > 1e-4
-
-
-def test_threads_take_turns(voices, talks):
-    shared = Predictor(voices / "one")
-    shared.add(voices / "two", "two")
-    expected = {name: shared.predict(talks / "a.wav", voice=name)[0] for name in ("", "two")}
-    found = []
-
-    def ask(name):
-        found.extend((name, shared.predict(talks / "a.wav", voice=name)[0]) for _ in range(3))
-
-    threads = [threading.Thread(target=ask, args=(name,)) for name in ("", "two", "", "two")]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 12
-    for name, wave in found:
-        np.testing.assert_array_equal(wave, expected[name])

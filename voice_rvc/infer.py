@@ -84,14 +84,15 @@ def note_what_does_nothing(config, predictor) -> None:
     from common.runtime import say
     from voice_index import index_of
 
-    tuned = predictor.voices[""]
+    tuned = predictor.known[""]
+    voice = tuned.processor
     has_index = bool(config.index or index_of(tuned.folder))
     if config.index_rate and not has_index:
         say(f"--index_rate has no effect: there is no voice.index beside {tuned.folder}; name an index with --index")
     if config.protect != InferConfig.protect and (not has_index or config.index_rate == 0):
         say("--protect has no effect: it says how much of an index's content unvoiced sounds take, and none is used")
-    if config.content and config.content != tuned.voice.content:
-        say(f"note: --content {config.content} in place of {tuned.voice.content}, on which the voice was trained")
+    if config.content and config.content != voice.content:
+        say(f"note: --content {config.content} in place of {voice.content}, on which the voice was trained")
 
 
 def convert_all(predictor, names: list[str], sounds: list[Path], root: Path, ending: str, settings: dict, faults) -> list[dict]:
@@ -116,7 +117,7 @@ def convert_all(predictor, names: list[str], sounds: list[Path], root: Path, end
             for note, _, detail in (note.partition(", ") for note in made.notes):
                 faults.note(note, f"{shown} ({detail})" if detail else shown)
             facts = {"seconds": made.seconds, "rate": made.rate, "pitch_shift": made.shift, "scale": made.scale}
-            facts |= {"loudness_db": made.loudness, "real_time_factor": factor, "checkpoint": str(predictor.voices[name].folder)}
+            facts |= {"loudness_db": made.loudness, "real_time_factor": factor, "checkpoint": str(predictor.known[name].folder)}
             rows.append({"file_name": str(path), "output": to.name, **facts, "settings": settings})
     return rows
 
@@ -140,8 +141,8 @@ def main(argv=None, method="full", doc=None):
     keys = ("pitch", "index", "index_rate", "protect", "volume_envelope", "f0_method")
     settings = {key: getattr(config, key) for key in keys} | {"speaker": config.speaker_id}
     for name in names:  # what does not fit is found before a file is read
-        with predictor.using(name, settings) as (tuned, options, _):
-            check_speaker(options.speaker, predictor.model, tuned.voice)
+        with predictor.speaking(name, settings) as (synthesizer, options, _):
+            check_speaker(options.speaker, synthesizer, predictor.known[name].processor)
     note_what_does_nothing(config, predictor)
     root = predictions_folder(config, predictor.origin)
 

@@ -280,10 +280,10 @@ def origin_of_others(base: dict) -> dict:
     return {"task": "voice_rvc", "method": "full", "base": base, "data_dir": "", "batch_size": 1, "seed": 0}
 
 
-def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = True, device="cpu"):
     """(Synthesizer in eval mode on the device, Voice, origin) of a checkpoint, full or an adapter, or of a .pth of others.
 
-    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
+    base: an adapter's base, if not under its recorded name; or what load_base gave. merge: add the adapter into its weights.
     """
     place = Path(folder).expanduser()
     if place.is_file() or (place.is_dir() and is_run_folder(place)):

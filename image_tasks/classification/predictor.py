@@ -1,4 +1,4 @@
-"""A tuned classifier as an object of your own program.
+"""A tuned classifier as an object of your own program; several adapters on one base, which is loaded once.
 
 import sys
 sys.path.insert(0, "path/to/image_tasks/classification")
@@ -7,6 +7,8 @@ from predictor import Predictor
 predictor = Predictor("outputs/classification/lora/checkpoints/best")   # full or LoRA: the folder says which
 predictor.predict("photo.jpg", top_k=3)                                 # [("striped_ring", 0.93), ("checked_ring", 0.04), ...]
 predictor.predict_batch(["a.jpg", "b.jpg"], top_k=1)                    # [[("striped_bar", 0.93)], [("dotted_bar", 0.88)]]
+predictor.add("outputs/classification/lora_2/checkpoints/best", "cats") # another adapter on the same base, classes of its own
+predictor.predict("photo.jpg", model="cats")
 """
 
 import sys
@@ -16,9 +18,8 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.runtime import choose_device  # noqa: E402
 from common.vision.class_predictor import ClassPredictor  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from model import answer, load_base, load_checkpoint  # noqa: E402
 
 
 class Predictor(ClassPredictor):
@@ -30,5 +31,4 @@ class Predictor(ClassPredictor):
         base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
         into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
         """
-        device = choose_device(device)
-        super().__init__(*load_checkpoint(checkpoint, base, merge, device), device)
+        super().__init__(checkpoint, base, device, merge, load_base, load_checkpoint, answer)

@@ -1,4 +1,4 @@
-"""A tuned detector as an object of your own program.
+"""A tuned detector as an object of your own program; several adapters on one base, which is loaded once.
 
 import sys
 sys.path.insert(0, "path/to/image_tasks/detection")
@@ -7,6 +7,8 @@ from predictor import Predictor
 predictor = Predictor("outputs/detection/lora/checkpoints/best")   # full or LoRA: the folder says which
 predictor.predict("photo.jpg")                                     # [{"class": "star", "score": 0.93, "box": [x1, y1, x2, y2]}]
 predictor.predict_batch(["a.jpg", "b.jpg"], threshold="best")      # such a list for each picture
+predictor.add("outputs/detection/lora_2/checkpoints/best", "cars") # another adapter on the same base, with classes of its own
+predictor.predict("photo.jpg", model="cars")
 """
 
 import sys
@@ -18,16 +20,16 @@ import torch
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
+from common.adapters_on_base import AdaptersOnBase  # noqa: E402
 from common.batches import EvalBatches  # noqa: E402
 from common.config import UserError  # noqa: E402
-from common.runtime import choose_device  # noqa: E402
 from common.vision.pictures import as_list, as_pixels  # noqa: E402
 from data import Preprocess, collate  # noqa: E402
 from metrics import NMS, confident, detect, least_score  # noqa: E402
-from model import load_checkpoint  # noqa: E402
+from model import answer, load_base, load_checkpoint  # noqa: E402
 
 
-class Predictor:
+class Predictor(AdaptersOnBase):
     """A checkpoint that finds objects in pictures: paths, PIL images, or uint8 arrays (H, W, 3) in RGB."""
 
     def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
@@ -36,38 +38,47 @@ class Predictor:
         base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
         into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
         """
-        device = choose_device(device)
-        self.model, self.processor, self.origin = load_checkpoint(checkpoint, base, merge, device)
-        self.classes, self.preprocess = self.origin["classes"], Preprocess(self.processor, self.origin["image_size"])
+        super().__init__(checkpoint, base, device, merge, load_base, load_checkpoint, answer)
 
-    def predict(self, image, threshold: float | str = 0.5, nms: float = NMS) -> list[dict]:
+    def details(self, model, processor, origin):
+        """The preprocessing of a checkpoint."""
+        return Preprocess(processor, origin["image_size"])
+
+    def predict(self, image, threshold: float | str = 0.5, nms: float = NMS, model: str = "") -> list[dict]:
         """[{"class", "score", "box": [x1, y1, x2, y2] in pixels}, ...] of one picture, the surest first; [] where there is none.
 
         threshold: the least score; "best": where F1 was best in validation. nms: of two boxes of a class that overlap by a
-        larger IoU the surer one stays; 1: both.
+        larger IoU the surer one stays; 1: both. model: a name given to `add`; "": the first.
         """
-        return self.predict_batch([image], threshold, nms)[0]
+        return self.predict_batch([image], threshold, nms, model=model)[0]
 
-    def predict_batch(self, images, threshold: float | str = 0.5, nms: float = NMS, batch_size: int = 8) -> list[list[dict]]:
+    def predict_batch(
+        self, images, threshold: float | str = 0.5, nms: float = NMS, batch_size: int = 8, model: str = ""
+    ) -> list[list[dict]]:
         """The same for several pictures, in their order. Those that the model sees in one shape share batches of batch_size."""
-        threshold = least_score(threshold, self.origin)
+        tuned = self.find(model)
+        threshold = least_score(threshold, tuned.origin)
         if not 0 <= nms <= 1 or batch_size < 1:
             raise UserError("nms must lie between 0 and 1, and batch_size must be at least 1")
-        pictures = [self.prepare(number, image) for number, image in enumerate(as_list(images))]
+        pictures = [prepare(tuned.details, number, image) for number, image in enumerate(as_list(images))]
         answers = [[] for _ in pictures]
         for keys in EvalBatches([picture["pixels"].shape for picture in pictures], batch_size):
-            items = [{**pictures[index], "pixels": self.preprocess.normalize(pictures[index]["pixels"])} for _, index in keys]
-            for found in next(detect(self.model, self.processor, [collate(items)], with_loss=False)):
-                answers[found["index"]] = self.objects(confident(found, threshold, nms))
+            items = [{**pictures[index], "pixels": tuned.details.normalize(pictures[index]["pixels"])} for _, index in keys]
+            with self.using(model) as detector:
+                (batch,) = detect(detector, tuned.processor, [collate(items)], with_loss=False)
+            for found in batch:
+                answers[found["index"]] = objects(confident(found, threshold, nms), tuned.origin["classes"])
         return answers
 
-    def prepare(self, number: int, image) -> dict:
-        """A picture as collate takes it, but for its scaling: uint8 (3, h, w) in the model's size, a tenth of a photograph's."""
-        pixels = as_pixels(image)
-        target = {"orig_size": torch.tensor(pixels.shape[:2]), "image_id": torch.tensor([number])}
-        return {"pixels": self.preprocess.resize(pixels), "target": target}
 
-    def objects(self, found: dict) -> list[dict]:
-        """What is shown of what `detect` found in a picture."""
-        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
-        return [{"class": self.classes[k], "score": score, "box": box} for k, score, box in rows]
+def prepare(preprocess: Preprocess, number: int, image) -> dict:
+    """A picture as collate takes it, but for its scaling: uint8 (3, h, w) in the model's size, a tenth of a photograph's."""
+    pixels = as_pixels(image)
+    target = {"orig_size": torch.tensor(pixels.shape[:2]), "image_id": torch.tensor([number])}
+    return {"pixels": preprocess.resize(pixels), "target": target}
+
+
+def objects(found: dict, classes: list[str]) -> list[dict]:
+    """What is shown of what `detect` found in a picture."""
+    rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+    return [{"class": classes[k], "score": score, "box": box} for k, score, box in rows]

@@ -322,10 +322,10 @@ def origin(method: str, model: KeypointModel, base: dict, config) -> dict:
     return make_origin("pose", method, base, config, data_format=config.data_format)
 
 
-def load_checkpoint(folder: Path | str, base: str = "", merge: bool = True, device="cpu"):
+def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = True, device="cpu"):
     """(model in eval mode on the device, image processor, origin) of a checkpoint, fully trained or an adapter.
 
-    base: where an adapter's base is, if not under its recorded name. merge: add the adapter into the base's weights.
+    base: an adapter's base, if not under its recorded name; or what load_base gave. merge: add the adapter into its weights.
     """
     folder, about = open_checkpoint(folder, "pose")
     if about["method"] == "full":
