@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from average_precision import average_precisions
 from common.checkpoint import read_json
@@ -83,12 +84,17 @@ def intervals(rows: list[dict[int | None, dict]], base: int) -> list[dict]:
     def drawn(record):  # (1 + D,)
         return drawn_values(record, draws[:, [place[unit_of(row)] for row in record["rows"]]])
 
-    drawn_rows = [{seed: drawn(record) for seed, record in row.items()} for row in rows]
+    drawn_rows = [{} for _ in rows]
+    with tqdm(total=sum(map(len, rows)), desc="drawing samples anew", leave=False, delay=1, disable=None) as bar:
+        for values, row in zip(drawn_rows, rows, strict=True):
+            for seed, record in row.items():  # of a detector, seconds each
+                values[seed] = drawn(record)
+                bar.update()
     found = []
     for row, values in zip(rows, drawn_rows, strict=True):
         count = len({unit_of(sample) for sample in every_sample([row])})
         found.append({"samples": count})
-        if count < FEWEST or any(np.isnan(v[1:]).all() for v in values.values()):
+        if count < FEWEST or any(np.isnan(v[0]) or np.isnan(v[1:]).all() for v in values.values()):
             continue
         found[-1]["interval"] = interval_of_mean(np.stack(list(values.values())), count)
         pairs = pairs_of(row, rows[base])

@@ -5,6 +5,7 @@
     python scripts/compare.py --task detection                 # the same for this task
     python scripts/compare.py outputs/detection/full outputs/detection/lora outputs/detection/lora_r32
     python scripts/compare.py --all                            # every task, on one page
+    python scripts/compare.py --all --train                    # first trains what is missing: three seeds of each method
     python scripts/compare.py --all --runs_dir outputs runs/real --results docs/results.md
 
 Prints a verdict and a table, and leaves compare.md, compare.json, compare.png and compare.html, one page with everything in
@@ -302,6 +303,15 @@ def rows_of_task(runs_dir: Path, task: str) -> tuple[list, list[str]]:
     return find_rows(runs.get(task or pairs[0], []), runs_dir, task or pairs[0])
 
 
+def train(tasks: list[str], args, runs_dir: Path) -> None:
+    """Trains what a comparison of these tasks needs and is not below runs_dir yet. UserError for flags that cannot be."""
+    from run_all import RunAllConfig, train_missing
+
+    config = RunAllConfig(seeds=args.seeds, data_dir=args.data_dir)  # which checks them
+    seeds = [int(seed) for seed in config.seeds.split(",")]
+    train_missing(tasks, seeds, runs_dir=str(runs_dir), data_dirs=config.data_dirs, sweep_lr=args.sweep_lr)
+
+
 def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, allow_abbrev=False)
@@ -313,6 +323,14 @@ def main(argv=None):
     )
     parser.add_argument("--output_dir", "--output-dir", type=Path, help="where the files go (default: outputs/<task>/compare)")
     parser.add_argument("--results", type=Path, metavar="FILE", help="with --all: also write this Markdown page of the results")
+    parser.add_argument("--train", action="store_true", help="with --task or --all: first train what is missing, by run_all.py")
+    parser.add_argument("--seeds", default="0,1,2", help="with --train: of each method a run by each of these (default: 0,1,2)")
+    parser.add_argument(
+        "--sweep_lr", "--sweep-lr", action="store_true", help="with --train: at the best learning rate of each arm"
+    )
+    parser.add_argument(
+        "--data_dir", "--data-dir", default="", help="with --train: task=folder, with commas between; else the demo"
+    )
     parser.add_argument("--force", action="store_true", help="compare runs that differ in more than their method, and say so")
     args = parser.parse_args(argv)
     runs_dirs = [folder.expanduser() for folder in args.runs_dir or [project_root() / "outputs"]]
@@ -323,6 +341,14 @@ def main(argv=None):
         raise UserError("a comparison needs two or more different run folders")
     if not args.all and (args.results or len(runs_dirs) > 1):
         raise UserError("--results and several folders of --runs_dir are for --all")
+    if args.train and (folders or not (args.task or args.all)):
+        raise UserError("--train needs --task or --all, which say what to train")
+    if (args.sweep_lr or args.data_dir) and not args.train:
+        raise UserError("--sweep_lr and --data_dir say how to train: give --train, too")
+    if args.train:
+        from task_modules import FOLDERS
+
+        train([args.task] if args.task else list(FOLDERS), args, runs_dirs[0])
     if args.all:
         results = args.results and args.results.expanduser()
         print(report_all(runs_dirs, args.force, output_dir or runs_dirs[0] / "compare", results))

@@ -47,7 +47,7 @@ def html_page(title: str, sentence: str, records: list[dict], notes: list[str], 
         parts += [scroll(*all_table(records))]
         parts += ["<section><h2>What a checkpoint's bytes buy</h2>", grid(found.pop(0) for found in pictures), "</section>"]
     for record, found in zip(records, pictures, strict=True):
-        whole = [] if several else [figure_of(picture, f"Metric, sizes and times of {', '.join(labels_of(record))}")]
+        whole = [] if several else [wide(picture, f"Metric, sizes and times of {', '.join(labels_of(record))}")]
         parts += section(record, found, whole, alone=not several)
     parts += [
         "<section><h2>How to read it</h2><ul>",
@@ -137,6 +137,11 @@ def data_uri(path: Path) -> str | None:
 def figure_of(path: Path, alt: str, caption: str = "") -> str:
     caption = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
     return f'<figure><img src="{data_uri(path)}" alt="{text(alt)}">{caption}</figure>'
+
+
+def wide(path: Path, alt: str) -> str:
+    """A picture that would be too small on a phone: in a box that scrolls."""
+    return f'<div class="scroll" tabindex="0"><img class="wide" src="{data_uri(path)}" alt="{text(alt)}"></div>'
 
 
 def pictures_of(record: dict, folder: Path) -> list[str]:

@@ -55,7 +55,7 @@ def main_table(runs: list[dict], metric: str, memory: str, split: str) -> str:
 def methods_table(record: dict) -> tuple[list[str], list[list[str]]]:
     """(head, rows) with the base as it is and each method in a row: what it reaches, how sure that is, what it takes."""
     metric, base = record["metric"], record["compared_with"]
-    head = ["method", metric, f"minus {base}", "checkpoint", "95 % in all", "95 % over seeds", "seeds", "McNemar p"]
+    head = ["method", metric, f"minus {base}", "checkpoint", "95 % interval", "of seeds alone", "seeds", "McNemar p"]
     head += ["trained", "training", "memory"]
     before, where = record["before"], "" if record["before_split"] == record["split"] else " (val)"
     rows = [[before_name(record) + where, number(before), *[""] * 9]]
@@ -179,8 +179,8 @@ def how_to_read(records: list[dict]) -> list[str]:
             lines += ["Where there is no test split, or a run was not scored on it, the validation split chose and measures it."]
     drawn = "bootstrap, the same draws for every run"
     lines += [
-        f"*95 % interval*, *in all*: where the metric lies if the samples are drawn anew ({drawn})"
-        + (" and other seeds are trained. *Over seeds*: Student's t of the seeds alone." if seeds > 1 else ".")
+        f"*95 % interval*: where the metric lies if the samples are drawn anew ({drawn})"
+        + (" and other seeds are trained. *Of seeds alone*: Student's t of what the seeds gave." if seeds > 1 else ".")
         + " A difference whose interval holds 0 is not shown, which is not to say that there is none."
     ]
     if len(records) > 1:

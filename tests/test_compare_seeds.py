@@ -397,3 +397,21 @@ def test_two_data_sets_of_a_task_are_two_comparisons(tmp_path):
     plant_task(tmp_path / "b", data__name="/somewhere/faces", data__sha256="e" * 64)
     records, _ = compare_all([tmp_path / "a", tmp_path / "b"], force=False)
     assert [r["title"] for r in records] == ["pose on demo", "pose on faces"]
+
+
+def test_train_asks_for_what_is_missing_before_it_compares(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def train_missing(tasks, seeds, runs_dir, **options):
+        asked.append((tasks, seeds, options))
+        plant_task(tmp_path, *tasks, seeds=seeds)
+
+    monkeypatch.setattr("run_all.train_missing", train_missing)
+    flags = ["--task", "pose", "--runs_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    main([*flags, "--train", "--seeds", "3,4", "--data_dir", f"pose={tmp_path}", "--sweep_lr"])
+    assert asked == [(["pose"], [3, 4], {"data_dirs": {"pose": str(tmp_path)}, "sweep_lr": True})]
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["runs"][0]["seeds"] == [3, 4]
+    for wrong in ([*flags, "--sweep_lr"], ["--train"], [*flags, "--train", "--seeds", "x"], [*flags, "--results", "a.md"]):
+        with pytest.raises(UserError):
+            main(wrong)
+    assert len(asked) == 1
