@@ -3,7 +3,6 @@
 import ast
 import difflib
 import re
-import subprocess
 import sys
 from functools import cache
 from importlib.metadata import packages_distributions
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from documents import tracked
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from local_imports import follow_imports  # noqa: E402
@@ -303,19 +303,7 @@ def test_each_import_is_in_the_requirements_and_each_requirement_is_imported():
     assert required <= used, f"requirements.txt names {sorted(required - used)}, which nothing imports"
 
 
-# ---- documents and other files ---------------------------------------------------------------------------------------
-
-
-def tracked() -> list[Path]:
-    """The files under version control; of a copy without its history, all but those that git would ignore."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0:
-        return [ROOT / name for name in listed.stdout.split("\0") if name]
-    made = {"outputs", "data", "__pycache__", ".pytest_cache", ".ruff_cache"}
-    return [path for path in ROOT.rglob("*") if path.is_file() and not made & set(path.relative_to(ROOT).parts)]
-
-
-DOCUMENTS = [path for path in tracked() if path.suffix == ".md" and "demo_base" not in path.parts]
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_no_file_is_large():
@@ -325,24 +313,6 @@ def test_no_file_is_large():
 @each([path for path in [*COMMON, *TASK_FILES] if path.name != "__init__.py"])
 def test_the_map_of_the_project_has_each_module(path):
     assert f"`{path.name}`" in (ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
-
-
-@each(DOCUMENTS)
-def test_documents_link_to_files_that_are_there(path):
-    text = path.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)", text)
-    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
-    assert not missing
-
-
-@each(DOCUMENTS)
-def test_documents_name_scripts_that_are_there(path):
-    """`python some/script.py`: from the project's folder, the document's, one that it changes to, or any task's."""
-    text = path.read_text(encoding="utf-8")
-    places = {ROOT, path.parent, *(ROOT / folder for folder in re.findall(r"\bcd ([\w./-]+)", text))}
-    for script in re.findall(r"\b(?:python|torchrun)\s+(?:--?\w+\s+\d+\s+)*([\w./-]+\.py)\b", text):
-        there = any((place / script).is_file() for place in places) or all((task / script).is_file() for task in TASKS)
-        assert there, f"{short(path)}: {script}"
 
 
 @each(SCRIPTS)

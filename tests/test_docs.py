@@ -1,0 +1,279 @@
+"""The documents are true: each command in them is one that its script takes, and is run as a reader would, links lead somewhere.
+
+A reader has a fresh clone, so the commands run in a copy of the tree, on few samples (SMALL below) and the small bases; what
+else is put in the place of a reader's files and of models from the hub is said in the tables below.
+"""
+
+import argparse
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, ROOT, VOICE, Child, Script, enter
+from documents import anchors, blocks, commands, documents, links, text_of, tracked
+from tasks import ROWS, scratch, small_data
+
+NOT_RUN = {  # scripts that take long whatever they are told, and have tests of their own
+    "make_demo_base.py": "trains for hours",
+    "benchmark.py": "trains at real size",
+    "peft_table.py": "trains eleven adapters",
+}
+DOWNLOADS = {
+    ("prepare_dog_dataset.py", "--num_classes"),
+    ("prepare_dog_dataset.py", "data/dogs"),
+}  # script, a word of the command
+SMALL = ("--epochs", "1", "--max_steps_per_epoch", "2", "--batch_size", "2", "--warmup_steps", "1", "--num_workers", "0")
+SMALL += ("--precision", "fp32", "--device", "cpu", "--threads", "1", "--model", "demo")
+PLAIN = ("--device", "cpu", "--threads", "1", "--precision", "fp32")
+HOME = {  # what a reader has in ~
+    "boxes": DETECTION,
+    "bccd": DETECTION,
+    "new_pictures": DETECTION,
+    "pictures": CLASSIFICATION,
+    "clothing": CLASSIFICATION,
+    "points": POSE,
+    "faces68": POSE,
+    "voice": VOICE,
+    "speech": VOICE,
+    "songs": VOICE,
+    "Totalsegmentator_dataset": MEDICAL,
+    "Task04_Hippocampus": MEDICAL,
+}
+INSTEAD = {  # in the place of a path that is not there
+    "../data/dogs": "~/pictures",
+    "data/demo/target/s0014": "data/demo/target/s0009",
+}
+OF_PROGRAMS = {  # files of programs in Python
+    "speech.wav": "voice_rvc/data/demo/source/test/birch_test_001.wav",
+    "segmentation.nii.gz": "medical_sam3d/data/demo/target/s0001/segmentations/kidney_left.nii.gz",
+}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+each = pytest.mark.parametrize("document", documents(), ids=name_of)
+
+
+# ---- every command ---------------------------------------------------------------------------------------------------
+
+
+def check_files(command):
+    for word in command.words:
+        assert not word.endswith(".txt") or any((folder / word).is_file() for folder in command.folders), f"{command}: no {word}"
+
+
+def check_cd(command):
+    assert command.words[1][0] == "~" or (command.folder / command.words[1]).is_dir(), f"{command}: no such folder"
+
+
+def check_script(command):
+    if command.words[1:3] == ("-m", "pytest"):
+        return
+    script = next(word for word in command.words if word.endswith(".py"))
+    assert (command.folder / script).is_file(), f"{command}: no such script in {[str(folder) for folder in command.folders]}"
+
+
+def known(command):
+    """A program of the system."""
+
+
+PROGRAMS = {"python": check_script, "torchrun": check_script, "srun": check_script, "cd": check_cd, "pip": check_files}
+PROGRAMS |= dict.fromkeys(("export", "git", "pre-commit"), known)
+
+
+@each
+def test_every_command_is_one_that_is_checked(document):
+    for command in commands(document):
+        program = command.words[0]
+        if program.endswith(".sh"):
+            assert os.access(command.folder / program, os.X_OK), f"{command}: no such program"
+            continue
+        how = "say in PROGRAMS of tests/test_docs.py how it is checked; what a command prints goes into a block ```text"
+        assert program in PROGRAMS, f"{command}: {how}"
+        PROGRAMS[program](command)
+
+
+class Parsed(BaseException):
+    """The flags of a script were good."""
+
+
+def say_which_are_refused(script, argument_lists):
+    """Prints, for each list of arguments that the script's parser does not take, what it says."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(*args, **kwargs):
+        parse(*args, **kwargs)
+        raise Parsed
+
+    argparse.ArgumentParser.parse_args = parse_and_leave
+    sys.path.insert(0, str(script.parent))
+    for place, arguments in argument_lists:
+        sys.argv = [script.name, *arguments]
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+            print(f"{place}: this test does not see how {script.name} reads its flags")
+        except Parsed:
+            pass
+        except SystemExit:
+            print(f"in {place}: {' '.join(sys.argv)}")
+
+
+def test_scripts_take_the_flags_that_documents_name(tmp_path):
+    """Names and values, checked by each script's own parser."""
+    named = {}
+    for command in (command for document in documents() for command in commands(document)):
+        if command.words[0] in ("python", "torchrun") and "-m" not in command.words[:2]:
+            at = next(i for i, word in enumerate(command.words) if word.endswith(".py"))
+            script = (command.folder / command.words[at]).resolve()
+            named.setdefault(script, []).append((command.place, command.words[at + 1 :]))
+    assert len(named) > 25
+    children = [Child(say_which_are_refused, *item, log=tmp_path / f"{i}.txt") for i, item in enumerate(named.items())]
+    assert [child.wait() for child in children] == [0] * len(children), [child.text for child in children]
+    assert "".join(child.text for child in children) == ""
+
+
+# ---- commands, run ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def clone() -> Path:
+    """A copy of the tree."""
+    folder = scratch() / "clone"
+    for path in tracked():
+        if path.relative_to(ROOT).parts[0] not in ("tests", ".ci") and path.suffix != ".jpg" and path.is_file():
+            (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / path.relative_to(ROOT))
+    return folder
+
+
+@cache
+def home() -> Path:
+    folder = scratch() / "home"
+    folder.mkdir()
+    return folder
+
+
+@cache
+def give_data(task) -> None:
+    """Few samples in the place of a task's demo data, and as what a reader has of it in ~."""
+    data, place = small_data(task), clone() / task.folder.relative_to(ROOT) / "data"
+    place.mkdir()
+    (place / "demo").symlink_to(data.parent if task.samples else data)
+    for name in (name for name, folder in HOME.items() if folder == task.folder):
+        (home() / name).symlink_to(data)
+
+
+def as_run(command) -> tuple[Path, list[str]] | None:
+    """(script, arguments) by which a command is run; None for what is not run."""
+    if not command.fenced or command.words[0] not in ("python", "torchrun") or "-m" in command.words[:2]:
+        return None
+    at = next(i for i, word in enumerate(command.words) if word.endswith(".py"))
+    script = place_of(command) / command.words[at]
+    arguments = [INSTEAD.get(word, word) for word in command.words[at + 1 :]]
+    if script.name in NOT_RUN or any(script.name == name and word in command.words for name, word in DOWNLOADS):
+        return None
+    for task in ROWS:
+        names = {name for name, folder in HOME.items() if folder == task.folder}
+        if command.folder == task.folder or names & {part for word in arguments for part in Path(word).parts}:
+            give_data(task)
+    if script.name in ("train.py", "train_lora.py"):
+        arguments += SMALL
+    elif script.name.startswith(("eval", "infer")):
+        arguments += PLAIN
+    return script, [re.sub("^~", str(home()), word) for word in arguments]
+
+
+def place_of(command) -> Path:
+    """Where a command is run: in the clone, or in the reader's own folder."""
+    first = command.folders[0]
+    return home() / Path(*first.parts[1:]) if first.parts[0] == "~" else clone() / command.folder.relative_to(ROOT)
+
+
+def run_commands(document) -> None:
+    """Runs those in a document's blocks, one after the other, then its programs in Python.
+
+    What was run before, for whatever document, is not run again.
+    """
+    for command in commands(document):
+        how = as_run(command)
+        if how and (place_of(command), *how) not in RAN:
+            print(command)
+            RAN.append((place_of(command), *how))
+            log = scratch() / f"docs-{len(RAN)}"
+            Script(how[0].parent.resolve(), how[0].name, how[1], log, cwd=place_of(command), draw=False).wait()
+    for line, language, content in blocks(document):
+        if language == "python":
+            log = scratch() / f"docs-{document.parent.name}-{line}.txt"
+            child = Child(run_program, document, content, log=log)
+            assert child.wait() == 0, f"{document}:{line}\n{child.text}"
+
+
+def run_program(document, content) -> None:
+    """A program of a page, started where its paths are right."""
+    task = document.parent if document.parent in FOLDERS else CLIP
+    enter(clone() / task.relative_to(ROOT))
+    os.chdir(clone() / task.relative_to(ROOT) if "../outputs" in content else clone())
+    for name, place in OF_PROGRAMS.items():
+        content = content.replace(f'"{name}"', repr(str(place)))
+    exec(compile(content, str(document), "exec"), {"__name__": "__main__"})
+
+
+RAN = []
+
+
+def test_the_readme_says_what_works():
+    run_commands(ROOT / "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "document", [path for path in documents() if path not in (ROOT / "README.md", ROOT / "README.zh-CN.md")], ids=name_of
+)
+def test_documents_say_what_works(document):
+    run_commands(document)
+
+
+# ---- the tutorial as a notebook ------------------------------------------------------------------------------------------
+
+
+def test_the_notebook_has_the_tutorials_text_and_commands(monkeypatch):
+    """Its commands are those that are run above: here they are found in the folders to which its cells change."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from make_notebook import notebook
+
+    page = ROOT / "docs" / "lora_clip.md"
+    made, kept = notebook(text_of(page)), json.loads(page.with_suffix(".ipynb").read_text(encoding="utf-8"))
+    assert kept == made, "python scripts/make_notebook.py makes it anew"
+    here, typed = page.parent, []
+    for cell in made["cells"]:
+        for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else ():
+            if line.startswith("%cd "):
+                here = (here / line[4:]).resolve(strict=True)
+            elif line.startswith("!"):
+                typed.append((here, *shlex.split(line[1:])))
+    expected = [(c.folder, *c.words) for c in commands(page) if c.fenced and c.words[0] != "cd" and "data/dogs" not in c.words]
+    assert typed == expected and len(typed) > 8
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+@each
+def test_links_lead_to_files_and_headings_that_are_there(document):
+    for link in links(document):
+        path, _, part = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), f"{document.name}: {link}"
+        assert target in tracked() or target.is_dir(), f"{document.name}: {link} is not in the repository"
+        assert not part or part in anchors(target), f"{document.name}: {link}: there is {', '.join(sorted(anchors(target)))}"
