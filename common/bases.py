@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -189,7 +190,10 @@ def load_pretrained(name: str, source: Path | str, kind, processor_kind):
         if reason.startswith("Unrecognized configuration class"):  # a list of all model types follows
             (config,) = stored_files(source, "config.json")
             reason = f"the libraries have none of type {read_json(config)['model_type']}"
-        reason = reason if isinstance(error, (OSError, ValueError, UserError)) else f"{type(error).__name__}: {reason}"
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text says how to load it all the same
+            reason = "its weights hold more than tensors and numbers, which could run code"
+        elif not isinstance(error, (OSError, ValueError, UserError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise UserError(f"--model {name} is no model for this task that can be loaded safely: {reason}") from None
     strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight

@@ -15,10 +15,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, ROOT, VOICE, Child, Script, enter
+import soundfile
+import torch
+from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, ROOT, VOICE, Child, Payload, Script, enter
 from documents import anchors, blocks, commands, documents, links, text_of, tracked
-from tasks import ROWS, scratch, small_data
+from tasks import ROWS, TASKS, scratch, small_data
 
 NOT_RUN = {  # scripts that take long whatever they are told, and have tests of their own
     "make_demo_base.py": "trains for hours",
@@ -43,12 +46,29 @@ HOME = {  # what a reader has in ~
     "voice": VOICE,
     "speech": VOICE,
     "songs": VOICE,
+    "scans": MEDICAL,
     "Totalsegmentator_dataset": MEDICAL,
     "Task04_Hippocampus": MEDICAL,
 }
-INSTEAD = {  # in the place of a path that is not there
+OF_ORGANS, OF_VOICES = "data/demo/target/s0001/segmentations", "data/demo/source/test"
+INSTEAD = {  # in the place of what is not there
     "../data/dogs": "~/pictures",
     "data/demo/target/s0014": "data/demo/target/s0009",
+    "kidney_left,kidney_right": "kidney_left,liver",
+    "~/new_patient/segmentations/kidney_left.nii.gz": f"{OF_ORGANS}/kidney_left.nii.gz",
+    "thick.nii.gz": f"{OF_ORGANS}/kidney_left.nii.gz",
+    "mask.nii.gz": f"{OF_ORGANS}/liver.nii.gz",
+    "masks/": OF_ORGANS,
+    "~/songs/verse.wav": f"{OF_VOICES}/birch_test_001.wav",
+    "speech.mp3": f"{OF_VOICES}/birch_test_001.wav",
+    "song.wav": f"{OF_VOICES}/birch_test_002.wav",
+    "talk.flac": f"{OF_VOICES}/fir_test_001.wav",
+    "~/speech/1688": "~/speech",
+    "~/speech/2414": OF_VOICES,
+    "voice.pth": "~/me.pth",  # an export that an earlier command made
+    "their.pth": "~/me.pth",
+    "~/rvc/weights/me.pth": "~/me.pth",
+    "added_voice.index": "../outputs/voice_rvc/lora/voice.index",
 }
 OF_PROGRAMS = {  # files of programs in Python
     "speech.wav": "voice_rvc/data/demo/source/test/birch_test_001.wav",
@@ -60,6 +80,7 @@ def name_of(path):
     return path.relative_to(ROOT).as_posix()
 
 
+TROUBLE = ROOT / "docs" / "troubleshooting.md"
 each = pytest.mark.parametrize("document", documents(), ids=name_of)
 
 
@@ -130,7 +151,7 @@ def say_which_are_refused(script, argument_lists):
 def test_scripts_take_the_flags_that_documents_name(tmp_path):
     """Names and values, checked by each script's own parser."""
     named = {}
-    for command in (command for document in documents() for command in commands(document)):
+    for command in (command for document in documents() if document != TROUBLE for command in commands(document)):
         if command.words[0] in ("python", "torchrun") and "-m" not in command.words[:2]:
             at = next(i for i, word in enumerate(command.words) if word.endswith(".py"))
             script = (command.folder / command.words[at]).resolve()
@@ -185,10 +206,11 @@ def as_run(command) -> tuple[Path, list[str]] | None:
         names = {name for name, folder in HOME.items() if folder == task.folder}
         if command.folder == task.folder or names & {part for word in arguments for part in Path(word).parts}:
             give_data(task)
-    if script.name in ("train.py", "train_lora.py"):
-        arguments += SMALL
-    elif script.name.startswith(("eval", "infer")):
-        arguments += PLAIN
+    if script.parts[-2:] == ("voice_rvc", "preprocess.py"):
+        arguments += ["--model", "demo"]
+    more = SMALL if script.name in ("train.py", "train_lora.py") else PLAIN if script.name.startswith(("eval", "infer")) else ()
+    is_trouble = command.place.startswith(name_of(TROUBLE))
+    arguments = [*more, *arguments] if is_trouble else [*arguments, *more]  # of a flag that is given twice the second counts
     return script, [re.sub("^~", str(home()), word) for word in arguments]
 
 
@@ -196,6 +218,14 @@ def place_of(command) -> Path:
     """Where a command is run: in the clone, or in the reader's own folder."""
     first = command.folders[0]
     return home() / Path(*first.parts[1:]) if first.parts[0] == "~" else clone() / command.folder.relative_to(ROOT)
+
+
+def run(command, how, expect=0) -> str:
+    """What a command prints, with the reader's own paths."""
+    log = scratch() / f"docs-{len(list(scratch().glob('docs-*.out')))}"
+    script, arguments = how
+    done = Script(script.parent.resolve(), script.name, arguments, log, cwd=place_of(command), draw=False).wait(expect)
+    return (done.stdout + done.stderr).replace(str(home()), "~")
 
 
 def run_commands(document) -> None:
@@ -208,8 +238,7 @@ def run_commands(document) -> None:
         if how and (place_of(command), *how) not in RAN:
             print(command)
             RAN.append((place_of(command), *how))
-            log = scratch() / f"docs-{len(RAN)}"
-            Script(how[0].parent.resolve(), how[0].name, how[1], log, cwd=place_of(command), draw=False).wait()
+            run(command, how)
     for line, language, content in blocks(document):
         if language == "python":
             log = scratch() / f"docs-{document.parent.name}-{line}.txt"
@@ -240,6 +269,71 @@ def test_the_readme_says_what_works():
 )
 def test_documents_say_what_works(document):
     run_commands(document)
+
+
+# ---- troubleshooting -------------------------------------------------------------------------------------------------
+
+
+@cache
+def make_trouble() -> None:
+    """What is wrong in ~, by its name on the page."""
+    for name in ("empty", "short", "pickled"):
+        (home() / name).mkdir()
+    (home() / "mine.yaml").write_text("epochs: 3\nlearning_rate: 1e-4\n")
+    write_silence(home() / "short" / "a.wav"), write_silence(home() / "short" / "b.wav")
+    for part in (CLASSIFICATION / "demo_base").glob("*.json"):
+        shutil.copy(part, home() / "pickled")
+    torch.save({"payload": Payload(home() / "ran")}, home() / "pickled" / "pytorch_model.bin")
+    pictures, boxes = (small_data(TASKS[name]) for name in ("classification", "detection"))
+    for name in ("broken", "stranger"):
+        shutil.copytree(pictures, home() / name)
+    damaged = home() / "broken" / "train" / "checked_diamond" / "000.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (home() / "stranger" / "val" / "plain_diamond").rename(home() / "stranger" / "val" / "unseen")
+    for place in (pictures / "train").glob("*"):
+        shutil.copytree(place, home() / "single" / place.name)
+    (home() / "single" / "plain_diamond" / "001.png").unlink()
+    shutil.copytree(boxes, home() / "outside")
+    table = home() / "outside" / "annotations" / "instances_train.json"
+    content = json.loads(table.read_text())
+    for annotation, box in zip(content["annotations"], ([200, 200, 10, 10], [90, 90, 40, 40]), strict=False):
+        annotation["bbox"] = box
+    table.write_text(json.dumps(content))
+
+
+def write_silence(file) -> None:
+    soundfile.write(file, np.zeros(1600), 16000)
+
+
+def check_what_is_printed(part: str) -> None:
+    """Types the commands of a part of the page. A text that follows a block is what its last command prints: error or not."""
+    make_trouble()
+    found = blocks(TROUBLE)
+    starts = [text_of(TROUBLE)[: heading.start()].count("\n") for heading in re.finditer("^## ", text_of(TROUBLE), re.MULTILINE)]
+    first = text_of(TROUBLE)[: text_of(TROUBLE).index(f"## {part}")].count("\n")
+    last = min([line for line in starts if line > first], default=10**6)
+    typed = {}
+    for command in commands(TROUBLE):
+        if command.fenced and first < (line := int(command.place.rpartition(":")[2])) < last and command.words[0] != "cd":
+            typed.setdefault(max(start for start, language, _ in found if start <= line and not language), []).append(command)
+    assert len(typed) > 4
+    for (start, _, _), (_, language, text) in zip(found, found[1:], strict=False):
+        for command in typed.get(start, ()):
+            is_last = command == typed[start][-1]
+            error = is_last and text.startswith("error: ") or "--start_from" in command.words
+            said = run(command, as_run(command), expect=2 if error else 0)
+            for line in text.splitlines() if is_last else ():
+                assert language == "text" and line.removesuffix("...").strip() in said, f"{command}\n{said}"
+
+
+def test_what_is_refused_at_once_is_said_as_the_page_has_it():
+    check_what_is_printed("Refused at once")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["Data and base", "Runs"])
+def test_what_scripts_say_of_trouble_is_said_as_the_page_has_it(part):
+    check_what_is_printed(part)
 
 
 # ---- the tutorial as a notebook ------------------------------------------------------------------------------------------
