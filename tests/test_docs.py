@@ -20,7 +20,7 @@ import pytest
 import soundfile
 import torch
 from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, ROOT, VOICE, Child, Payload, Script, enter
-from documents import anchors, blocks, commands, documents, links, text_of, tracked
+from documents import Command, anchors, blocks, commands, documents, links, text_of, tracked
 from tasks import ROWS, TASKS, scratch, small_data
 
 NOT_RUN = {  # scripts that take long whatever they are told, and have tests of their own
@@ -220,6 +220,14 @@ def place_of(command) -> Path:
     return home() / Path(*first.parts[1:]) if first.parts[0] == "~" else clone() / command.folder.relative_to(ROOT)
 
 
+@cache
+def give_pair() -> None:
+    """A full and a LoRA run of one task, for who compares."""
+    for script in ("train.py", "train_lora.py"):
+        command = Command(("python", script), (DETECTION,), "before", True)
+        run(command, as_run(command))
+
+
 def run(command, how, expect=0) -> str:
     """What a command prints, with the reader's own paths."""
     log = scratch() / f"docs-{len(list(scratch().glob('docs-*.out')))}"
@@ -236,6 +244,8 @@ def run_commands(document) -> None:
     for command in commands(document):
         how = as_run(command)
         if how and (place_of(command), *how) not in RAN:
+            if how[0].name == "compare.py":
+                give_pair()
             print(command)
             RAN.append((place_of(command), *how))
             run(command, how)
