@@ -27,6 +27,7 @@ NOT_RUN = {  # scripts that take long whatever they are told, and have tests of 
     "make_demo_base.py": "trains for hours",
     "benchmark.py": "trains at real size",
     "peft_table.py": "trains eleven adapters",
+    "run_all.py": "trains nine runs of a task",
 }
 DOWNLOADS = {
     ("prepare_dog_dataset.py", "--num_classes"),
@@ -244,7 +245,7 @@ def run_commands(document) -> None:
     for command in commands(document):
         how = as_run(command)
         if how and (place_of(command), *how) not in RAN:
-            if how[0].name == "compare.py":
+            if how[0].name in ("compare.py", "disagreements.py", "rank_curve.py"):
                 give_pair()
             print(command)
             RAN.append((place_of(command), *how))

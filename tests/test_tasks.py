@@ -9,6 +9,7 @@ import resource
 import shlex
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -543,3 +544,41 @@ def test_compare_reads_both_runs(task, tmp_path):
     found = {run["method"]: run["trained_parameters"] for run in read(tmp_path / "compare.json")["runs"]}
     assert found == {run.summary["method"]: run.summary["parameters"]["trainable"] for run in (full, lora)}
     assert f"LoRA reaches {task.metric}" in done.stdout
+
+
+# ---- what the two runs of a task say together ------------------------------------------------------------------------
+
+
+def show_disagreements_of(runs, folder):
+    """For a fork: the two samples that differ most, and before them one that the data has no more."""
+    sys.path.append(str(ROOT / "scripts"))
+    import disagreements
+    from disagreements import DisagreementsConfig, most_different, show_disagreements
+
+    gone = {"file": "gone", "what": "", "full": "", "lora": ""}
+    disagreements.most_different = lambda records, most: [gone, *most_different(records, most)]
+    show_disagreements(DisagreementsConfig(*map(str, runs), most=2, output_dir=str(folder)))
+
+
+def test_the_samples_on_which_two_runs_differ_most_are_shown(task, tmp_path):
+    runs = [trained(task, method).folder for method in ("full", "lora")]
+    said = in_task(task, show_disagreements_of, runs, tmp_path)
+    assert "left out: gone, which the data has no more" in said and "could not be made" not in said, said
+    shown, samples = read(tmp_path / "disagreements.json"), [read(run / "samples.json") for run in runs]
+    rows = [{row["file"]: row for row in record["rows"]} for record in samples]
+    assert 1 <= len(shown) <= 2 and all(one["full"] != one["lora"] for one in shown)
+    kind = {"voice_rvc": "audio", "medical_sam3d": "mesh"}.get(task.name, "picture")
+    for one in shown:
+        path, pair = tmp_path / one[kind], [row[one["file"]] for row in rows]
+        if "right" in pair[0]:
+            assert pair[0]["right"] != pair[1]["right"]
+        if kind == "audio":
+            import soundfile
+
+            wave, rate = soundfile.read(path)
+            assert 1 < len(wave) / rate < 20 and np.abs(wave).max() > 0.01
+        else:
+            assert np.asarray(Image.open(path).convert("L")).std() > 10  # something is drawn
+    if "value" in samples[0]["rows"][0]:
+        gaps = {file: abs(rows[0][file]["value"] - rows[1][file]["value"]) for file in rows[0]}
+        assert [one["file"] for one in shown] == sorted(gaps, key=lambda file: -gaps[file])[: len(shown)]
