@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import contextmanager, redirect_stdout, suppress
 
-from common.config import UserError
+from common.config import VERSION, UserError
 
 EVERY = 30  # seconds between two lines of progress, where there is no terminal
 
@@ -223,11 +223,12 @@ def versions_of(*packages: str) -> dict[str, str | None]:
 
 
 def environment(device, processes: int) -> dict:
-    """What a run ran on, for its summary: versions of Python and the libraries (None: not installed), device, threads."""
+    """What a run ran on, for its summary: versions of the project, Python and the libraries (None: not installed), the device."""
     import torch
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"
     return {
+        "lora_workshop": VERSION,
         "python": platform.python_version(),
         **versions_of("torch", "transformers", "peft"),
         "platform": platform.platform(),

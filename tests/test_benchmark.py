@@ -19,6 +19,7 @@ def row(**seconds):
     return {"task": "pose", "size": "demo", "targets": "qv", "batch": 2, "seconds": seconds, **facts}
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_and_writes_its_tables_between_the_marks(tmp_path):
     page, file = tmp_path / "page.md", tmp_path / "out.json"
     page.write_text(f"# Before\n{benchmark.MEASURED}\nold numbers\n{benchmark.MEASURED_END}\nAfter\n")

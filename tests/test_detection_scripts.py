@@ -25,6 +25,7 @@ def test_classes_are_the_datas_in_its_order(best):
     assert list(read(best / "config.json")["id2label"].values()) == SYNTHETIC
 
 
+@pytest.mark.slow
 def test_the_demos_base_knows_three_of_the_four_classes_from_pictures_of_another_look():
     assert 0.2 < demo(ROW, "lora").summary["metrics"]["before"]["map_50"] < 0.9
 

@@ -30,6 +30,7 @@ def differing(one: dict, other: dict) -> list[str]:
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
+@pytest.mark.slow
 def test_a_base_has_the_committed_architecture_and_loads(tmp_path, name, task, measured):
     args = [name, "--steps", 2, "--output_dir", tmp_path / "base"]
     done = Script(ROOT / "scripts", "make_demo_base.py", args, tmp_path / "log").wait()

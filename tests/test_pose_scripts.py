@@ -45,6 +45,7 @@ def test_a_checkpoint_knows_the_keypoints_and_what_mirrors_into_what(full):
     assert facts["names"] == KEYPOINTS and facts["flip_pairs"] == [[2, 3], [4, 5]] and facts["input_size"] == [64, 64]
 
 
+@pytest.mark.slow
 def test_the_demos_base_knows_figures_of_another_look():
     """Better than always saying the middle, which is 23 px off, and yet to be tuned."""
     assert 2 < demo(ROW, "lora").summary["metrics"]["before"]["pixel_error"] < 20

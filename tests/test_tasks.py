@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tasks import (
     EPOCHS,
     LR_HEAD,
+    ROWS,
     SCRIPT,
     SETTINGS,
     STEPS,
@@ -46,9 +47,10 @@ ONE_TASKS_OWN = {"data.most_boxes", "data.minutes", "data.val_minutes", "data.sp
 ONE_TASKS_OWN |= {"data.coverage", *(f"data.{part}{what}" for part in ("", "val_") for what in ("patients", "cases"))}
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 both = pytest.mark.parametrize("method", ["full", "lora"])
+also_heavy = pytest.mark.parametrize("task", ROWS, ids=str)  # without -m slow, too
 
 
-@pytest.fixture(scope="session", params=TASKS.values(), ids=str)
+@pytest.fixture(scope="session", params=[pytest.param(t, marks=pytest.mark.slow if t.heavy else ()) for t in ROWS], ids=str)
 def task(request):
     return request.param
 
@@ -70,6 +72,7 @@ def is_drawn(path):
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
+@also_heavy
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_at_once_and_explains_every_setting(task, script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -465,6 +468,7 @@ def test_a_checkpoint_of_another_task_is_refused(task, tmp_path):
 # ---- errors that a user can put right --------------------------------------------------------------------------------
 
 
+@also_heavy
 def test_training_errors_are_one_line_and_exit_code_two(task, tmp_path):
     def fails(script, *args):
         return one_line(call(task, script, *args, "--output_dir", tmp_path / "runs", expect=2))

@@ -360,6 +360,7 @@ def test_an_export_that_fails_leaves_what_was_there(base, tmp_path, monkeypatch)
     assert out.read_bytes() == b"mine" and [p.name for p in tmp_path.iterdir()] == ["voice.pth"]
 
 
+@pytest.mark.slow
 def test_the_script_exports_imports_and_tells(adapter, tmp_path):
     done = run_script(ROOT, SCRIPT, "export", adapter[0], tmp_path / "ann.pth")
     assert done.stdout.splitlines()[-1] == str(tmp_path / "ann.pth") and "verified: 2" in done.stdout
