@@ -39,6 +39,7 @@ from compare_runs import (  # noqa: E402
     read_sweep,
     read_test,
     row_facts,
+    settings_of,
     value,
 )
 
@@ -56,6 +57,8 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
 
     summaries, unfair = [s for row in rows for _, s in row], why_unfair([run for row in rows for run in row], force)
     metric, up = value(summaries[0], "metrics.name"), bool(value(summaries[0], "metrics.higher_is_better"))
+    if not metric:
+        raise UserError(f"{rows[0][0][0]}/summary.json names no metric (metrics.name): its run never came to an evaluation")
     found, base, about = measured(rows, metric)
     methods = [row["method"] for row in found]
     by_method = len(set(methods)) == len(methods) and set(methods) <= {"full", "lora", "head"}
@@ -74,7 +77,7 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
         **about,
         "compared_with": base["label"],
         "runs": found,
-        "configs": [value(row[0][1], "config") or {} for row in rows],
+        "configs": [settings_of(row[0][1]) for row in rows],
         "provenance": provenance(rows),
         "sweep": read_sweep(beside),
         "rank_curve": read_rank_curve(beside / "compare"),
@@ -168,7 +171,7 @@ def class_differences(run: dict, base: dict) -> dict | None:
     for key in (key for key in mine[next(iter(mine))] if key.startswith("per_")):
         values = {}
         for seed in shared:
-            a, b = mine[seed].get(key) or {}, other[seed].get(key) or {}
+            a, b = (found if isinstance(found := part[seed].get(key), dict) else {} for part in (mine, other))
             for name in a:
                 if isinstance(a[name], int | float) and isinstance(b.get(name), int | float):
                     values.setdefault(name, []).append(a[name] - b[name])
@@ -207,7 +210,8 @@ def provenance(rows: list) -> dict:
     """Versions, machine, hashes, and the commands that repeat the runs."""
     summary, summaries = rows[0][0][1], [s for row in rows for _, s in row]
     scripts = [("train.py" if s.get("method") == "full" else "train_lora.py", folder) for row in rows for folder, s in row]
-    found = {key: value(summary, f"environment.{key}") for key in ("python", "torch", "transformers", "peft", "platform")}
+    names = ("python", "torch", "transformers", "peft", "platform")
+    found = {key: str(value(summary, f"environment.{key}") or "")[:80] for key in names}
     found["machine"] = "; ".join(dict.fromkeys(str(value(s, "environment.device"))[:80] for s in summaries))
     hashes = dict.fromkeys(str(value(s, "data.sha256")) for s in summaries)
     found |= {"base_name": value(summary, "base.name"), "base_sha256": value(summary, "base.sha256")}

@@ -10,10 +10,13 @@ from compare_text import (
     agreement_table,
     all_table,
     before_name,
+    facts_table,
     how_to_read,
+    labels_of,
     lora_of,
     made_by,
     methods_table,
+    metrics_table,
     settings_that_differ,
 )
 from compare_words import megabytes, number
@@ -80,17 +83,18 @@ def section(record: dict, pictures: list[str], whole: list[str], alone: bool) ->
             "<h3>Where the two differ most</h3>",
             grid((disagreement(one, record) for one in record["disagreements"]), "grid small"),
         ]
-    if rows := settings_that_differ(record):
-        parts += [f"<details><summary>Settings that differ</summary>{scroll(['', *labels_of(record)], rows)}</details>"]
+    head, rows = metrics_table(record)
+    for title, found in (
+        ("Sizes and times", facts_table(record)[1]),
+        ("All metrics", rows),
+        ("Settings that differ", settings_that_differ(record)),
+    ):
+        parts += [f"<details><summary>{title}</summary>{scroll(head, found)}</details>"] if found else []
     return [*parts, "</section>"]
 
 
 def name_of(run: dict) -> str:
     return "LoRA" if run["method"] == "lora" else run["label"]
-
-
-def labels_of(record: dict) -> list[str]:
-    return [run["label"] for run in record["runs"]]
 
 
 # Pieces ----------------------------------------------------------------------------------------------------------------

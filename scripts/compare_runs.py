@@ -1,6 +1,5 @@
 """Run folders as a comparison needs them: read without belief, alike or not, those that differ in their seed alone as one row."""
 
-import math
 import os
 import re
 import sys
@@ -73,7 +72,7 @@ def check_metrics(metrics: dict, fault: str) -> None:
 
 def is_sane(x) -> bool:
     """Whether a number can be one of a run's; what is no number, is."""
-    return not isinstance(x, int | float) or (math.isfinite(x) and abs(x) < LARGEST)
+    return not isinstance(x, int | float) or abs(x) < LARGEST  # NaN is not
 
 
 def value(summary: dict, key: str):
@@ -157,6 +156,12 @@ def differences(summaries: list[dict], labels: list[str]) -> list[str]:
 
 def unlike(runs: list[tuple[Path, dict]]) -> list[str]:
     return differences([summary for _, summary in runs], [folder.name for folder, _ in runs])
+
+
+def settings_of(summary: dict) -> dict:
+    """The settings of a run, as they can be shown: what is neither a number that is finite nor a text is written as one."""
+    config = value(summary, "config") or {}
+    return {str(key): x if isinstance(x, str | int | float | None) and is_sane(x) else str(x)[:200] for key, x in config.items()}
 
 
 def method_key(summary: dict, without=()) -> tuple:
@@ -269,19 +274,20 @@ def read_sweep(folder: Path) -> dict | None:
             check_numbers(arm["rates"], arm["metric"], [arm.get("best"), arm.get("default")])
             if len(arm["rates"]) != len(arm["metric"]) or min(arm["rates"]) <= 0:
                 raise ValueError("a rate is without its metric, or not above 0")
+        arms = {method: {key: arm.get(key) for key in ("rates", "metric", "best", "default")} for method, arm in arms.items()}
         return {method: arm for method, arm in arms.items() if any(y is not None for y in arm["metric"])} or None
 
     return read_beside(folder / "sweep.json", check)
 
 
 def read_rank_curve(folder: Path) -> dict | None:
-    """rank_curve.json: {"metric", "split", "ranks": [r], "full": [r], "lora": [r], "bytes": [r]}; None: there is none."""
+    """rank_curve.json: {"metric", "split", "ranks": [r], "full": [r], "lora": [r]}; None: there is none."""
 
     def check(found):
         check_numbers(found["ranks"], found["full"], found["lora"])
         if not len(found["ranks"]) == len(found["full"]) == len(found["lora"]) > 0 or min(found["ranks"]) <= 0:
             raise ValueError("a rank is without its metric, or not above 0")
-        return {**found, "metric": str(found["metric"])}
+        return {key: found[key] for key in ("ranks", "full", "lora")} | {key: str(found[key])[:80] for key in ("metric", "split")}
 
     return read_beside(folder / "rank_curve.json", check)
 

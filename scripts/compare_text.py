@@ -25,31 +25,38 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
 
 
-def main_table(runs: list[dict], metric: str, memory: str, split: str) -> str:
-    """A column for each row of runs, a line for each fact."""
+def facts_table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) with a column for each row of runs, a line for each fact."""
+    runs, metric, test = record["runs"], record["metric"], record["split"] == "test"
 
     def row(name, key, show=number):
         return [name, *(show(run.get(key)) for run in runs)]
 
-    best = [row(f"{metric} best" if split == "val" else f"{metric}, test split", "metric")]
-    return table(
-        ["", *(run["label"] for run in runs)],
-        [
-            row(f"{metric} before training", "metric_before"),
-            *best,
-            *([row("95 % interval", "interval", interval)] if any("interval" in run for run in runs) else []),
-            *([row(f"{metric} best (val)", "metric_best")] if split != "val" else []),
-            row(f"{metric} final", "metric_final"),
-            row("best epoch", "best_epoch"),
-            row("trained parameters", "trained_parameters"),
-            row("of all parameters", "trained_percent", percent),
-            row("checkpoint", "checkpoint_bytes", megabytes),
-            row("training steps", "train_seconds", lambda x: number(x, "s")),
-            row("whole run", "seconds", lambda x: number(x, "s")),
-            row("samples per second", "samples_per_second", lambda x: "unknown" if x is None else f"{x:,.1f}"),
-            row(f"peak memory ({memory.upper()})", "peak_memory_bytes", megabytes),
-        ],
-    )
+    return ["", *labels_of(record)], [
+        row(f"{metric} before training", "metric_before"),
+        row(f"{metric}, test split" if test else f"{metric} best", "metric"),
+        *([row("95 % interval", "interval", interval)] if any("interval" in run for run in runs) else []),
+        *([row(f"{metric} best (val)", "metric_best")] if test else []),
+        row(f"{metric} final", "metric_final"),
+        row("best epoch", "best_epoch"),
+        row("trained parameters", "trained_parameters"),
+        row("of all parameters", "trained_percent", percent),
+        row("checkpoint", "checkpoint_bytes", megabytes),
+        row("training steps", "train_seconds", lambda x: number(x, "s")),
+        row("whole run", "seconds", lambda x: number(x, "s")),
+        row("samples per second", "samples_per_second", lambda x: "unknown" if x is None else f"{x:,.1f}"),
+        row(f"peak memory ({record['memory'].upper()})", "peak_memory_bytes", megabytes),
+    ]
+
+
+def metrics_table(record: dict) -> tuple[list[str], list[list[str]]]:
+    """(head, rows) with every number among the metrics of the split that is compared; no rows where there is none."""
+    names = dict.fromkeys(name for run in record["runs"] for name in run["metrics"] if name not in ("epoch", "step"))
+    return ["", *labels_of(record)], [[name, *(number(run["metrics"].get(name)) for run in record["runs"])] for name in names]
+
+
+def labels_of(record: dict) -> list[str]:
+    return [run["label"] for run in record["runs"]]
 
 
 def methods_table(record: dict) -> tuple[list[str], list[list[str]]]:
@@ -126,7 +133,7 @@ def one_page(record: dict) -> tuple[str, str]:
     several = any(len(run["seeds"]) > 1 for run in record["runs"])
     parts = [*record["verdict"], *(f"Note: {note}" for note in record["notes"])]
     parts += [table(*methods_table(record))] if several else []
-    parts += [main_table(record["runs"], record["metric"], record["memory"], record["split"])]
+    parts += [table(*facts_table(record))]
     shown = "\n\n".join(parts) + "\n"
     picture = "\n![metric, checkpoint size, trained parameters and training time of the runs](compare.png)\n"
     return shown, f"# {record['heading']}\n\n{shown}{picture}{rest_of_page(record)}"
@@ -134,14 +141,13 @@ def one_page(record: dict) -> tuple[str, str]:
 
 def rest_of_page(record: dict) -> str:
     """The other metrics, the settings that differ, and how to read it all, as Markdown."""
-    runs, text, labels = record["runs"], "", [run["label"] for run in record["runs"]]
-    names = dict.fromkeys(name for run in runs for name in run["metrics"] if name not in ("epoch", "step"))
-    if names:
+    runs, text = record["runs"], ""
+    head, rows = metrics_table(record)
+    if rows:
         what = "of the best epoch" if record["split"] == "val" else "of the test split"
-        rows = [[name, *(number(run["metrics"].get(name)) for run in runs)] for name in names]
-        text += f"\n## All metrics {what}\n\n{table(['', *labels], rows)}\n"
+        text += f"\n## All metrics {what}\n\n{table(head, rows)}\n"
     if rows := settings_that_differ(record):
-        text += f"\n## Settings that differ\n\n{table(['', *labels], rows)}\n"
+        text += f"\n## Settings that differ\n\n{table(head, rows)}\n"
     if "agreement" in lora_of(record):
         text += f"\n## Who is right\n\n{table(*agreement_table(record))}\n"
     text += "\n## How to read it\n\n" + "".join(f"- {line}\n" for line in how_to_read([record]))
