@@ -27,6 +27,7 @@ NOT_RUN = {  # scripts that take long whatever they are told, and have tests of 
     "make_demo_base.py": "trains for hours",
     "benchmark.py": "trains at real size",
     "peft_table.py": "trains eleven adapters",
+    "try_it.py": "serves a page until it is stopped",
     "run_all.py": "trains nine runs of a task",
 }
 DOWNLOADS = {
@@ -153,7 +154,7 @@ def test_scripts_take_the_flags_that_documents_name(tmp_path):
     """Names and values, checked by each script's own parser."""
     named = {}
     for command in (command for document in documents() if document != TROUBLE for command in commands(document)):
-        if command.words[0] in ("python", "torchrun") and "-m" not in command.words[:2]:
+        if command.words[0] in ("python", "torchrun", "srun") and "-m" not in command.words[:2]:
             at = next(i for i, word in enumerate(command.words) if word.endswith(".py"))
             script = (command.folder / command.words[at]).resolve()
             named.setdefault(script, []).append((command.place, command.words[at + 1 :]))
@@ -237,6 +238,9 @@ def run(command, how, expect=0) -> str:
     return (done.stdout + done.stderr).replace(str(home()), "~")
 
 
+RAN = []  # (place, script, arguments) of what was run
+
+
 def run_commands(document) -> None:
     """Runs those in a document's blocks, one after the other, then its programs in Python.
 
@@ -265,9 +269,6 @@ def run_program(document, content) -> None:
     for name, place in OF_PROGRAMS.items():
         content = content.replace(f'"{name}"', repr(str(place)))
     exec(compile(content, str(document), "exec"), {"__name__": "__main__"})
-
-
-RAN = []
 
 
 def test_the_readme_says_what_works():
