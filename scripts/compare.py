@@ -119,6 +119,28 @@ def measured(rows: list, metric: str) -> tuple[list[dict], dict, dict]:
     return found, base, {"split": split, "memory": memory, "before": before, "before_split": where, "notes": notes}
 
 
+def look_closer(record: dict) -> dict:
+    """The record with what needs the models, made where it is missing: the samples on which the two differ most.
+
+    Of the first seed that both have. What cannot be made is said among the notes.
+    """
+    from compare_text import lora_of
+    from disagreements import disagreements
+
+    folder, lora = Path(record["beside"]), lora_of(record)
+    full = next(run for run in record["runs"] if run["label"] == record["compared_with"])
+    pairs = [(a, b) for a in full["runs"] for b in lora["runs"] if a["seed"] == b["seed"]] or [(full["runs"][0], lora["runs"][0])]
+    runs, notes = [Path(each["folder"]) for each in pairs[0]], []
+    for key, make in (("disagreements", disagreements),):
+        if not record[key] and {"full", "lora"} == {full["method"], lora["method"]}:
+            try:
+                make(*runs, folder)
+            except UserError as error:
+                notes.append(f"Not made, {key.replace('_', ' ')}: {error}.")
+    found = {"rank_curve": read_rank_curve(folder), "disagreements": read_disagreements(folder)}
+    return record | found | {"notes": record["notes"] + notes}
+
+
 def add_chance(rows: list[dict], base: dict, metric: str, split: str) -> list[str]:
     """Adds what the samples say to the rows whose runs have a samples.json of this metric. Notes where some have none."""
     from bootstrap import FEWEST, agreement, intervals, read_samples
@@ -222,7 +244,7 @@ def provenance(rows: list) -> dict:
 # Several tasks ---------------------------------------------------------------------------------------------------------
 
 
-def compare_all(runs_dirs: list[Path], force: bool) -> tuple[list[dict], list[str]]:
+def compare_all(runs_dirs: list[Path], force: bool, look: bool = False) -> tuple[list[dict], list[str]]:
     """(a comparison of each task and data set that has runs of both kinds, notes on those that cannot be compared)."""
     records, notes = [], []
     for runs_dir in runs_dirs:
@@ -234,6 +256,7 @@ def compare_all(runs_dirs: list[Path], force: bool) -> tuple[list[dict], list[st
                 try:
                     rows, left = find_rows(own, runs_dir, task)
                     record = compared(rows, force, left)
+                    record = look_closer(record) if look else record
                     records.append(record | {"title": task, "data": Path(data).name})
                 except UserError as error:
                     notes.append(f"{task} on {Path(data).name} is not compared: {error}")
@@ -244,14 +267,14 @@ def compare_all(runs_dirs: list[Path], force: bool) -> tuple[list[dict], list[st
     return sorted(records, key=lambda record: order.get(record["task"], len(order))), notes
 
 
-def report_all(runs_dirs: list[Path], force: bool, output_dir: Path, results: Path | None) -> str:
+def report_all(runs_dirs: list[Path], force: bool, look: bool, output_dir: Path, results: Path | None) -> str:
     """Writes the report over all tasks; returns what to print. UserError where nothing can be compared."""
     from compare_page import html_page
     from compare_plots import draw_pareto
     from compare_text import all_pages, results_page
     from compare_words import overall
 
-    records, notes = compare_all(runs_dirs, force)
+    records, notes = compare_all(runs_dirs, force, look)
     if not records:
         raise UserError(f"nothing to compare below {', '.join(map(str, runs_dirs))}: {'; '.join(notes) or 'there are no runs'}")
     sentence = overall(records)
@@ -269,13 +292,14 @@ def report_all(runs_dirs: list[Path], force: bool, output_dir: Path, results: Pa
     return said
 
 
-def report_one(rows: list, left_out: list[str], force: bool, output_dir: Path | None, runs_dir: Path) -> str:
+def report_one(rows: list, left_out: list[str], force: bool, look: bool, output_dir: Path | None, runs_dir: Path) -> str:
     """Writes the report of one comparison; returns what to print. UserError for runs that are not alike."""
     from compare_page import html_page
     from compare_plots import draw_bars_of_runs
     from compare_text import one_page
 
     record = compared(rows, force, left_out)
+    record = look_closer(record) if look else record
     output_dir = output_dir or runs_dir / record["task"] / "compare"
     output_dir.mkdir(parents=True, exist_ok=True)
     shown, text = one_page(record)
@@ -335,6 +359,7 @@ def main(argv=None):
     parser.add_argument(
         "--data_dir", "--data-dir", default="", help="with --train: task=folder, with commas between; else the demo"
     )
+    parser.add_argument("--look", action="store_true", help="also show samples on which the two differ most (loads the models)")
     parser.add_argument("--force", action="store_true", help="compare runs that differ in more than their method, and say so")
     args = parser.parse_args(argv)
     runs_dirs = [folder.expanduser() for folder in args.runs_dir or [project_root() / "outputs"]]
@@ -355,10 +380,10 @@ def main(argv=None):
         train([args.task] if args.task else list(FOLDERS), args, runs_dirs[0])
     if args.all:
         results = args.results and args.results.expanduser()
-        print(report_all(runs_dirs, args.force, output_dir or runs_dirs[0] / "compare", results))
+        print(report_all(runs_dirs, args.force, args.look, output_dir or runs_dirs[0] / "compare", results))
     else:
         rows, left_out = (rows_of(folders), []) if folders else rows_of_task(runs_dirs[0], args.task)
-        print(report_one(rows, left_out, args.force, output_dir, runs_dirs[0]))
+        print(report_one(rows, left_out, args.force, args.look, output_dir, runs_dirs[0]))
 
 
 if __name__ == "__main__":

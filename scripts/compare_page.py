@@ -81,7 +81,7 @@ def section(record: dict, pictures: list[str], whole: list[str], alone: bool) ->
     if record["disagreements"]:
         parts += [
             "<h3>Where the two differ most</h3>",
-            grid((disagreement(one, record) for one in record["disagreements"]), "grid small"),
+            grid(disagreement(one, record) for one in record["disagreements"]),
         ]
     head, rows = metrics_table(record)
     for title, found in (
@@ -125,9 +125,9 @@ def scroll(head: list[str], rows: list[list[str]]) -> str:
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def grid(figures, kind: str = "grid") -> str:
+def grid(figures) -> str:
     figures = "".join(figures)
-    return f'<div class="{kind}">{figures}</div>' if figures else ""
+    return f'<div class="grid">{figures}</div>' if figures else ""
 
 
 def data_uri(path: Path) -> str | None:

@@ -165,11 +165,14 @@ def settings_of(summary: dict) -> dict:
 
 
 def method_key(summary: dict, without=()) -> tuple:
-    """What tells methods apart: the method and each setting that the weights depend on, but for the seed."""
+    """What tells methods apart: the method and each setting that the weights depend on, but for the seed.
+
+    What is off, is not there: a run of before the project had a setting is like one of today that leaves it off.
+    """
     from common.folders import OF_THE_PLACE
 
-    config = value(summary, "config") or {}
-    return summary.get("method"), *sorted((k, str(v)) for k, v in config.items() if k not in OF_THE_PLACE | {"seed", *without})
+    config = {key: x for key, x in (value(summary, "config") or {}).items() if x and x != "none"}
+    return summary.get("method"), *sorted((k, str(x)) for k, x in config.items() if k not in OF_THE_PLACE | {"seed", *without})
 
 
 # Runs of one seed each, as rows ----------------------------------------------------------------------------------------

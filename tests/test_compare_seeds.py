@@ -217,6 +217,13 @@ def test_of_a_sweep_the_rate_with_the_most_seeds_is_shown_and_further_ranks_have
     assert lora_of(record)["seeds"] == [0, 1, 2]
 
 
+def test_runs_of_before_a_setting_was_there_are_of_the_same_row(tmp_path):
+    folder = plant_task(tmp_path, seeds=(0, 1))
+    plant(folder / "full_s2", seed=2, config__ema_decay=0.0)
+    plant(folder / "full_s3", seed=3, config__ema_decay=0.9)
+    assert [run["seeds"] for run in compare_task(folder)["runs"] if run["method"] == "full"] == [[0, 1, 2], [3]]
+
+
 def test_splits_that_depend_on_the_seed_are_paired_within_a_seed(tmp_path):
     folder = plant_task(tmp_path, lora={"better": -0.1})
     for seed in range(3):
@@ -415,3 +422,27 @@ def test_train_asks_for_what_is_missing_before_it_compares(tmp_path, monkeypatch
         with pytest.raises(UserError):
             main(wrong)
     assert len(asked) == 1
+
+
+def test_look_makes_what_is_missing_of_one_seed_that_both_have(tmp_path, monkeypatch):
+    folder = plant_task(tmp_path, seeds=(1, 2))
+    plant(folder / "full_s0", seed=0)
+    made = []
+
+    def disagreements(full, lora, place):
+        made.append((full.name, lora.name, place))
+        if len(made) == 1:
+            raise UserError("no data")
+        place.mkdir()
+        (place / "disagreements.json").write_text('[{"file": "a", "what": "b", "full": "1", "lora": "2"}]')
+
+    monkeypatch.setattr("disagreements.disagreements", disagreements)
+    flags = ["--task", "pose", "--runs_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--look"]
+    records = []
+    for _ in range(3):
+        main(flags)
+        records.append(json.loads((tmp_path / "out" / "compare.json").read_text()))
+    assert made == [("full_s1", "lora_s1", folder / "compare")] * 2  # the third time it is there
+    assert (
+        "Not made, disagreements: no data." in records[0]["notes"] and records[1]["disagreements"] == records[2]["disagreements"]
+    )
