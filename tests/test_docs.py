@@ -20,7 +20,7 @@ import pytest
 import soundfile
 import torch
 from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, ROOT, VOICE, Child, Payload, Script, enter
-from documents import Command, anchors, blocks, commands, documents, links, text_of, tracked
+from documents import Command, anchors, blocks, commands, documents, headings, links, tables, text_of, tracked
 from tasks import ROWS, TASKS, scratch, small_data
 
 NOT_RUN = {  # scripts that take long whatever they are told, and have tests of their own
@@ -383,3 +383,25 @@ def test_links_lead_to_files_and_headings_that_are_there(document):
         assert target.exists(), f"{document.name}: {link}"
         assert target in tracked() or target.is_dir(), f"{document.name}: {link} is not in the repository"
         assert not part or part in anchors(target), f"{document.name}: {link}: there is {', '.join(sorted(anchors(target)))}"
+
+
+# ---- two languages ---------------------------------------------------------------------------------------------------
+
+
+def test_both_readmes_have_the_same_commands_links_and_tables():
+    english, chinese = ROOT / "README.md", ROOT / "README.zh-CN.md"
+    each_other = {"README.md", "README.zh-CN.md"}
+    assert each_other <= {*links(english), *links(chinese)}
+    for name, parts in {
+        "commands": lambda document: sorted(command.words for command in commands(document)),
+        "links": lambda document: sorted(set(links(document)) - each_other),
+        "headings": lambda document: [heading.count("#") for heading in headings(document)],
+        "tables": lambda document: [[facts(row) for row in table[1:]] for table in tables(document)],
+        "numbers": lambda document: sorted(re.findall(r"\d+\.\d+", text_of(document))),
+    }.items():
+        assert parts(chinese) == parts(english), name
+
+
+def facts(row: list[str]) -> list[list[str]]:
+    """Numbers, and names of files and flags, of each cell of a table: what any language writes alike."""
+    return [sorted(re.findall(r"\d+(?:\.\d+)?|`[^`]+`", cell)) for cell in row]
