@@ -370,8 +370,10 @@ def with_saved_adapter(model, folder: Path, whole, merge: bool, answer, own_laye
 
     merge: the adapter is added into the weights, which gives the same outputs without the detour through A and B. answer: by
     which that is checked, see common/trial.py. A folder without an adapter has the parts alone. own_layers: the adapter is of
-    common/lora.py, whose layers are exact where PEFT's are not.
+    common/lora.py, whose layers are exact where PEFT's are not. What else an adapter carries whole (norms and biases, by
+    scripts/extract_lora.py), its origin.json names.
     """
+    whole = (*whole, *carried_by(folder))
     if (folder / TRAINED_PART).is_file():
         return load_trained(model, folder / TRAINED_PART, whole)
     if own_layers:
@@ -384,6 +386,14 @@ def with_saved_adapter(model, folder: Path, whole, merge: bool, answer, own_laye
         return model
     model = load_adapter_files(model, folder, whole)
     return merged(model, answer) if merge else model.get_base_model()
+
+
+def carried_by(folder: Path) -> list[str]:
+    """Names of the tensors that an adapter carries beside what its task trains whole. UserError where they are no names."""
+    names = read_json(folder / ORIGIN).get("whole", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f'{folder / ORIGIN} is damaged: its "whole" is no list of names')
+    return names
 
 
 def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
@@ -407,6 +417,10 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
     odd = sorted(name for name, t in mine.items() if name not in theirs or theirs[name].shape != t.shape)
     # Layer -> alpha / r, of all layers with an adapter.
     adapted = [{name: m.scaling for name, m in each.named_modules() if hasattr(m, "base_layer")} for each in (plain, saved)]
+    if origin.get("whole"):
+        raise UserError(
+            f"--start_from {folder} does not fit this run: it carries norms and biases, which no run trains beside an adapter"
+        )
     if odd or adapted[0] != adapted[1]:
         what = f"it has no {odd[0]} {tuple(mine[odd[0]].shape)}" if odd else "its adapter is on other layers, or scaled otherwise"
         raise UserError(f"--start_from {folder} does not fit this run: {what}; give --lora_r, --lora_alpha and the like as then")

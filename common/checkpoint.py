@@ -81,7 +81,7 @@ def atomic_folder(path: Path):
         aside.mkdir(parents=True)
         yield aside
         everything = sorted(aside.rglob("*"))
-        files = [p for p in everything if p.is_file()]
+        files = [p for p in everything if p.is_file() and p != aside / MANIFEST]  # that of a folder saved in its place
         (aside / MANIFEST).touch()
         for file in files:  # safetensors writes 0600: readable for others, too, where the umask says so
             file.chmod((aside / MANIFEST).stat().st_mode)

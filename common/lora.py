@@ -207,10 +207,10 @@ def replace_modules(model, new: dict[nn.Module, nn.Module]) -> None:
 def remove_lora(model) -> None:
     """Takes the adapters off: the model is the base again, bit for bit, with its parameters still frozen."""
     unmerge_lora(model)
-    replace_modules(model, {layer: layer.base_layer for layer in adapted_layers(model).values()})
     tensors = all_tensors(model)
     for name, tensor in getattr(model, "lora_whole", {}).items():
         tensors[name].data.copy_(tensor)
+    replace_modules(model, {layer: layer.base_layer for layer in adapted_layers(model).values()})
     model.lora_whole = {}
 
 

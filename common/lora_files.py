@@ -127,6 +127,8 @@ def put_adapter(model, config: dict, tensors: dict, strict: bool) -> list[str]:
     if doubly and strict:
         raise UserError(f"{doubly[0]} trained whole, and its layer has an adapter as well: only one can be")
     whole.difference_update(doubly)
+    # A layer's own bias may be carried beside its adapter, under the name that it has there.
+    whole |= {name for layer in settings if (name := f"{layer}.base_layer.bias") in tensors and f"{layer}.bias" in own}
     put_lora(model, settings, sorted(whole))
     return faults + load_lora_state_dict(model, tensors, strict)
 

@@ -58,6 +58,18 @@ class LoRALayer(nn.Module):
         up = self.lora_B.weight.reshape(self.groups, -1, self.r)
         return (up @ down).reshape(base_weight(self.base_layer).shape)
 
+    @staticmethod
+    def matrix(layer, weight: torch.Tensor) -> torch.Tensor:
+        """A view of such a layer's weight as (groups, out, in * kernel): what a product of B and A is."""
+        groups = getattr(layer, "groups", 1)
+        return weight.view(groups, weight.shape[0] // groups, -1)
+
+    @torch.no_grad()
+    def take(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        """Sets the pair: A from `down` (groups, r, in), B from `up` (groups, out, r), as a product of `matrix` has them."""
+        self.lora_A.weight.copy_(down.reshape(self.lora_A.weight.shape))
+        self.lora_B.weight.copy_(up.reshape(self.lora_B.weight.shape))
+
     def branch(self, x, *args, **kwargs):
         """The update's share of the output."""
         hidden = self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype)))
@@ -187,6 +199,14 @@ class LoRAConvTranspose1d(LoRALayer):
         up = self.lora_B.weight.reshape(self.groups, self.r, -1)
         return (down @ up).reshape(base_weight(self.base_layer).shape)
 
+    @staticmethod
+    def matrix(layer, weight):
+        """(groups, out * kernel, in) of (in, out / groups, kernel)."""
+        return weight.view(layer.groups, weight.shape[0] // layer.groups, -1).mT
+
+    def take(self, down, up):
+        super().take(down, up.mT)
+
 
 class LoRAEmbedding(LoRALayer):
     """A (r, rows) starts at zero and B (width, r) at random, as in PEFT: only rows that are looked up ever change."""
@@ -200,6 +220,16 @@ class LoRAEmbedding(LoRALayer):
 
     def product(self):
         return (self.lora_embedding_B @ self.lora_embedding_A).T
+
+    @staticmethod
+    def matrix(layer, weight):
+        """(1, width, rows) of (rows, width)."""
+        return weight.mT[None]
+
+    @torch.no_grad()
+    def take(self, down, up):
+        self.lora_embedding_A.copy_(down.view_as(self.lora_embedding_A))
+        self.lora_embedding_B.copy_(up.view_as(self.lora_embedding_B))
 
     def branch(self, x):
         rows = embedding(x, self.lora_embedding_A.T, self.base_layer.padding_idx)  # (..., r)

@@ -398,7 +398,6 @@ def load_adapter_files(model, folder: Path, whole=()):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    expected = {f"base_model.model.{name}": tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
     with in_names_of_today(folder, model) as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of missing tensors; here they are an error, below
         try:
@@ -412,6 +411,8 @@ def load_adapter_files(model, folder: Path, whole=()):
             model = PeftModel.from_pretrained(without_word_embeddings(model), place)
         except Exception as error:  # whatever PEFT makes of settings that it did not write
             raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
+    parameters = model.get_base_model().named_parameters()  # a bias beside an adapter is base_layer.bias by now
+    expected = {f"base_model.model.{name}": tuple(p.shape) for name, p in parameters if is_within(name, whole)}
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {name: tuple(t.shape) for name, t in saved.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))

@@ -260,6 +260,12 @@ class LoRASparseConv(LoRALayer):
         shape = self.base_layer.weight.shape
         return (update.t() if shape[1] == 1 else update).reshape(shape)
 
+    @staticmethod
+    def matrix(layer, weight):
+        """(1, Cout, k^3 Cin)."""
+        cout, kernel, *_, cin = weight.shape
+        return (weight.view(cin, cout).t() if kernel == 1 else weight.view(cout, -1))[None]
+
     def branch(self, feats, table=None, children=False):
         feats, kernel = self.lora_dropout(feats.to(self.lora_A.weight.dtype)), self.base_layer.weight.shape[1]
         if kernel == 1:

@@ -5,6 +5,8 @@ the path, and a script over several tasks starts a process for each. Nothing her
 """
 
 import sys
+from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -104,9 +106,14 @@ def open_data(folder: Path, processor, origin: dict, data_dir: str = "", split: 
 def real_batches(folder: Path, processor, origin: dict, data_dir: str = "", split: str = "val", most: int = 16) -> list:
     """Batches with at most so many real samples, on the CPU. data_dir, split: as of open_data."""
     data = open_data(folder, processor, origin, data_dir, split, min(most, origin["batch_size"]))
+    return first_batches(origin["task"], data, most)
+
+
+def first_batches(task: str, data: EvalData, most: int = 16) -> list:
+    """The data's first batch, and those after it as long as all together have at most so many samples."""
     batches, there = [], 0
     for batch in data.loader:
-        there += len(batch["labels"] if origin["task"] == "detection" else batch["index"])
+        there += len(batch["labels"] if task == "detection" else batch["index"])
         if batches and there > most:
             break
         batches.append(batch)
@@ -126,6 +133,102 @@ def score(task: str, model, processor, data: EvalData) -> dict:
 def evaluate(folder: Path, model, processor, origin: dict, data_dir: str = "", split: str = "val") -> dict:
     """The task's own metrics of a model, on the checkpoint's data or on data_dir; several models share one open_data."""
     return score(origin["task"], model, processor, open_data(folder, processor, origin, data_dir, split))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def base_below(folder: Path, origin: dict, model, base: str = ""):
+    """(a copy of a checkpoint's plain model with its base's weights, names of the parts that train whole and stay as they are).
+
+    That is the model which an adapter on this base would start from, with the checkpoint's heads on it. base: where the base
+    is, if not under its recorded name. UserError where it is not the base of the training, or not at hand.
+    """
+    from common.bases import load_under
+    from common.lora import is_within
+
+    enter_task(origin["task"])
+    from model import load_base
+
+    untrained, _ = load_under(folder, origin | {"method": "lora"}, load_base, base)
+    whole = whole_parts(origin["task"], model, untrained)
+    prefix = "tower." if origin["task"] == "clip" else ""  # whose base is the image tower alone
+    theirs = {f"{prefix}{name}": tensor for name, tensor in untrained.state_dict().items()}
+    copy = deepcopy(model)
+    mine = {name: tensor for name, tensor in copy.state_dict().items() if not is_within(name, whole)}
+    odd = [name for name, tensor in mine.items() if name not in theirs or theirs[name].shape != tensor.shape]
+    if odd:
+        raise UserError(f"{folder} is not of this base's architecture: {odd[0]} {tuple(mine[odd[0]].shape)} is no tensor of it")
+    copy.load_state_dict({name: theirs[name] for name in mine}, strict=False)
+    return copy.eval(), whole
+
+
+def whole_parts(task: str, model, base) -> tuple[str, ...]:
+    """Names of the parts that train whole beside an adapter, as the task's train_lora.py has them. base: as load_base gave it."""
+    if task == "classification":
+        from model import class_layers
+
+        return tuple(class_layers(model))
+    if task == "detection":
+        from model import HEADS
+
+        return HEADS
+    if task == "voice_rvc":
+        from model import VOICE_ROWS
+
+        return (VOICE_ROWS,)
+    if task == "medical_sam3d":
+        from model import OUT_LAYER
+
+        return (OUT_LAYER, *base.new_layers)
+    from model import HEAD
+
+    return (HEAD,)
+
+
+def is_adapter_beside(model) -> bool:
+    """Whether layers of the model have an adapter beside them, of PEFT's or of common/lora.py: it is not a plain model."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def card_of(origin: dict, title: str, facts: dict[str, str], measured: dict[str, float] | None = None) -> str:
+    """A model card for what a script made of a checkpoint: what it is (facts), its metric by form, and how it is loaded."""
+    from common.card import ON_A_PICTURE, front_matter, loading, spoken
+
+    enter_task(origin["task"])
+    base = origin["base"]["name"]
+    if origin["task"] in ("voice_rvc", "medical_sam3d"):
+        from model import card_code
+
+        how = {"code": ""} | card_code(origin)
+    else:
+        from model import plain_code
+
+        how = {"code": plain_code(origin), "use": ON_A_PICTURE}
+    lines = [*front_matter(origin["task"], origin["method"], base, how["code"]), f"# {title}", "", "| | |", "| --- | --- |"]
+    lines += [f"| base | {spoken(base)}, sha256 of its weights `{origin['base']['sha256']}` |"]
+    lines += [f"| {key} | {spoken(value)} |" for key, value in facts.items()]
+    if measured:
+        lines += ["", "## Measured", "", f"| model | {METRICS[origin['task']][0]} |", "| --- | ---: |"]
+        lines += [f"| {name} | {value:.4f} |" for name, value in measured.items()]
+    return "\n".join([*lines, "", "## Load it", "", *loading(origin["method"], base, how["code"], how["use"]), ""])
+
+
+def place_for(named: str, folder: Path, ending: str, overwrite: bool) -> Path:
+    """Where a script puts what it makes of a checkpoint: output_dir, or beside the run. UserError where that holds anything."""
+    run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
+    out = Path(named).expanduser() if named else run.with_name(f"{run.name}_{ending}")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise UserError(f"{out} is there already; --overwrite replaces it, and --output_dir names another place")
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise UserError(f"--output_dir {out} holds the checkpoint itself: name another place")
+    return out
+
+
+def checkpoint_first(argv) -> list[str]:
+    """The arguments of a script whose first word may be the checkpoint, without its flag."""
+    words = sys.argv[1:] if argv is None else list(map(str, argv))
+    return ["--checkpoint", *words] if words and not words[0].startswith("-") else words
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
@@ -157,6 +260,11 @@ def outputs(task: str, model, batch) -> dict:
             return {"wave": torch.cat([speak(model, batch, row) for row in range(len(batch["index"]))])}
         cubes = model(batch["coords"], batch["inputs"])
         return {"sdf": cubes.sdf, "deform": cubes.deform, "weights": cubes.weights}
+
+
+def answers_of(task: str, models: dict) -> dict:
+    """{name: function batch -> outputs} of several models, for parity.check."""
+    return {name: partial(outputs, task, model) for name, model in models.items()}
 
 
 def boxes_of(found) -> dict:

@@ -369,6 +369,16 @@ def one_line(done) -> str:
     return lines[0]
 
 
+def tensors(output):
+    """All tensors in what a model returns."""
+    from torch import Tensor
+
+    if isinstance(output, Tensor):
+        return [output]
+    values = output.values() if hasattr(output, "values") else output
+    return [tensor for value in values if value is not None for tensor in tensors(value)]
+
+
 def same_numbers(found, expected, tolerance=1e-6, where="") -> None:
     """Fails where two trees of dicts, lists and numbers differ by more than rounding."""
     if isinstance(expected, dict):

@@ -36,6 +36,7 @@ from tasks import (
     scratch,
     small_data,
     start,
+    tensors,
     trained,
 )
 
@@ -356,14 +357,6 @@ def test_a_single_file_and_a_glob_are_inputs_too(task, inputs, tmp_path):
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def tensors(output):
-    """All tensors in what a model returns."""
-    if isinstance(output, torch.Tensor):
-        return [output]
-    values = output.values() if hasattr(output, "values") else output
-    return [tensor for value in values if value is not None for tensor in tensors(value)]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
