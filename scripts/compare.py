@@ -283,7 +283,7 @@ def report_all(runs_dirs: list[Path], force: bool, look: bool, output_dir: Path,
     write_json(output_dir / "compare.json", {"sentence": sentence, "notes": notes, "comparisons": records})
     draw_pareto(records, output_dir / "compare.png")
     write_text(output_dir / "compare.md", text)
-    write_text(output_dir / "compare.html", html_page("Full or LoRA?", sentence, records, notes, output_dir / "compare.png"))
+    write_text(output_dir / "compare.html", html_page("Full or LoRA?", sentence, records, notes))
     said = f"{shown}\nwrote compare.md, compare.json, compare.png and compare.html to {output_dir}"
     if results:
         results.parent.mkdir(parents=True, exist_ok=True)

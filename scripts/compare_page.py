@@ -40,9 +40,9 @@ BADGES = {
 }
 
 
-def html_page(title: str, sentence: str, records: list[dict], notes: list[str], picture: Path) -> str:
-    """The whole page. picture: compare.png, which is shown of a single comparison; several have a small one each."""
-    several, style = len(records) > 1 or bool(notes), Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
+def html_page(title: str, sentence: str, records: list[dict], notes: list[str], picture: Path | None = None) -> str:
+    """The whole page. picture: compare.png of a report on one comparison; one on all tasks has a small picture of each on top."""
+    several, style = picture is None, Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder:
         pictures = [pictures_of(record, Path(folder)) for record in records]
     parts = [f"<h1>{text(title)}</h1>", f'<p class="lead">{text(sentence)}</p>', *map(note, notes)]

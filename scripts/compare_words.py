@@ -137,7 +137,8 @@ def claim(run: dict, other: dict, record: dict) -> str:
     """What one reads first of a comparison: the claim, what it rests on, what is saved, what the head alone gives."""
     found, metric = judge(run, record["higher_is_better"]), record["metric"]
     a, b = (NAMES.get(r["method"], r["method"]) for r in (run, other))
-    numbers = f"{metric} {number(run['metric'])} against {number(other['metric'])}"
+    numbers = " against ".join(number(metric_over(row, run.get("shared", []))) for row in (run, other))
+    numbers = f"{metric} {numbers}"
     split = {"val": "validation", "test": "test"}[record["split"]]
     if found["kind"] in ("worse", "better", "none"):
         rests = evidence(run).replace(" sample", f" {split} sample")
@@ -163,6 +164,12 @@ def sizes(least: float, most: float) -> list[str]:
     """Ends of a range of factors by which something is smaller: ["4.8x", "32x smaller"], ["2.0x larger", "3.0x smaller"]."""
     ends = dict.fromkeys(smaller(1.0, factor, "smaller", "larger") for factor in (least, most))
     return [end.removesuffix(" smaller") if least >= 1 and i + 1 < len(ends) else end for i, end in enumerate(ends)]
+
+
+def metric_over(run: dict, seeds: list) -> float | None:
+    """A row's mean over the seeds that are compared; of all where it has none of them."""
+    values = [each["metric"] for each in run.get("runs", []) if each["seed"] in seeds]
+    return sum(values) / len(values) if values and None not in values else run["metric"]
 
 
 def overall(records: list[dict]) -> str:

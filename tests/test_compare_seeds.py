@@ -268,6 +268,8 @@ def test_a_seed_that_one_method_lacks_is_named(tmp_path):
     plant(folder / "full_s7", "full", 7)
     record = compare_task(folder)
     assert lora_of(record)["shared"] == [0, 1, 2]
+    means = [np.mean([each["metric"] for each in row["runs"][:3]]) for row in (lora_of(record), record["runs"][0])]
+    assert "(pixel_error {:.3f} against {:.3f};".format(*means) in record["claim"] and means[1] != record["runs"][0]["metric"]
     assert "lora and full do not share seed 7" in " ".join(record["notes"])
 
 
