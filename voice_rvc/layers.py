@@ -55,7 +55,7 @@ class ChannelNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
-        return F.layer_norm(x.mT, self.gamma.shape, self.gamma, self.beta, 1e-5).mT
+        return F.layer_norm(x.transpose(1, 2), self.gamma.shape, self.gamma, self.beta, 1e-5).transpose(1, 2)
 
 
 class WaveNet(nn.Module):
@@ -98,19 +98,19 @@ class Attention(nn.Module):
     def forward(self, x, mask):
         frames = x.shape[-1]
         q, k, v = (
-            layer(x).unflatten(1, (self.heads, -1)).mT for layer in (self.conv_q, self.conv_k, self.conv_v)
+            layer(x).unflatten(1, (self.heads, -1)).transpose(2, 3) for layer in (self.conv_q, self.conv_k, self.conv_v)
         )  # (B, H, T, D)
         q = q / math.sqrt(q.shape[-1])
         # Row t of `near`: the frames within WINDOW of t. Those beyond the ends stand at an end, with a share of 0.
         near = torch.arange(frames, device=x.device)[:, None] + torch.arange(-WINDOW, WINDOW + 1, device=x.device)
         inside = (near >= 0) & (near < frames)
-        near = near.clamp(0, frames - 1).expand(*q.shape[:3], -1)
-        scores = q @ k.mT
-        scores = scores.scatter_add(-1, near, (q @ self.emb_rel_k.mT * inside).to(scores.dtype))
+        near = near.clamp(0, frames - 1).expand(x.shape[0], self.heads, frames, -1)
+        scores = q @ k.transpose(2, 3)
+        scores = scores.scatter_add(-1, near, (q @ self.emb_rel_k.transpose(1, 2) * inside).to(scores.dtype))
         weights = scores.masked_fill(mask.unsqueeze(2) * mask.unsqueeze(-1) == 0, -1e4).softmax(-1)  # -1e4: half precision has it
         weights = self.drop(weights)
         values = weights @ v + (weights.gather(-1, near) * inside) @ self.emb_rel_v
-        return self.conv_o(values.mT.flatten(1, 2))
+        return self.conv_o(values.transpose(2, 3).flatten(1, 2))
 
 
 class FeedForward(nn.Module):

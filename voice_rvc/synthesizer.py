@@ -203,7 +203,7 @@ class HarmonicSource(nn.Module):
             noise = torch.randn_like(turns) if excitation is None else excitation.source.squeeze(1)
             sine = SINE_LEVEL * torch.sin(2 * math.pi * (turns % 1)) * voiced
             wave = sine + noise * torch.where(voiced > 0, VOICED_NOISE, SINE_LEVEL / 3)
-            return torch.tanh(self.l_linear(wave[..., None].to(self.l_linear.weight.dtype))).mT
+            return torch.tanh(self.l_linear(wave[..., None].to(self.l_linear.weight.dtype))).transpose(1, 2)
 
 
 class Decoder(nn.Module):
@@ -259,7 +259,7 @@ class TextEncoder(nn.Module):
         x = self.emb_phone(phone)
         if self.emb_pitch is not None:
             x = x + self.emb_pitch(pitch)
-        x = F.leaky_relu(x * math.sqrt(x.shape[-1]), LEAK).mT
+        x = F.leaky_relu(x * math.sqrt(x.shape[-1]), LEAK).transpose(1, 2)
         return (self.proj(self.encoder(x, mask)) * mask).float().chunk(2, dim=1)
 
 
