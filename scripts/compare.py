@@ -86,7 +86,8 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
     }
     lora = lora_of(record)
     sizes = {"lora": lora["checkpoint_bytes"], "full": base["checkpoint_bytes"]}
-    judged = {"claim": claim(lora, base, record), "judgement": judge(lora, up), "bytes": sizes}
+    name = "LoRA" if (lora["method"], base["method"]) == ("lora", "full") else lora["label"]
+    judged = {"claim": claim(lora, base, record), "claimed": name, "judgement": judge(lora, up), "bytes": sizes}
     return record | judged | {"per_class": class_differences(lora, base)}
 
 

@@ -71,7 +71,7 @@ def html_page(title: str, sentence: str, records: list[dict], notes: list[str], 
 def section(record: dict, pictures: list[str], whole: list[str], alone: bool) -> list[str]:
     """The section of one comparison. alone: it is the only one, and its claim stands on top already."""
     kind, lora = record["judgement"]["kind"], lora_of(record)
-    badge = f'<span class="badge {kind}">{BADGES[kind].replace("LoRA", text(name_of(lora)))}</span>'
+    badge = f'<span class="badge {kind}">{BADGES[kind].replace("LoRA", text(record["claimed"]))}</span>'
     parts = [f"<section><h2>{text(record['title'])} {badge}</h2>"]
     parts += [] if alone else [f"<p>{text(record['claim'])}</p>"]
     parts += [f"<p>{text(line)}</p>" for line in record["verdict"]] if alone else []
@@ -91,10 +91,6 @@ def section(record: dict, pictures: list[str], whole: list[str], alone: bool) ->
     ):
         parts += [f"<details><summary>{title}</summary>{scroll(head, found)}</details>"] if found else []
     return [*parts, "</section>"]
-
-
-def name_of(run: dict) -> str:
-    return "LoRA" if run["method"] == "lora" else run["label"]
 
 
 # Pieces ----------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def judge(run: dict, higher_is_better: bool) -> dict:
 def claim(run: dict, other: dict, record: dict) -> str:
     """What one reads first of a comparison: the claim, what it rests on, what is saved, what the head alone gives."""
     found, metric = judge(run, record["higher_is_better"]), record["metric"]
-    a, b = (NAMES.get(r["method"], r["method"]) for r in (run, other))
+    a, b = (r["label"] if run["method"] == other["method"] else NAMES.get(r["method"], r["method"]) for r in (run, other))
     numbers = " against ".join(number(metric_over(row, run.get("shared", []))) for row in (run, other))
     numbers = f"{metric} {numbers}"
     split = {"val": "validation", "test": "test"}[record["split"]]

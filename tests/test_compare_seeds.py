@@ -157,6 +157,11 @@ def test_a_claim_says_what_its_interval_carries(lora, up, words):
     assert ("one seed" in said(up, **lora)) == (lora.get("shared") == [0])
 
 
+def test_two_runs_of_one_method_are_called_by_their_names(tmp_path):
+    folders = [plant(tmp_path / f"r{rank}", "lora", config__lora_r=rank) for rank in (4, 8)]
+    assert compared(rows_of(folders), False, [])["claim"].startswith("No difference is shown between r8 and r4; if r8 is worse,")
+
+
 def judged(title, kind, by=None, seeds=3, full=1_000_000):
     found = {"kind": kind, "by": by, "seeds": seeds}
     return {"title": title, "judgement": found, "metric": "acc", "bytes": {"lora": 100_000, "full": full}}
