@@ -21,7 +21,7 @@ import soundfile
 import torch
 from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, ROOT, VOICE, Child, Payload, Script, enter
 from documents import Command, anchors, blocks, commands, documents, headings, links, tables, text_of, tracked
-from tasks import ROWS, TASKS, scratch, small_data
+from tasks import ROWS, SCRIPT, TASKS, scratch, small_data
 
 NOT_RUN = {  # scripts that take long whatever they are told, and have tests of their own
     "make_demo_base.py": "trains for hours",
@@ -222,12 +222,13 @@ def place_of(command) -> Path:
     return home() / Path(*first.parts[1:]) if first.parts[0] == "~" else clone() / command.folder.relative_to(ROOT)
 
 
-@cache
-def give_pair() -> None:
-    """A full and a LoRA run of one task, for who compares."""
-    for script in ("train.py", "train_lora.py"):
-        command = Command(("python", script), (DETECTION,), "before", True)
-        run(command, as_run(command))
+def give_runs(command) -> None:
+    """The runs that a tool over the tasks looks at, trained where no command of before did."""
+    named = re.findall(r"outputs/(\w+)/(full|lora)\b", " ".join(command.words))
+    for name, method in named or [("detection", "full"), ("detection", "lora")]:
+        if not (clone() / "outputs" / name / method).exists():
+            training = Command(("python", SCRIPT[method]), (TASKS[name].folder,), "before", True)
+            run(training, as_run(training))
 
 
 def run(command, how, expect=0) -> str:
@@ -249,8 +250,8 @@ def run_commands(document) -> None:
     for command in commands(document):
         how = as_run(command)
         if how and (place_of(command), *how) not in RAN:
-            if how[0].name in ("compare.py", "disagreements.py", "rank_curve.py"):
-                give_pair()
+            if how[0].name == "compare.py" or how[0].parent.name == "scripts" and "outputs/" in str(command):
+                give_runs(command)
             print(command)
             RAN.append((place_of(command), *how))
             run(command, how)
