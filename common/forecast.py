@@ -7,8 +7,7 @@ from common.batches import seeded
 from common.runtime import from_main, in_time, peak_memory, say
 
 COUNTED = 10  # steps after the first one, which makes optimizer states and chooses algorithms; fewer of a short epoch
-AT_MOST = 10.0  # seconds that a dry run counts steps, and that it evaluates, at most
-UNTIMED = 4  # batches of validation that a dry run does not count
+AT_MOST = 20.0  # seconds that a dry run counts steps, and that its validation takes, about
 PAPERS = 12_000  # bytes of a checkpoint beside its tensors: model card, origin, preprocessing
 DRAWING = 4.0  # seconds of plots and pictures at a run's end, beside one more validation
 
@@ -59,24 +58,30 @@ class Forecast:
         self.total = 0  # optimizer steps of the whole run
         self.validation = None  # seconds of one; None: not seen, as in a run that goes on, of which nothing is foretold
         self.saving = 0.0  # seconds of one save
-        self.extra = 0.0  # seconds that a dry run takes and the run will not
+        self.extra = 0.0  # seconds that only a dry run takes
 
     # ---- measuring -------------------------------------------------------------------------------------------------
 
     def validate(self, evaluate, loader) -> dict:
-        """evaluate(), timed; in a dry run a few batches first, and then as many as fit into AT_MOST seconds."""
-        if not (self.config.dry_run and hasattr(loader, "batch_sampler")):
+        """evaluate(), timed, after a batch that is not: it pays for what libraries do once.
+
+        A dry run times no more than fits into AT_MOST seconds, when its files have been read.
+        """
+        if not hasattr(loader, "batch_sampler"):
             metrics, self.validation = timed(evaluate)
             return metrics
-        batches = len(loader.batch_sampler)
-        first = min(UNTIMED, batches)
-        with some_batches(loader, first):
-            _, warm_up = timed(evaluate)
-        part = from_main(lambda: max(1, min(batches, int(first * AT_MOST / warm_up))))
+        batches, part, spent = len(loader.batch_sampler), len(loader.batch_sampler), 0.0
+        with some_batches(loader, 1):
+            _, first = timed(evaluate)
+        if self.config.dry_run:
+            part = from_main(lambda: max(1, min(batches, int(AT_MOST / first))))
         with some_batches(loader, part):
+            if self.config.dry_run:
+                _, spent = timed(evaluate)
             metrics, seconds = timed(evaluate)
         self.validation = seconds * batches / part
-        self.extra = warm_up + seconds - self.validation
+        if self.config.dry_run:
+            self.extra = first + spent + seconds - self.validation
         return metrics
 
     @contextmanager

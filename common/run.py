@@ -25,7 +25,8 @@ from common.record import Record, in_words, key_of, without_nan
 from common.runtime import (
     Interrupted,
     StopSignals,
-    check_compiler,
+    compile_for_training,
+    compiled,
     from_main,
     gather_lists,
     guard,
@@ -145,6 +146,8 @@ class Run:
             self.signals.__exit__()
             if self.scratch:
                 self.scratch.cleanup()
+            if self.config.compile:
+                compiled()  # from here on, for whoever goes on in this process
         if self.world > 1:
             # A thread of gloo frees the last tensors that were sent, and needs Python's lock for it. With torch 2.11 the process
             # hangs if DDP, which waits for that thread, is freed first: 6 of 100 short runs did.
@@ -200,8 +203,7 @@ class Run:
                 self.companions.append(thing.to(self.device))
             elif isinstance(thing, torch.nn.Module):
                 if self.config.compile:
-                    check_compiler(self.device)
-                    thing.compile()  # in place: its class, and the names of its tensors, stay as they are
+                    compile_for_training(thing, self.device)
                 thing = self.accelerator.prepare_model(thing)
                 self.models.append(thing)
                 self.bare_models.append(self.unwrap(thing))
@@ -316,7 +318,7 @@ class Run:
         bar.update(progress.batches_done)
         self.signals.busy, began = False, time.monotonic()
         batches = iter(loader)
-        with bar:
+        with bar, compiled():
             while progress.batches_done < len(plan):
                 number = progress.batches_done  # of this batch in the epoch
                 with self.forecast.waiting():

@@ -76,15 +76,30 @@ def choose_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def check_compiler(device) -> None:
-    """UserError where torch.compile does not work: no C++ compiler, no Triton, a Python that torch does not know yet."""
+def compile_for_training(model, device) -> None:
+    """torch.compile, in place: the model's class and the names of its tensors stay as they are. It is used inside `compiled`.
+
+    UserError where torch.compile does not work (no C++ compiler, no Triton, a Python that torch does not know yet), or the model
+    has a reason against it, `no_compile`.
+    """
     import torch
 
+    if reason := getattr(model, "no_compile", ""):
+        raise UserError(f"--compile is not for this task: {reason}")
     try:
         torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # of the compiler, of its backend, of the linker
         fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"--compile: torch.compile does not work here; is there a C++ compiler? ({fault[:150]})") from None
+    model.compile()
+    torch.compiler.set_stance("force_eager")
+
+
+def compiled():
+    """Inside, models that were compiled run so. Elsewhere, as in evaluation, whose shapes differ, they would compile again."""
+    import torch
+
+    return torch.compiler.set_stance("default")
 
 
 def process_index() -> tuple[int, int]:

@@ -44,6 +44,8 @@ class OrganMesher(nn.Module):
     new_layers: parts with new weights, which train whole beside adapters.
     """
 
+    no_compile = "each batch has its own number of cells, which its convolutions look up one by one"
+
     def __init__(self, encoder: LatentEncoder | None, decoder: SLatMeshDecoder):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder

@@ -51,6 +51,8 @@ VARIANTS = {
     "last_k": "LoRA here, last blocks alone",
     "bf16": "LoRA here, bf16",
     "frozen_bf16": "LoRA here, bf16, frozen weights too",
+    "ema": "LoRA here, weights averaged",
+    "compiled": "LoRA here, compiled",
 }
 LAST_K = {"real": 4, "demo": 2}  # blocks
 PARTS = ("steps", "memory", "start")
@@ -62,7 +64,7 @@ class BenchmarkConfig:
 
     tasks: str = "classification,detection,pose,clip,voice,voice_no_gan,medical"  # with commas between
     sizes: str = "real,demo"  # real: from configurations, with random weights; demo: the bases that come along
-    variants: str = "full,lora,peft,trainer,last_k,bf16,frozen_bf16"  # what is timed; full and lora always are
+    variants: str = "full,lora,peft,trainer,last_k,bf16,frozen_bf16,ema,compiled"  # what is timed; full and lora always are
     rounds: Count = 5  # turns
     steps: Count = 3  # timed steps of each variant in a turn
     batch_size: BatchSizeOrZero = 0  # samples in a batch; 0: as each task's row in this file says
@@ -178,7 +180,7 @@ VOICE = {
     "targets": ("default",),
     "batch": {"real": 1, "demo": 8},
     "loader": voice_loader,
-    "variants": ("full", "lora", "bf16"),
+    "variants": ("full", "lora", "bf16", "ema"),
     "adapt": adapt_voice,
     "train": train_voice,
     "answer": convert_clip,
@@ -224,7 +226,7 @@ TASKS = {
         "targets": ("default",),
         "batch": {"real": 1, "demo": 2},
         "loader": organ_loader,
-        "variants": ("full", "lora", "bf16"),
+        "variants": ("full", "lora", "bf16", "ema"),
         "adapt": adapt_organ,
         "answer": decode,
         "convolution": compare_convolutions,
@@ -329,8 +331,12 @@ class Bench:
         flags += ["--device", "cuda" if self.cuda else "cpu"]
         if variant != "full":
             flags += ["--lora_dropout", "0", "--lora_targets", self.job["targets"]]
-            flags += ["--lora_last_k", str(LAST_K[self.job["size"]])] if variant == "last_k" else []
-            flags += ["--frozen_dtype", "bf16"] if variant == "frozen_bf16" else []
+            flags += {
+                "last_k": ["--lora_last_k", str(LAST_K[self.job["size"]])],
+                "frozen_bf16": ["--frozen_dtype", "bf16"],
+                "ema": ["--ema_decay", "0.999"],
+                "compiled": ["--compile"],
+            }.get(variant, [])
         return parse(kind, [*flags, *self.row.get("flags", ())])
 
     def adapted(self, variant: str, config):

@@ -15,6 +15,7 @@ from test_gan import main_in_child
 
 from common import hub, runtime
 from common.averaging import WeightAverage
+from common.batches import EvalBatches
 from common.config import TrainConfig, UserError, cli
 from common.forecast import DRAWING, Forecast, some_batches, tensor_bytes
 from common.out_of_memory import advice, is_out_of_memory, smaller_batch
@@ -98,6 +99,24 @@ def test_a_part_of_the_validation_is_spread_over_all_of_it():
     with some_batches(loader, 4):
         assert loader.batch_sampler.batches == [0, 2, 5, 7]
     assert loader.batch_sampler.batches == list(range(10))
+
+
+@pytest.mark.parametrize("dry, seen", [(False, [1, 100]), (True, [1, 4, 4])])
+def test_validation_is_timed_warm_and_by_a_dry_run_on_a_part(monkeypatch, dry, seen):
+    """A batch takes 5 s at first, then 0.5 s; the clock is our own."""
+    clock, evaluated = [0.0], []
+    loader = SimpleNamespace(batch_sampler=EvalBatches([0] * 100, 1))
+
+    def evaluate():
+        evaluated.append(len(loader.batch_sampler))
+        clock[0] += 5.0 if len(evaluated) == 1 else 0.5 * evaluated[-1]
+        return {"score": len(evaluated)}
+
+    monkeypatch.setattr("common.forecast.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = Forecast(SimpleNamespace(dry_run=dry))
+    assert found.validate(evaluate, loader) == {"score": len(seen)}
+    assert evaluated == seen and len(loader.batch_sampler) == 100 and found.validation == 50
+    assert clock[0] - found.extra == (50 if dry else 55)  # of the run, but for the first batch: what it will have taken by then
 
 
 def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path):
@@ -355,18 +374,31 @@ def test_an_upload_that_fails_costs_nothing(tmp_path, on_line):
 
 
 @pytest.mark.slow  # and rarely breaks
-def test_a_compiled_model_keeps_its_names_and_learns_the_same(tmp_path):
+def test_a_compiled_model_keeps_its_names_learns_the_same_and_is_judged_uncompiled(tmp_path):
     """By the compiler's front end alone: what is behind it takes a minute."""
 
     def front_end():
-        from common import run
+        whole, seen = torch.compile, []
 
-        run.check_compiler = lambda _: None
-        torch.nn.Module.compile = lambda module: setattr(
-            module, "_compiled_call_impl", torch.compile(module._call_impl, backend="eager")
-        )
+        def backend(graph, _):
+            return lambda *args: (seen.append(torch.is_grad_enabled()), graph(*args))[1]
 
-    flags = ("--epochs", 1, "--max_steps_per_epoch", 3)
+        def compile_model(module):
+            module._compiled_call_impl = whole(module._call_impl, backend=backend)
+
+        torch.compile, torch.nn.Module.compile = lambda function: function, compile_model
+        judged = toy_train.evaluate
+
+        def evaluate(*args):
+            before = len(seen)
+            metrics = judged(*args)
+            assert len(seen) == before, "an evaluation went by the compiled model"
+            assert bool(seen) == (args[2] > 0), "no training did"
+            return metrics
+
+        toy_train.evaluate = evaluate
+
+    flags = ("--epochs", 2, "--max_steps_per_epoch", 3)
     toy_in_child(tmp_path / "compiled", front_end, "--compile", *flags)
     run_toy(tmp_path / "plain", *flags)
     found, expected = (load_file(tmp_path / name / "toy/full/final.safetensors") for name in ("compiled", "plain"))
@@ -374,13 +406,17 @@ def test_a_compiled_model_keeps_its_names_and_learns_the_same(tmp_path):
     assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch):
-    def compiled(_):
+def test_without_a_compiler_or_with_a_reason_against_it_one_line_says_so(monkeypatch):
+    def no_compiler(_):
         raise RuntimeError("No working C++ compiler found\nand more")
 
-    monkeypatch.setattr(torch, "compile", lambda function: compiled)
+    monkeypatch.setattr(torch, "compile", lambda function: no_compiler)
+    model = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match=r"^--compile: .*\(No working C\+\+ compiler found\)$"):
-        runtime.check_compiler(CPU)
+        runtime.compile_for_training(model, CPU)
+    model.no_compile = "it changes its shape"
+    with pytest.raises(UserError, match="^--compile is not for this task: it changes its shape$"):
+        runtime.compile_for_training(model, CPU)
 
 
 def test_ranges():

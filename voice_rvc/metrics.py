@@ -168,12 +168,16 @@ def heard_clips(dataset) -> list[int]:
 
 
 def save_sounds(model, dataset, found: list[dict], folder: Path) -> None:
-    """Writes the waves that `predict` kept as 1_<name>.wav, 2_<name>.wav ..., in the order of heard_clips."""
+    """Writes the waves that `predict` kept as 1_<name>.wav, 2_<name>.wav ..., in the order of heard_clips.
+
+    found: of all clips, or of a part, as where a validation is only timed.
+    """
     waves = {item["index"]: item["wave"] for item in found}
     folder.mkdir(parents=True, exist_ok=True)
     for number, index in enumerate(heard_clips(dataset), start=1):
-        path = folder / f"{number}_{plain_name(dataset.name(index))}.wav"
-        write_wave(path, np.nan_to_num(waves[index]), model.config.sample_rate)
+        if index in waves:
+            path = folder / f"{number}_{plain_name(dataset.name(index))}.wav"
+            write_wave(path, np.nan_to_num(waves[index]), model.config.sample_rate)
 
 
 def plain_name(name: str) -> str:

@@ -299,6 +299,8 @@ class Synthesizer(nn.Module):
     40k v2 (9 in the demo's): chunks of a latent with so much around them are parts of the whole. enc_p hears all frames.
     """
 
+    no_compile = "each batch of clips has a length of its own, and would be compiled anew"
+
     def __init__(self, config: VoiceConfig, with_enc_q: bool = True):
         super().__init__()
         self.config, self.facts = config, {}
