@@ -579,3 +579,32 @@ def test_the_samples_on_which_two_runs_differ_most_are_shown(task, tmp_path):
     if "value" in samples[0]["rows"][0]:
         gaps = {file: abs(rows[0][file]["value"] - rows[1][file]["value"]) for file in rows[0]}
         assert [one["file"] for one in shown] == sorted(gaps, key=lambda file: -gaps[file])[: len(shown)]
+
+
+def measure_curve_of(runs, ranks, path):
+    """For a fork: the rank curve; each update is set at all of its rank before it is scored as a whole."""
+    sys.path.append(str(ROOT / "scripts"))
+    import rank_curve
+    from rank_curve import RankCurveConfig, Update, measure_rank_curve
+
+    class SetAtItsRank(Update):
+        def __init__(self, model, base, names):
+            super().__init__(model, base, names, most=10**6)
+            self.set_rank(self.rank)
+
+    rank_curve.Update, rank_curve.RANKS = SetAtItsRank, ranks
+    path.write_text(json.dumps(measure_rank_curve(RankCurveConfig(*map(str, runs)))))
+
+
+def test_an_update_at_its_whole_rank_scores_as_the_run_did(task, tmp_path):
+    """Of every kind of layer that a task has."""
+    full, lora = (trained(task, method) for method in ("full", "lora"))
+    rank = lora.summary["config"]["lora_r"]
+    in_task(task, measure_curve_of, (full.folder, lora.folder), (1, rank), tmp_path / "curve.json")
+    curve = read(tmp_path / "curve.json")
+    for method, run in (("full", full), ("lora", lora)):
+        assert curve["whole"][method] == pytest.approx(run.summary["metrics"]["best"][task.metric], abs=2e-3)
+        assert 0 < curve["energy"][method][0] < curve["energy"][method][1] <= 1 + 1e-9
+    assert curve["lora_rank"] == rank and curve["energy"]["lora"][1] == pytest.approx(1)
+    assert curve["lora"][1] == pytest.approx(curve["whole"]["lora"], abs=1e-6)  # flat from its rank on
+    assert curve["bytes"][0] < curve["bytes"][1] == pytest.approx(lora.summary["checkpoint_bytes"], rel=0.01)
