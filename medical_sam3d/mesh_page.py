@@ -137,7 +137,8 @@ def write_page(
     """page.html. sections: heading -> HTML (html_table's); pictures: heading -> PNG file, which becomes part of the page."""
     parts = [f"<h1>{html.escape(title)}</h1>", *(f'<p class="note">{html.escape(note)}</p>' for note in notes)]
     if cases:
-        parts += [VIEWER.replace("LEGEND", legend_of(round_limit(cases)))]
+        measured = any(view.distances is not None for case in cases for view in case.views)
+        parts += [VIEWER.replace("LEGEND", legend_of(round_limit(cases)) if measured else "")]
     parts += [f"<h2>{html.escape(name)}</h2>{table}" for name, table in sections.items()]
     for name, file in pictures.items():
         source = base64.b64encode(file.read_bytes()).decode()
