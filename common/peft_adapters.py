@@ -274,6 +274,7 @@ def merge_layers(model):
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.merge()
+        vars(layer).pop("forward", None)  # of with_fast_layers: it refers to its layer, and would keep it in memory
     replace_modules(model, {layer: layer.get_base_layer() for layer in layers})
     return model
 

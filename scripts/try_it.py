@@ -283,19 +283,18 @@ def main(argv=None):
     try:
         try:
             import gradio
-            from starlette.middleware import Middleware
         except ImportError:
             raise UserError(MISSING) from None
         runs, faults = find_runs(desk.runs_dir)
         for fault in faults:
             print(f"left out: {fault}")
         print(f"{len(runs)} runs in {desk.runs_dir}")
-        serve(gradio, Middleware(OnlySelf), desk)
+        serve(gradio, desk)
     finally:
         desk.close()
 
 
-def serve(gradio, policy, desk: Desk) -> None:
+def serve(gradio, desk: Desk) -> None:
     """Shows the page until Ctrl-C or SIGTERM."""
     config = desk.config
     signal.signal(signal.SIGTERM, interrupt)
@@ -311,7 +310,7 @@ def serve(gradio, policy, desk: Desk) -> None:
             ssr_mode=False,
             enable_monitoring=False,
             max_file_size=config.most_mb * 2**20,
-            app_kwargs={"middleware": [policy], "docs_url": None, "redoc_url": None},
+            app_kwargs={"middleware": [(OnlySelf, (), {})], "docs_url": None, "redoc_url": None},
             footer_links=[],
             css=STYLE,
             theme=gradio.themes.Default(font=local, font_mono=["ui-monospace", "monospace"]),
