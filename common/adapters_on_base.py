@@ -3,7 +3,8 @@
 Each adapter is a model of its own, loaded as ever, whose tensors then give way to the base's own wherever the two hold the
 same numbers: it takes the memory of what trained alone, whatever that is (heads, classes of its own, any rank, DoRA ...).
 The base never changes. A merged adapter is added into copies of the weights it is for, anew at every switch: nothing is
-subtracted, so answers are, to the bit, those of a Predictor that loaded this adapter alone.
+subtracted, so answers are, to the bit, those of a Predictor that loaded this adapter alone. docs/deploying.md has figures: five
+adapters on a ViT-B take 761 MB instead of 1782, or 1102 instead of 1725 merged, where a switch costs a third of a second.
 """
 
 import copy
