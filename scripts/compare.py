@@ -121,18 +121,19 @@ def measured(rows: list, metric: str) -> tuple[list[dict], dict, dict]:
 
 
 def look_closer(record: dict) -> dict:
-    """The record with what needs the models, made where it is missing: the samples on which the two differ most.
+    """The record with what needs the models, made where missing: the samples on which the two differ most, the rank curve.
 
     Of the first seed that both have. What cannot be made is said among the notes.
     """
     from compare_text import lora_of
     from disagreements import disagreements
+    from rank_curve import rank_curve
 
     folder, lora = Path(record["beside"]), lora_of(record)
     full = next(run for run in record["runs"] if run["label"] == record["compared_with"])
     pairs = [(a, b) for a in full["runs"] for b in lora["runs"] if a["seed"] == b["seed"]] or [(full["runs"][0], lora["runs"][0])]
     runs, notes = [Path(each["folder"]) for each in pairs[0]], []
-    for key, make in (("disagreements", disagreements),):
+    for key, make in (("disagreements", disagreements), ("rank_curve", rank_curve)):
         if not record[key] and {"full", "lora"} == {full["method"], lora["method"]}:
             try:
                 make(*runs, folder)
@@ -360,7 +361,7 @@ def main(argv=None):
     parser.add_argument(
         "--data_dir", "--data-dir", default="", help="with --train: task=folder, with commas between; else the demo"
     )
-    parser.add_argument("--look", action="store_true", help="also show samples on which the two differ most (loads the models)")
+    parser.add_argument("--look", action="store_true", help="also make what needs the models: samples they differ on, rank curve")
     parser.add_argument("--force", action="store_true", help="compare runs that differ in more than their method, and say so")
     args = parser.parse_args(argv)
     runs_dirs = [folder.expanduser() for folder in args.runs_dir or [project_root() / "outputs"]]

@@ -5,7 +5,7 @@ import tempfile
 from html import escape
 from pathlib import Path
 
-from compare_plots import draw_classes, draw_pareto, draw_rank_curve, draw_sweep
+from compare_plots import draw_classes, draw_pareto, draw_ranks, draw_sweep
 from compare_text import (
     agreement_table,
     all_table,
@@ -155,7 +155,7 @@ def pictures_of(record: dict, folder: Path) -> list[str]:
         wanted += [(lambda path: draw_sweep(record, path), f"{record['metric']} over the learning rate: {', '.join(best)}")]
     if record["rank_curve"]:
         alt = f"{record['rank_curve']['metric']} over the rank that is left of the full and of the LoRA update"
-        wanted += [(lambda path: draw_rank_curve(record, path), alt)]
+        wanted += [(lambda path: draw_ranks(record, path), alt)]
     if record["per_class"]:
         alt = f"Difference of {record['per_class']['metric']} for each of {len(record['per_class']['values'])} names"
         wanted += [(lambda path: draw_classes(record, path), alt)]

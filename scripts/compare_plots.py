@@ -143,7 +143,7 @@ def draw_sweep(record: dict, path: Path) -> None:
     save_figure(drawing, path)
 
 
-def draw_rank_curve(record: dict, path: Path) -> None:
+def draw_ranks(record: dict, path: Path) -> None:
     """The metric of both updates, cut to their largest singular values, over the rank that is left."""
     curve = record["rank_curve"]
     drawing, ((axis,),) = figure(1, 1, 5.6, 3.9)

@@ -11,13 +11,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from common.checkpoint import write_json
 from common.config import UserError
 from planted_runs import plant, plant_task
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from bootstrap import agreement, interval_over_seeds, intervals, read_samples  # noqa: E402
 from compare import compare_all, compared, main, rows_of  # noqa: E402
-from compare_plots import draw_classes, draw_pareto, draw_rank_curve, draw_sweep  # noqa: E402
+from compare_plots import draw_classes, draw_pareto, draw_ranks, draw_sweep  # noqa: E402
 from compare_text import lora_of  # noqa: E402
 from compare_words import claim, judge, overall  # noqa: E402
 
@@ -341,7 +342,7 @@ def test_the_page_needs_nothing_else(report):
 @pytest.mark.slow
 def test_every_picture_is_drawn_and_shows_something(report, tmp_path):
     record = json.loads((report[0] / "compare.json").read_text())["comparisons"][0]
-    for draw in (draw_sweep, draw_rank_curve, draw_classes, lambda record, path: draw_pareto([record] * 4, path)):
+    for draw in (draw_sweep, draw_ranks, draw_classes, lambda record, path: draw_pareto([record] * 4, path)):
         draw(record, tmp_path / "picture.png")
         with Image.open(tmp_path / "picture.png") as picture:
             assert min(picture.size) > 250 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
@@ -434,22 +435,23 @@ def test_train_asks_for_what_is_missing_before_it_compares(tmp_path, monkeypatch
 def test_look_makes_what_is_missing_of_one_seed_that_both_have(tmp_path, monkeypatch):
     folder = plant_task(tmp_path, seeds=(1, 2))
     plant(folder / "full_s0", seed=0)
-    made = []
+    made, curve = [], {"metric": "pixel_error", "split": "val", "ranks": [1, 2], "full": [2, 1], "lora": [2, 1]}
 
     def disagreements(full, lora, place):
         made.append((full.name, lora.name, place))
         if len(made) == 1:
+            place.mkdir()
             raise UserError("no data")
-        place.mkdir()
         (place / "disagreements.json").write_text('[{"file": "a", "what": "b", "full": "1", "lora": "2"}]')
 
     monkeypatch.setattr("disagreements.disagreements", disagreements)
+    monkeypatch.setattr("rank_curve.rank_curve", lambda full, lora, place: write_json(place / "rank_curve.json", curve))
     flags = ["--task", "pose", "--runs_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--look"]
     records = []
     for _ in range(3):
         main(flags)
         records.append(json.loads((tmp_path / "out" / "compare.json").read_text()))
     assert made == [("full_s1", "lora_s1", folder / "compare")] * 2  # the third time it is there
-    assert (
-        "Not made, disagreements: no data." in records[0]["notes"] and records[1]["disagreements"] == records[2]["disagreements"]
-    )
+    assert "Not made, disagreements: no data." in records[0]["notes"]
+    assert records[1]["disagreements"] == records[2]["disagreements"] != []
+    assert all(record["rank_curve"] == curve for record in records)
