@@ -557,6 +557,7 @@ def show_disagreements_of(runs, folder):
     show_disagreements(DisagreementsConfig(*map(str, runs), most=2, output_dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_the_samples_on_which_two_runs_differ_most_are_shown(task, tmp_path):
     runs = [trained(task, method).folder for method in ("full", "lora")]
     said = in_task(task, show_disagreements_of, runs, tmp_path)
@@ -596,8 +597,10 @@ def measure_curve_of(runs, ranks, path):
     path.write_text(json.dumps(measure_rank_curve(RankCurveConfig(*map(str, runs)))))
 
 
+@pytest.mark.parametrize("task", [TASKS[name] for name in ("classification", "voice_rvc", "medical_sam3d")], ids=str)
+@pytest.mark.slow
 def test_an_update_at_its_whole_rank_scores_as_the_run_did(task, tmp_path):
-    """Of every kind of layer that a task has."""
+    """Of layers that PEFT adapts, of layers under weight_norm, and of a task's own."""
     full, lora = (trained(task, method) for method in ("full", "lora"))
     rank = lora.summary["config"]["lora_r"]
     in_task(task, measure_curve_of, (full.folder, lora.folder), (1, rank), tmp_path / "curve.json")
