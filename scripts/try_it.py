@@ -34,6 +34,7 @@ VOLUMES = (".nii", ".nii.gz")
 TAKES = {"voice_rvc": ("a recording", SOUNDS), "medical_sam3d": ("a NIfTI mask", VOLUMES)}  # all others: pictures
 STYLE = "#run input { text-overflow: ellipsis; margin-right: 1.5em } iframe { width: 100%; height: 40rem; border: 0 }"
 ANSWER_SECONDS = 600  # for three models to be loaded and asked
+KEPT_SECONDS = 3600  # that files stay which the page was given or has made
 COLUMNS = ("Base", "LoRA", "Full")
 # What a browser may load: this page's own files. gradio's page names a few others, which are not asked for then.
 ONLY_SELF = (
@@ -185,7 +186,10 @@ class Desk:
         path, chosen = self.check_file(run.task, file), side_by_side(find_runs(self.runs_dir)[0], run)
         asked = {column: found for column, found in chosen.items() if found}
         columns = [{"name": column, "checkpoint": found.checkpoint, "base": column == "Base"} for column, found in asked.items()]
-        place = tempfile.mkdtemp(dir=self.folder)
+        place = tempfile.mkdtemp(prefix="answer-", dir=self.folder)
+        for old in self.folder.glob("answer-*"):  # gradio has copies, which it removes itself (delete_cache)
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
         request = {"file": str(path), "folder": place, "columns": columns}
         answers = dict(zip(asked, self.worker(run.task).ask(request), strict=True))
         titles = {"Base": f"the base, {run.base_name}"} | {c: f"{f.name}, {f.metric}" for c, f in asked.items() if c != "Base"}
@@ -251,7 +255,7 @@ def build_page(gradio, desk: Desk):
         run = desk.runs().get(label)
         return gradio.update(label=f"{run.task} takes {TAKES.get(run.task, ('a picture', PICTURES))[0]}" if run else "a file")
 
-    with gradio.Blocks(title="Try it · LoRA Workshop", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gradio.Blocks(title="Try it · LoRA Workshop", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         gradio.Markdown("# Base, LoRA and full, side by side")
         with gradio.Row():
             run = gradio.Dropdown(labels, value=labels[0] if labels else None, label="run, the newest first", elem_id="run")

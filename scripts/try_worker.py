@@ -40,15 +40,16 @@ class Models:
     def get(self, checkpoint: str, as_base: bool):
         """(Predictor, the name to ask it by) of a checkpoint, or of the base below it as it is."""
         folder, origin = task_of(checkpoint)
-        adapter = origin["method"] != "full" and not as_base
-        key = ("base", origin["base"]["sha256"], str(folder)) if as_base else origin["base"]["sha256"] if adapter else str(folder)
+        mark, sha = f"{folder} {(folder / 'origin.json').stat().st_mtime_ns}", origin["base"]["sha256"]  # a run may be made anew
+        key = ("base", sha, mark) if as_base else mark if origin["method"] == "full" else sha
         predictor = self.kept.pop(key, None)
         if predictor is None or len(predictor.known) > MOST_ADAPTERS:
             while len(self.kept) >= self.most:
                 self.kept.popitem(last=False)
             predictor = self.load(folder, origin, as_base)
+            predictor.mark = mark
         self.kept[key] = predictor
-        name = "" if as_base or predictor.known[""].folder == folder else str(folder)
+        name = "" if as_base or predictor.mark == mark else mark
         if name and name not in predictor.known:
             predictor.add(folder, name)
         return predictor, name
@@ -58,10 +59,14 @@ class Models:
 
         if not as_base:
             return of_task.Predictor(folder, device=self.device)
-        loaded = of_task.load_checkpoint  # what a Predictor loads itself by
-        of_task.load_checkpoint = lambda *_: base_as_it_is(self.task, origin, of_task.load_base)
+
+        def load_as_base(_checkpoint, _base, _merge, device):
+            model, processor, about = base_as_it_is(self.task, origin, of_task.load_base)
+            return model.to(device), processor, about
+
+        loaded, of_task.load_checkpoint = of_task.load_checkpoint, load_as_base  # what a Predictor loads itself by
         try:
-            return of_task.Predictor(folder, device="cpu")
+            return of_task.Predictor(folder, device=self.device)
         finally:
             of_task.load_checkpoint = loaded
 
