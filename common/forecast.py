@@ -8,6 +8,7 @@ from common.runtime import from_main, in_time, peak_memory, say
 
 COUNTED = 10  # steps after the first one, which makes optimizer states and chooses algorithms; fewer of a short epoch
 AT_MOST = 20.0  # seconds that a dry run counts steps, and that its validation takes, about
+UNTIMED = 4  # batches of validation before the timed ones
 PAPERS = 12_000  # bytes of a checkpoint beside its tensors: model card, origin, preprocessing
 DRAWING = 4.0  # seconds of plots and pictures at a run's end, beside one more validation
 
@@ -63,7 +64,7 @@ class Forecast:
     # ---- measuring -------------------------------------------------------------------------------------------------
 
     def validate(self, evaluate, loader) -> dict:
-        """evaluate(), timed, after a batch that is not: it pays for what libraries do once.
+        """evaluate(), timed, after a few batches that are not: they pay for what libraries do once.
 
         A dry run times no more than fits into AT_MOST seconds, when its files have been read.
         """
@@ -71,10 +72,11 @@ class Forecast:
             metrics, self.validation = timed(evaluate)
             return metrics
         batches, part, spent = len(loader.batch_sampler), len(loader.batch_sampler), 0.0
-        with some_batches(loader, 1):
+        few = min(UNTIMED, batches)
+        with some_batches(loader, few):
             _, first = timed(evaluate)
         if self.config.dry_run:
-            part = from_main(lambda: max(1, min(batches, int(AT_MOST / first))))
+            part = from_main(lambda: max(1, min(batches, int(few * AT_MOST / first))))
         with some_batches(loader, part):
             if self.config.dry_run:
                 _, spent = timed(evaluate)

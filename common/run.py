@@ -584,6 +584,7 @@ class Run:
     def lengthen(self, before: int) -> None:
         """Where the run has more epochs now: the rates go on by the longer schedule, as if it had been asked for at the start."""
         if before < self.config.epochs:
+            self.progress.predicted = None  # that was of fewer epochs
             rates = [follow_schedule(each) for each in self.companions if hasattr(each, "lr_lambdas")]
             rate = f", from {max(rates):.2g} on" if rates else ""
             say(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the schedule of all of them{rate}")

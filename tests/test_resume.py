@@ -240,6 +240,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
     said = run_toy(tmp_path, "--epochs", "3", "--resume")
     assert f"the learning rate follows the schedule of all of them, from {1e-2 * schedule(16, 4, 48):.2g} on" in said
     record = summary(run)
+    assert record["predicted"] is None  # what was foretold was of one epoch
     assert record["status"] == "finished" and record["epochs"] == 3 == record["config"]["epochs"] and record["steps"] == 48
     rates = {line["step"]: line["lr"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "lr" in line}
     for step in (20, 30, 40):  # the line of a step has the rate of the next one
