@@ -1,0 +1,62 @@
+"""Which task a data folder is for, by whose own reader takes it.
+
+Tasks name their modules alike, so each reader is asked in a process of its own: this file, run with a task and a folder.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# Runs without installing: the nearest parent folder that holds common/ goes on the path.
+ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
+sys.path.insert(0, str(ROOT))
+
+from common.config import UserError  # noqa: E402
+from common.samples import Faults, files_below  # noqa: E402
+from task_modules import FOLDERS, enter_task  # noqa: E402
+
+ASKED = ("medical_sam3d", "voice_rvc", "classification", "detection", "pose")  # clip reads what classification does
+
+
+def reads(task: str, folder: Path) -> bool:
+    """Whether the task's reader finds samples in a folder; no sample is opened."""
+    enter_task(task)
+    try:
+        if task == "medical_sam3d":
+            from layouts import find_layout
+
+            return bool(find_layout(folder, Faults())[0])
+        if task == "voice_rvc":
+            from audio_files import is_audio
+
+            return any(is_audio(path) for path in map(Path, files_below(folder)))
+        if task == "classification":
+            from common.vision.labelled_files import read_dataset
+
+            return bool(read_dataset(folder, 0, Faults())[0])
+        from formats import read_dataset
+
+        return bool(read_dataset(folder, "auto", 0, Faults())[0])
+    except UserError:
+        return False
+
+
+def recognise(folder: Path) -> str:
+    """The task that a folder is for. UserError where none reads it, or several do."""
+    command = [sys.executable, str(Path(__file__).resolve())]
+    asked = {
+        task: subprocess.Popen([*command, task, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for task in ASKED
+    }
+    fitting = [task for task, process in asked.items() if process.wait() == 0]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise UserError(
+            f"{folder}: no task reads this as it is; say which it is for by --task ({', '.join(FOLDERS)}) to hear why"
+        )
+    raise UserError(f"{folder} can be read for {' and for '.join(fitting)}: say which by --task")
+
+
+if __name__ == "__main__":
+    sys.exit(0 if reads(sys.argv[1], Path(sys.argv[2])) else 1)
