@@ -8,6 +8,7 @@ from findings import Findings, in_order
 
 from common.checkpoint import read_json
 from common.config import UserError
+from common.samples import Faults
 
 FLAT = 5  # times as long as wide, from where a voxel's thickness hides the shape
 UNLIKE = 3  # times as large as the smallest that the largest voxel of a data set may be
@@ -33,15 +34,14 @@ def check_organs(folder: Path, seed: int) -> Findings:
         findings.add("error", "data that nobody can be held out of", [str(error)])
     findings.splits = {split: len(own) for split, own in splits.items()}
     find_copies(findings, found.cases, about, splits)
-    findings.unusable = dict.fromkeys(files_of_no_use(found.cases, items, about))
+    findings.unusable = dict.fromkeys([*unread_masks(found), *files_of_no_use(found.cases, items, about)])
     findings.take(found.faults, (TWICE,))
     organs = sorted({item.organ for item in items})
     findings.say_classes(
         {split: Counter(item.organ for item in own) for split, own in splits.items()}, organs, "masks", must=False
     )
     look_at_voxels(findings, items)
-    for line in advice(items):
-        findings.add("note", "splits", [line.removeprefix("WARNING: ")])
+    findings.add("note", "splits", [line for line in advice(items) if not line.startswith("WARNING")])  # leaks are told above
     return findings
 
 
@@ -59,6 +59,15 @@ def find_copies(findings: Findings, cases: list, about: dict, splits: dict) -> N
     first = {}
     firsts = [(first.setdefault(scan, place), False) for place, (*_, scan) in enumerate(files)]
     findings.take_copies([file[:3] for file in files], firsts)
+
+
+def unread_masks(found) -> list[Path]:
+    """Masks that belong to a case by their names, and of which the headers alone say that they cannot be used."""
+    from layouts import find_layout
+
+    named = [mask for case in find_layout(found.folder, Faults())[0] for _, mask in case.masks]
+    used = {mask for case in found.cases for _, mask, _ in case.masks}
+    return [mask for mask in dict.fromkeys(named) if mask not in used]
 
 
 def files_of_no_use(cases: list, items: list, about: dict) -> list[Path]:

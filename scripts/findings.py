@@ -157,7 +157,7 @@ class Findings:
 
     def quarantine_text(self) -> tuple[str, list[str]]:
         """(the list for --exclude, names that no line of text can hold)."""
-        lines, strange = [f"# {self.task}, {self.name(self.root.resolve())}: for --exclude"], []
+        lines, strange = [f"# {self.task}, {readable(self.folder.resolve().name)}: for --exclude"], []
         for path, why in self.quarantine().items():
             name = self.name(path)
             if not name.isprintable() or name != name.strip():
