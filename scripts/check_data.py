@@ -20,9 +20,8 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from findings import Findings  # noqa: E402
-
 from common.config import Seed, UserError, check_ranges, cli, parse  # noqa: E402
+from findings import Findings  # noqa: E402
 from task_modules import enter_task  # noqa: E402
 
 OF_PICTURES = ("classification", "clip", "detection", "pose")
@@ -54,10 +53,9 @@ def main(argv=None):
         argv = ["--data_dir", *argv]
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from recognise import recognise
-
     from common.checkpoint import write_json, write_text
     from common.runtime import guard, say
+    from recognise import recognise
 
     folder = Path(config.data_dir).expanduser()
     if not folder.exists():

@@ -4,11 +4,11 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
-from findings import Findings, in_order
 
 from common.checkpoint import read_json
 from common.config import UserError
 from common.samples import Faults
+from findings import Findings, in_order
 
 FLAT = 5  # times as long as wide, from where a voxel's thickness hides the shape
 UNLIKE = 3  # times as large as the smallest that the largest voxel of a data set may be

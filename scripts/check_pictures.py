@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from alike_pictures import MODES, PLAIN, fingerprint_reader, first_of_each, thumbs_of
-from findings import Findings, in_order
 
+from alike_pictures import MODES, PLAIN, fingerprint_reader, first_of_each, thumbs_of
 from common.config import UserError
 from common.samples import BadFile, Faults
 from common.scan import Scan
 from common.vision.pictures import picture_reader
+from findings import Findings, in_order
 
 LONG = 5  # times as long as it is narrow, from where a resized picture shows little
 SMALL = 32  # pixels of a side

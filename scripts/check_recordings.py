@@ -3,11 +3,10 @@
 from collections import defaultdict
 from pathlib import Path
 
-from findings import Findings, in_order
-
 from common.config import UserError
 from common.samples import attempt
 from common.scan import Scan, in_parts
+from findings import Findings, in_order
 
 COPIES = ("copy of another recording", "same sound as")  # what the reader says of them; here they are told in pairs
 VOICE_RATE = 40000  # Hz, of the base that train takes

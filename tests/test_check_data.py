@@ -170,7 +170,6 @@ def test_a_second_look_and_the_training_after_it_decode_nothing(tmp_path):
         sys.path.append(str(SCRIPTS))
         import alike_pictures
         from check_pictures import AsItIs, check_pictures
-
         from common.samples import Faults
         from common.vision import labelled
         from data import read_tables
