@@ -1,5 +1,7 @@
 """Which task a data folder is for, by whose own reader takes it.
 
+    python recognise.py detection ~/boxes        # exit code 0: that task reads it
+
 Tasks name their modules alike, so each reader is asked in a process of its own: this file, run with a task and a folder.
 """
 
@@ -20,8 +22,8 @@ ASKED = ("medical_sam3d", "voice_rvc", "classification", "detection", "pose")  #
 
 def reads(task: str, folder: Path) -> bool:
     """Whether the task's reader finds samples in a folder; no sample is opened."""
-    enter_task(task)
     try:
+        enter_task(task)
         if task == "medical_sam3d":
             from layouts import find_layout
 
@@ -59,4 +61,4 @@ def recognise(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(0 if reads(sys.argv[1], Path(sys.argv[2])) else 1)
+    sys.exit(0 if len(sys.argv) == 3 and reads(sys.argv[1], Path(sys.argv[2])) else 1)
