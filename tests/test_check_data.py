@@ -289,7 +289,7 @@ def test_planted_faults_of_volumes_are_found_by_name(tmp_path):
 
 
 def run(*arguments, expect=0):
-    return call(TASKS["classification"], "check_data.py", *arguments, expect=expect, folder=SCRIPTS)
+    return call(TASKS["classification"], "check_data.py", *arguments, expect=expect, folder=SCRIPTS, draw=True)
 
 
 def test_the_script_writes_what_it_was_asked_for_and_exits_by_what_it_found(tmp_path):
@@ -309,7 +309,7 @@ def test_what_cannot_be_checked_ends_in_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     assert "there is no folder" in one_line(run(tmp_path / "nowhere", expect=2))
     assert "name the folder" in one_line(run(expect=2))
-    assert "no pictures" in one_line(run(tmp_path, "--task", "classification", expect=2))
+    assert "no training pictures" in one_line(run(tmp_path, "--task", "classification", expect=2))
     assert "to write" in one_line(run(tmp_path, "--report", tmp_path / "no" / "r.json", expect=2))
 
 
