@@ -83,7 +83,7 @@ class TrainConfig:
     exclude: str = rare("")  # text file of samples to leave out, a path a line: scripts/check_data.py --quarantine writes one
     start_from: str = rare("")  # checkpoint whose weights the run starts with, on this or other data; --model is then its base
     output_dir: str = ""  # where run folders go; empty: outputs/ beside common/
-    run_name: str = ""  # name of the run folder; empty: full or lora
+    run_name: str = ""  # name of the run folder; empty: full, lora, or head (--lora_r 0)
     overwrite: bool = rare(False)  # replace an existing run folder instead of taking the next free name
     resume: bool = False  # go on where a stopped run left off: the same command with --resume added
     epochs: Count = 10  # passes over the training data
@@ -153,13 +153,14 @@ def project_root() -> Path:
 
 @cache
 def field_comments(cls) -> dict[str, str]:
-    """Field name -> the comment that ends its line, over the whole class hierarchy (a subclass overrides)."""
+    """Field name -> the comment after its default, over the whole class hierarchy (a subclass overrides)."""
     comments = {}
     for part in reversed(cls.__mro__[:-1]):
         lines = inspect.getsource(part).splitlines()
         for node in ast.walk(ast.parse(inspect.cleandoc("\n".join(lines)))):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
+                last = node.value or node  # a long line is wrapped around its default, comment and all
+                comment = lines[last.end_lineno - 1][last.end_col_offset :].partition("#")[2].strip()
                 comments[node.target.id] = comment or comments.get(node.target.id, "")
     return comments
 

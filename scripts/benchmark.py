@@ -68,9 +68,7 @@ class BenchmarkConfig:
     rounds: Count = 5  # turns
     steps: Count = 3  # timed steps of each variant in a turn
     batch_size: BatchSizeOrZero = 0  # samples in a batch; 0: as each task's row in this file says
-    parts: str = (
-        "steps,memory,start"  # memory: a process for each of full, lora and peft; start: loading data, and the scripts' start
-    )
+    parts: str = "steps,memory,start"  # memory: a process for each of full, lora, peft; start: the scripts' start and their data
     device: str = "auto"  # auto: a GPU where there is one
     json: str = str(ROOT / "outputs" / "benchmark.json")  # every number, with the machine
     page: str = str(ROOT / "docs" / "benchmark.md")  # the tables go between its marks; a page that is not there is made

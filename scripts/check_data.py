@@ -1,8 +1,8 @@
 """Checks a data folder before anything is trained on it: what is damaged, what is there twice, labels that cannot be.
 
-    python check_data.py ~/boxes                                             # the task is recognised where the layout says it
-    python check_data.py ~/boxes --task detection --report report.json --quarantine bad.txt --pictures copies.png
-    cd ../image_tasks/detection && python train_lora.py --data_dir ~/boxes --exclude bad.txt
+    python scripts/check_data.py ~/boxes                              # the task is recognised where the layout says it
+    python scripts/check_data.py ~/boxes --task detection --report ~/report.json --quarantine ~/bad.txt --pictures ~/copies.png
+    cd image_tasks/detection && python train_lora.py --data_dir ~/boxes --exclude ~/bad.txt
 
 Reads the folder as the task's training does and tells what that would tell, and more: pictures, recordings and scans that are
 one, also across the splits; classes that a split lacks; pictures that viewers turn. Each file is read once, and what was found is

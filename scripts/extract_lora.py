@@ -51,7 +51,7 @@ class ExtractConfig:
     norms: bool = False  # carry norms and biases, too, which the full run changed and no adapter holds
     tolerance: Annotated[float, Range(0, 1)] = TOLERANCE  # by which forms may differ, as a share of an output's largest number
     data_dir: str = ""  # data to compare on; empty: the validation data of the run
-    output_dir: str = ""  # the folder to make; empty: beside the run, <run>_r8
+    output_dir: str = ""  # the folder to make; empty: beside the run, <run>_r8 or, by --energy, <run>_e0.9
     overwrite: bool = False  # replace a folder that is there
 
 

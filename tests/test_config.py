@@ -221,6 +221,16 @@ def settings_of(script: Path):
     return next(value for name, value in vars(module).items() if name.endswith("Config") and value.__module__ == spec.name)
 
 
+def test_every_setting_of_a_tool_has_a_comment_wrapped_or_not(monkeypatch):
+    from common.config import field_comments
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    tools = [path for path in (ROOT / "scripts").glob("*.py") if "config = parse(" in path.read_text()]
+    assert len(tools) > 8
+    silent = {path.stem: [name for name, text in field_comments(settings_of(path)).items() if not text] for path in tools}
+    assert {tool: names for tool, names in silent.items() if names} == {}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.stem}")
 def test_every_number_has_a_range_that_is_kept_and_shown(script, capsys):
     cls = settings_of(script)
