@@ -215,11 +215,19 @@ def card_of(origin: dict, title: str, facts: dict[str, str], measured: dict[str,
 
 
 def place_for(named: str, folder: Path, ending: str, overwrite: bool) -> Path:
-    """Where a script puts what it makes of a checkpoint: output_dir, or beside the run. UserError where that holds anything."""
+    """Where a script puts what it makes of a checkpoint: output_dir, or beside the run.
+
+    UserError where that holds anything; with --overwrite, anything but a checkpoint, which alone is replaced.
+    """
+    from common.bases import ORIGIN
+
     run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
     out = Path(named).expanduser() if named else run.with_name(f"{run.name}_{ending}")
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise UserError(f"{out} is there already; --overwrite replaces it, and --output_dir names another place")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if not (out / ORIGIN).is_file():
+            raise UserError(f"{out} is there already and is no checkpoint: --output_dir names another place")
+        if not overwrite:
+            raise UserError(f"{out} is there already; --overwrite replaces it, and --output_dir names another place")
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(f"--output_dir {out} holds the checkpoint itself: name another place")
     return out

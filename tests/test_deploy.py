@@ -269,6 +269,18 @@ def test_what_comes_out_is_a_checkpoint_for_eval_and_infer(task, script, method,
     assert task.answers(read(tmp_path / "answers" / "predictions.json"), tmp_path / "answers")
 
 
+def test_only_a_checkpoint_is_replaced(tmp_path):
+    run, photos, old = tmp_path / "run", tmp_path / "photos", tmp_path / "old"
+    (photos / "2019").mkdir(parents=True)
+    old.mkdir()
+    (old / "origin.json").touch()
+    assert task_modules.place_for("", run / "checkpoints" / "best", "r8", False) == tmp_path / "run_r8"
+    assert task_modules.place_for(str(old), run, "r8", overwrite=True) == old
+    for place, overwrite, message in ((old, False, "--overwrite replaces it"), (photos, True, "is no checkpoint")):
+        with pytest.raises(UserError, match=message):
+            task_modules.place_for(str(place), run, "r8", overwrite)
+
+
 def refusals(full, lora, head, folder):
     """What is refused, each in one line, and what a planted fault leaves: nothing."""
     import shutil
