@@ -63,7 +63,7 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
     methods = [row["method"] for row in found]
     by_method = len(set(methods)) == len(methods) and set(methods) <= {"full", "lora", "head"}
     chance = add_chance(found, base, metric, about["split"])
-    task, beside = str(summaries[0].get("task")), Path(base["folder"]).parent
+    task, beside, names = str(summaries[0].get("task")), Path(base["folder"]).parent, names_of_runs(found)
     record = {
         "task": task,
         "title": task,
@@ -80,8 +80,8 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
         "configs": [settings_of(row[0][1]) for row in rows],
         "provenance": provenance(rows),
         "sweep": read_sweep(beside),
-        "rank_curve": read_rank_curve(beside / "compare"),
-        "disagreements": read_disagreements(beside / "compare"),
+        "rank_curve": read_rank_curve(beside / "compare", names),
+        "disagreements": read_disagreements(beside / "compare", names),
         "beside": str(beside / "compare"),
     }
     lora = lora_of(record)
@@ -89,6 +89,10 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
     name = "LoRA" if (lora["method"], base["method"]) == ("lora", "full") else lora["label"]
     judged = {"claim": claim(lora, base, record), "claimed": name, "judgement": judge(lora, up), "bytes": sizes}
     return record | judged | {"per_class": class_differences(lora, base)}
+
+
+def names_of_runs(rows: list[dict]) -> set[str]:
+    return {Path(each["folder"]).name for row in rows for each in row["runs"]}
 
 
 def why_unfair(runs: list[tuple[Path, dict]], force: bool) -> list[str]:
@@ -134,12 +138,16 @@ def look_closer(record: dict) -> dict:
     pairs = [(a, b) for a in full["runs"] for b in lora["runs"] if a["seed"] == b["seed"]] or [(full["runs"][0], lora["runs"][0])]
     runs, notes = [Path(each["folder"]) for each in pairs[0]], []
     for key, make in (("disagreements", disagreements), ("rank_curve", rank_curve)):
-        if not record[key] and {"full", "lora"} == {full["method"], lora["method"]}:
-            try:
-                make(*runs, folder)
-            except UserError as error:
-                notes.append(f"Not made, {key.replace('_', ' ')}: {error}.")
-    found = {"rank_curve": read_rank_curve(folder), "disagreements": read_disagreements(folder)}
+        if record[key] or {"full", "lora"} != {full["method"], lora["method"]}:
+            continue
+        try:
+            if (place := folder / f"{key}.json").is_file():
+                raise UserError(f"{place} is of other runs, or damaged; remove it, or compare these in a --runs_dir of their own")
+            make(*runs, folder)
+        except UserError as error:
+            notes.append(f"Not made, {key.replace('_', ' ')}: {error}.")
+    names = names_of_runs(record["runs"])
+    found = {"rank_curve": read_rank_curve(folder, names), "disagreements": read_disagreements(folder, names)}
     return record | found | {"notes": record["notes"] + notes}
 
 

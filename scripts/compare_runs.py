@@ -258,7 +258,10 @@ def find_rows(runs: list[tuple[Path, dict]], runs_dir: Path, task: str) -> tuple
 
 
 def read_beside(path: Path, check):
-    """check(content) of a JSON file beside the runs; None where there is none, or it is not as expected, which is said."""
+    """check(content) of a JSON file beside the runs; None where there is none, or it is not as expected, which is said.
+
+    A runs_dir may hold several pairs of a task, and a file of what was found out about one of them.
+    """
     if not path.is_file():
         return None
     try:
@@ -283,10 +286,17 @@ def read_sweep(folder: Path) -> dict | None:
     return read_beside(folder / "sweep.json", check)
 
 
-def read_rank_curve(folder: Path) -> dict | None:
-    """rank_curve.json: {"metric", "split", "ranks": [r], "full": [r], "lora": [r]}; None: there is none."""
+def is_of(found: dict, runs: set[str]) -> bool:
+    """Whether what was made of two runs ("runs": the names of their folders, where it says them) was made of these."""
+    return {str(name) for name in found.get("runs", [])} <= runs
+
+
+def read_rank_curve(folder: Path, runs: set[str]) -> dict | None:
+    """rank_curve.json: {"metric", "split", "ranks": [r], "full": [r], "lora": [r]}; None: there is none of these runs."""
 
     def check(found):
+        if not is_of(found, runs):
+            return None
         check_numbers(found["ranks"], found["full"], found["lora"])
         if not len(found["ranks"]) == len(found["full"]) == len(found["lora"]) > 0 or min(found["ranks"]) <= 0:
             raise ValueError("a rank is without its metric, or not above 0")
@@ -295,12 +305,12 @@ def read_rank_curve(folder: Path) -> dict | None:
     return read_beside(folder / "rank_curve.json", check)
 
 
-def read_disagreements(folder: Path) -> list[dict]:
-    """disagreements.json: [{"file", "what", "full", "lora", "picture" or "audio" or "mesh": a file}] that are there."""
+def read_disagreements(folder: Path, runs: set[str]) -> list[dict]:
+    """disagreements.json: [{"file", "what", "full", "lora", "picture" or "audio" or "mesh": a file}] that are there of these."""
 
     def check(found):
         kinds = ("picture", "audio", "mesh")
-        found = [{key: str(x)[:300] for key, x in one.items()} for one in found]
+        found = [{key: str(x)[:300] for key, x in one.items() if key != "runs"} for one in found if is_of(one, runs)]
         return [
             one for one in found if all(Path(one[k]).name == one[k] and (folder / one[k]).is_file() for k in kinds if k in one)
         ]

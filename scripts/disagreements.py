@@ -41,7 +41,7 @@ class DisagreementsConfig:
 
 
 def disagreements(full: Path, lora: Path, folder: Path, most: int = 12, split: str = "", data_dir: str = "") -> list[dict]:
-    """[{"file", "what", "full", "lora", "picture" | "audio" | "mesh": file in `folder`}], in a process of its own: one task each.
+    """[{"file", "what", "full", "lora", "runs", "picture" | "audio" | "mesh": file in `folder`}], by a process: one task each.
 
     UserError, in one line, where the runs cannot be compared so.
     """
@@ -125,7 +125,7 @@ def by_value(full: dict, lora: dict, record: dict) -> dict:
 
 def show_disagreements(config: DisagreementsConfig) -> Path:
     """Writes disagreements.json and what it names; the folder of them. This process is the runs' task's from then on."""
-    runs = {method: Path(getattr(config, method)).expanduser() for method in LABELS}
+    runs = {method: Path(getattr(config, method)).expanduser().absolute() for method in LABELS}
     found = {method: task_of(run) for method, run in runs.items()}
     task, other = (origin["task"] for _, origin in found.values())
     if task != other:
@@ -137,7 +137,8 @@ def show_disagreements(config: DisagreementsConfig) -> Path:
     for path in folder.glob("disagreement_*"):  # of a call before
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shown = draw_all(chosen, task, found, split, config.data_dir, folder) if chosen else []
-    write_json(folder / "disagreements.json", shown)
+    names = [run.name for run in runs.values()]
+    write_json(folder / "disagreements.json", [one | {"runs": names} for one in shown])
     print(f"{len(shown)} samples of the {split} split on which the two differ most: {folder / 'disagreements.json'}")
     return folder
 

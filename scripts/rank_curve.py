@@ -129,7 +129,7 @@ def measure_rank_curve(config: RankCurveConfig) -> dict:
     """
     from common.runtime import quiet
 
-    runs = {method: Path(getattr(config, method)).expanduser() for method in LABELS}
+    runs = {method: Path(getattr(config, method)).expanduser().absolute() for method in LABELS}
     found = {method: task_of(run) for method, run in runs.items()}
     (full_folder, full), (lora_folder, lora) = found.values()
     if full["task"] != lora["task"] or full["base"]["sha256"] != lora["base"]["sha256"]:
@@ -150,6 +150,7 @@ def measure_rank_curve(config: RankCurveConfig) -> dict:
     scores = {method: scores_at_ranks(task, update, processor, data, metric) for method, update in updates.items()}
     rest = folder_bytes(lora_folder) - 4 * adapter.numbers  # of a checkpoint: heads, settings, the model card
     return {
+        "runs": [run.name for run in runs.values()],
         "metric": metric,
         "higher_is_better": higher,
         "split": split,

@@ -301,6 +301,7 @@ def report(tmp_path_factory):
     found = [{"file": "<script>", "what": "cat", "full": "cat 0.9", "lora": "dog 0.6", "picture": "a.png"}]
     found += [{"file": "b", "what": "x", "full": "1", "lora": "2", "audio": "b.wav"}]
     found += [{"file": "c", "what": "x", "full": "1", "lora": "2", "picture": "../full_s0/summary.json"}]
+    found += [{"file": "of another pair", "what": "x", "full": "1", "lora": "2", "runs": ["full_s0", "lora_r32"]}]
     (folder / "compare" / "disagreements.json").write_text(json.dumps(found))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: Image.new("L", (1, 1)).save(path))
@@ -335,6 +336,7 @@ def test_the_page_needs_nothing_else(report):
     images = re.findall(r"<img [^>]*>", page)
     assert len(images) >= 7 and all(re.search(r'alt="[^"]{10,}"', image) for image in images)
     assert page.count("<audio") == 1 and page.count("data:audio/wav") == 1
+    assert "of another pair" not in page
     assert page.count("<table") == page.count('<div class="scroll"') and "prefers-color-scheme: dark" in page
     assert "summary.json" not in page  # what lies outside its folder is not shown
 
@@ -455,3 +457,7 @@ def test_look_makes_what_is_missing_of_one_seed_that_both_have(tmp_path, monkeyp
     assert "Not made, disagreements: no data." in records[0]["notes"]
     assert records[1]["disagreements"] == records[2]["disagreements"] != []
     assert all(record["rank_curve"] == curve for record in records)
+    write_json(folder / "compare" / "rank_curve.json", curve | {"runs": ["full_s1", "lora_r32"]})
+    main(flags)
+    record = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert record["rank_curve"] is None and any("rank_curve.json is of other runs" in note for note in record["notes"])
