@@ -84,7 +84,7 @@ def find_runs(runs_dir: Path) -> tuple[list[FinishedRun], list[str]]:
             runs.append(read_run(file))
         except OSError as error:
             faults.append(f"{file.parent}: {error.strerror.lower()}, {Path(error.filename).name}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             faults.append(f"{file.parent}: its record is none that can be read ({type(error).__name__}: {error})")
     return sorted(runs, key=lambda run: -run.when), faults
 

@@ -34,17 +34,17 @@ def test_runs_are_found_newest_first_and_what_cannot_be_asked_is_named(tmp_path)
     write_run(tmp_path / "detection" / "old", when=1000)
     write_run(tmp_path / "detection" / "new", "detection", "full", when=2000, metrics={"name": "map", "best": None})
     write_run(tmp_path / "weather" / "rain", task="weather")
-    for name in ("half", "odd"):
+    for name, text in (("half", "{}"), ("nest", "[" * 100_000), ("odd", "[")):
         (tmp_path / "pose" / name).mkdir(parents=True)
-        (tmp_path / "pose" / name / "summary.json").write_text({"half": "{}", "odd": "["}[name])
+        (tmp_path / "pose" / name / "summary.json").write_text(text)
     runs, faults = find_runs(tmp_path)
     assert [run.label.rpartition(" · ")[0] for run in runs] == [
         "detection / new · full · no metric",
         "detection / old · lora · map 0.500",
     ]
     told = [re.sub(f"^{tmp_path}/", "", fault) for fault in faults]
-    assert [line.partition(":")[0] for line in told] == ["pose/half", "pose/odd", "weather/rain"]
-    assert "no such file or directory, origin.json" in told[0] and "a checkpoint of weather (lora)" in told[2]
+    assert [line.partition(":")[0] for line in told] == ["pose/half", "pose/nest", "pose/odd", "weather/rain"]
+    assert "no such file or directory, origin.json" in told[0] and "a checkpoint of weather (lora)" in told[3]
     with pytest.raises(UserError, match="there is no folder .*nowhere; train something first"):
         find_runs(tmp_path / "nowhere")
 
