@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -52,8 +53,11 @@ def test_infer_writes_coco_results(best, tmp_path):
     for source, (name, size) in zip(sorted((small_data(ROW) / "val").glob("*.png")), sizes.items(), strict=False):
         Image.open(source).resize(size).save(tmp_path / "pictures" / name)
     args = ["--input", tmp_path / "pictures", "--checkpoint", best, "--threshold", 0, "--output_dir", tmp_path]
-    call(ROW, "infer.py", *args)
+    done = call(ROW, "infer.py", *args)
     rows = read(tmp_path / "predictions.json")
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("one.png"))
+    counts = Counter(row["category_name"] for row in rows if os.path.basename(row["file_name"]) == "one.png")
+    assert line.split("  ")[-1] == ", ".join(f"{number} {name}" for name, number in counts.most_common())
     for row in rows:
         width, height = sizes[os.path.basename(row["file_name"])]
         x, y, w, h = row["bbox"]

@@ -9,6 +9,7 @@ in a new folder each time: outputs/detection/predictions/<method>/<number>/.
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,6 +39,12 @@ def coco_results(boxes, labels, scores, classes: list[str]) -> list[dict]:
         {"category_id": int(label) + 1, "category_name": classes[label], "bbox": xywh(box), "score": float(score)}
         for box, label, score in zip(boxes, labels, scores, strict=True)
     ]
+
+
+def in_words(labels, classes: list[str]) -> str:
+    """`2 circle, 1 star`: how many of which class, the most frequent first."""
+    counts = Counter(classes[int(label)] for label in labels)
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common())
 
 
 def save_picture(path: Path, found: dict, classes: list[str], folder: Path) -> None:
@@ -94,7 +101,7 @@ def main(argv=None, method="full", doc=None):
 
     answers, seconds, shapes = {}, 0.0, [dataset.shape(i) for i in range(len(dataset))]
     width = min(60, max(map(len, names)))
-    print(f"{'picture':{width}} {'objects':>7} {'ms':>8}")
+    print(f"{'picture':{width}} {'ms':>8}  objects")
     for keys in progress_bar(EvalBatches(shapes, config.batch_size), "detecting"):
         batch = collate([dataset[key] for key in keys])
         began = time.perf_counter()
@@ -105,7 +112,8 @@ def main(argv=None, method="full", doc=None):
         seconds += took
         for item in found:
             answers[item["index"]] = item = confident(item, threshold, config.nms)
-            print(f"{names[item['index']][-60:]:{width}} {len(item['boxes']):7} {1000 * took / len(found):8.1f}")
+            what = in_words(item["labels"], origin["classes"]) or "none"
+            print(f"{names[item['index']][-60:]:{width}} {1000 * took / len(found):8.1f}  {what}")
             if config.pictures:
                 save_picture(dataset.samples[item["index"]].path, item, origin["classes"], root)
     count = save_answers(dataset, answers, origin["classes"], root)
