@@ -232,7 +232,8 @@ def test_every_setting_of_a_tool_has_a_comment_wrapped_or_not(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: f"{script.parent.name}/{script.stem}")
-def test_every_number_has_a_range_that_is_kept_and_shown(script, capsys):
+def test_every_number_has_a_range_that_is_kept_and_shown(script, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(script.parent)  # as Python does for a script
     cls = settings_of(script)
     kinds = field_kinds(cls)
     numbers = [name for name, kind in kinds.items() if (get_args(kind) or [kind])[0] in (int, float)]
