@@ -1,4 +1,5 @@
-"""The tasks, a row each, and a small run of each that many tests look at. A new task joins test_tasks.py with its row here.
+"""The tasks, a row each, and a small run of each that many tests look at. A new task joins the contract
+(test_tasks.py, test_tasks_answers.py) with its row here.
 
 What a row says is what a user sees: folders, flags, files, numbers in them. Only `build` knows the task's modules; it is
 called in a forked process in which the task's folder is on the path.
@@ -17,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import CLASSIFICATION, CLIP, DETECTION, MEDICAL, POSE, ROOT, VOICE, Child, Script, enter
 from PIL import Image
@@ -272,6 +274,9 @@ ROWS = (
     ),
 )
 TASKS = {task.name: task for task in ROWS}
+# What tests are run with: all tasks, of which the heavy ones are slow; of what is the same code in all, one that is not slow.
+EACH = [pytest.param(task, marks=pytest.mark.slow if task.heavy else ()) for task in ROWS]
+ONE_FAST = [pytest.param(task, marks=pytest.mark.slow if task is not ROWS[0] else ()) for task in ROWS]
 
 
 # ---- small runs ------------------------------------------------------------------------------------------------------
@@ -281,6 +286,8 @@ SETTINGS = ("--epochs", 2, "--max_steps_per_epoch", 3, "--batch_size", 4, "--war
 SETTINGS += ("--device", "cpu", "--threads", 1)
 STEPS, EPOCHS = 6, 2
 SCRIPT = {"full": "train.py", "lora": "train_lora.py"}
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+both = pytest.mark.parametrize("method", ["full", "lora"])
 
 
 @cache
@@ -356,6 +363,20 @@ def run_of(task, method, output_dir, *flags, draw=False):
 
 def read(path):
     return json.loads(path.read_text())
+
+
+def recorded(summary) -> dict:
+    """The metrics of the best epoch, without what says where in the training that was."""
+    best = summary["metrics"]["best"]
+    return without(best, ("epoch", "step", *(name for name in best if name.startswith("train_loss"))))
+
+
+def without(metrics, names) -> dict:
+    return {name: value for name, value in metrics.items() if name not in names}
+
+
+def is_drawn(path) -> bool:
+    return np.ptp(np.asarray(Image.open(path).convert("L"))) > 100
 
 
 def digests(folder) -> dict:

@@ -1,4 +1,4 @@
-"""scripts/disagreements.py: which samples two runs differ on most, by what each sample gave. (tests/test_tasks.py shows them.)"""
+"""scripts/disagreements.py: which samples two runs differ on most, by what each gave. (test_tasks_answers.py shows them.)"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""scripts/rank_curve.py: an update cut to a rank, and what it reaches there. (tests/test_tasks.py has it of every task.)"""
+"""scripts/rank_curve.py: an update cut to a rank, and what it reaches there. (test_tasks_answers.py has it of every task.)"""
 
 import sys
 from copy import deepcopy
