@@ -60,5 +60,13 @@ def recognise(folder: Path) -> str:
     raise UserError(f"{folder} can be read for {' and for '.join(fitting)}: say which by --task")
 
 
+def main(arguments: list[str]) -> int:
+    """The exit code: 0 where the task reads the folder, 1 where it does not, 2 where that was not asked."""
+    if len(arguments) != 2 or arguments[0] not in ASKED:
+        print(__doc__)
+        return 0 if arguments == ["--help"] else 2
+    return 0 if reads(arguments[0], Path(arguments[1])) else 1
+
+
 if __name__ == "__main__":
-    sys.exit(0 if len(sys.argv) == 3 and reads(sys.argv[1], Path(sys.argv[2])) else 1)
+    sys.exit(main(sys.argv[1:]))

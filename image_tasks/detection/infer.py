@@ -41,7 +41,7 @@ def coco_results(boxes, labels, scores, classes: list[str]) -> list[dict]:
     ]
 
 
-def in_words(labels, classes: list[str]) -> str:
+def labels_in_words(labels, classes: list[str]) -> str:
     """`2 circle, 1 star`: how many of which class, the most frequent first."""
     counts = Counter(classes[int(label)] for label in labels)
     return ", ".join(f"{number} {name}" for name, number in counts.most_common())
@@ -112,7 +112,7 @@ def main(argv=None, method="full", doc=None):
         seconds += took
         for item in found:
             answers[item["index"]] = item = confident(item, threshold, config.nms)
-            what = in_words(item["labels"], origin["classes"]) or "none"
+            what = labels_in_words(item["labels"], origin["classes"]) or "none"
             print(f"{names[item['index']][-60:]:{width}} {1000 * took / len(found):8.1f}  {what}")
             if config.pictures:
                 save_picture(dataset.samples[item["index"]].path, item, origin["classes"], root)
