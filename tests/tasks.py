@@ -276,7 +276,9 @@ ROWS = (
 TASKS = {task.name: task for task in ROWS}
 # What tests are run with: all tasks, of which the heavy ones are slow; of what is the same code in all, one that is not slow.
 EACH = [pytest.param(task, marks=pytest.mark.slow if task.heavy else ()) for task in ROWS]
-ONE_FAST = [pytest.param(task, marks=pytest.mark.slow if task is not ROWS[0] else ()) for task in ROWS]
+one_fast = pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=pytest.mark.slow if task is not ROWS[0] else ()) for task in ROWS], ids=str
+)
 
 
 # ---- small runs ------------------------------------------------------------------------------------------------------

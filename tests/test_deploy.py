@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from tasks import TASKS, call, in_task, read, small_data, tensors, trained
+from tasks import EACH, TASKS, call, in_task, one_fast, read, small_data, tensors, trained
 
 from common.config import UserError
 from common.lora import put_lora
@@ -22,7 +22,7 @@ import task_modules  # noqa: E402
 PIXELS = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="session", params=TASKS.values(), ids=str)
+@pytest.fixture(scope="session", params=EACH, ids=str)
 def task(request):
     return request.param
 
@@ -196,6 +196,7 @@ def look_at_extracted(best, out):
     return len(layers)
 
 
+@one_fast
 def test_a_full_fine_tune_gives_an_adapter(task, tmp_path):
     run, out = trained(task, "full"), tmp_path / "adapter"
     flags = ("--output_dir", out, "--energy", 1, "--norms")
@@ -241,6 +242,7 @@ def look_at_merged(best, out):
     assert load_base(str(out))[2]["sha256"] != origin["base"]["sha256"]
 
 
+@one_fast
 def test_an_adapter_gives_a_plain_model(task, tmp_path):
     run, out = trained(task, "lora"), tmp_path / "merged"
     said = call(task, "merge_lora.py", run.folder, "--output_dir", out, folder=SCRIPTS).stdout

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, Script, import_for_scripts, in_child, of_project, show
+from conftest import CLASSIFICATION, ROOT, Script, import_for_scripts, in_child, of_project, show
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -572,8 +572,11 @@ SCRIPTS = [folder / name for folder in FOLDERS for name in NAMES if (folder / na
 TOOLS = [path for path in sorted((ROOT / "scripts").glob("*.py")) if "\nif __name__ ==" in path.read_text()]
 
 
-def each(scripts):
-    return pytest.mark.parametrize("script", scripts, ids=lambda path: str(path.relative_to(ROOT)))
+def each(scripts, fast=None):
+    """A test of each script. fast: those of other folders are slow."""
+    slow = [path for path in scripts if fast and path.parent not in fast]
+    params = [pytest.param(path, marks=pytest.mark.slow if path in slow else ()) for path in scripts]
+    return pytest.mark.parametrize("script", params, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 @pytest.fixture(scope="module")
@@ -654,8 +657,7 @@ def ask_all(runs: dict[str, Path], foreign: Path, file: Path) -> None:
     file.write_text(json.dumps(answers))
 
 
-@pytest.mark.slow
-@each(SCRIPTS)
+@each(SCRIPTS, fast=[CLASSIFICATION])
 def test_every_script_can_be_taken_out(script, place):
     kind = asked_of(script.name)
     alone, many, one = (helps(script.parent, place)[f"{script.name} {which}"] for which in ("alone", "many", kind))
@@ -668,7 +670,7 @@ def test_every_script_can_be_taken_out(script, place):
     assert one == (0, text)
 
 
-@each([*SCRIPTS, *TOOLS])
+@each([*SCRIPTS, *TOOLS], fast=[CLASSIFICATION, ROOT / "scripts"])
 def test_another_package_named_common_is_not_imported_in_place_of_ours(script, place):
     said = helps(script.parent, place)
     assert said[f"{script.name} beside"] == said[f"{script.name} alone"]

@@ -16,7 +16,6 @@ from tasks import (
     EACH,
     EPOCHS,
     LR_HEAD,
-    ONE_FAST,
     ROWS,
     SCRIPT,
     SETTINGS,
@@ -27,6 +26,7 @@ from tasks import (
     demo,
     digests,
     is_drawn,
+    one_fast,
     one_line,
     read,
     recorded,
@@ -43,7 +43,6 @@ SCRIPTS = [f"{name}{lora}.py" for name in ("train", "eval", "infer") for lora in
 ONE_TASKS_OWN = {"data.most_boxes", "data.minutes", "data.val_minutes", "data.speakers", "data.organs", "data.every"}
 ONE_TASKS_OWN |= {"data.coverage", *(f"data.{part}{what}" for part in ("", "val_") for what in ("patients", "cases"))}
 also_heavy = pytest.mark.parametrize("task", ROWS, ids=str)  # without -m slow, too
-one_fast = pytest.mark.parametrize("task", ONE_FAST, ids=str)
 
 
 @pytest.fixture(scope="session", params=EACH, ids=str)
