@@ -143,6 +143,7 @@ def draw_panel(axis, panel: Panel) -> None:
     values = [value for curve in axis.lines for value in curve.get_ydata()]
     if panel.logarithmic and 0 < 10 * min(values) < max(values):
         axis.set_yscale("log")
+    axis.xaxis.get_major_locator().set_params(integer=True)  # there is no half step
     axis.set(title=panel.title, xlabel="optimizer step", ylabel=panel.unit)
 
 

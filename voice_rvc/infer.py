@@ -112,7 +112,7 @@ def convert_all(predictor, names: list[str], sounds: list[Path], root: Path, end
                 faults.add_error(str(error) or type(error).__name__, shown)
                 break
             factor = (time.perf_counter() - began) / made.seconds
-            speed = f"{made.seconds:.2f} s, {made.shift:+.1f} semitones, real-time factor {factor:.2f}"
+            speed = f"{made.seconds:.2f} s, {made.shift:+z.1f} semitones, real-time factor {factor:.2f}"
             say(f"{shown} -> {to.name}: {speed}")
             for note, _, detail in (note.partition(", ") for note in made.notes):
                 faults.note(note, f"{shown} ({detail})" if detail else shown)

@@ -12,7 +12,7 @@ from audio import write_wave
 from common.checkpoint import write_text
 from metrics import heard_clips, plain_name
 from sound_plots import draw_f0, draw_scores, draw_spectrograms, score_text
-from trials import LABELS, STEADY_SECONDS, UNTRAINED, Trial
+from trials import FEWEST_DRAWN, LABELS, STEADY_SECONDS, UNTRAINED, Trial
 
 PAGE_BYTES = 15_000_000  # of sound on a page: more would be slow to open on a phone
 PAGE_SECONDS = 20  # of each sound, from its beginning
@@ -157,7 +157,7 @@ def leave_page(folder: Path, config, about: dict, dataset, held_out, trials: lis
     ]
     notes = [
         f"Data: {about['data']}, {about['split']} split. Base: {about['base']['name']}. Checkpoint: {config.checkpoint}.",
-        "Below a score: its 95 % interval, recordings drawn anew (bootstrap). n: sounds that were scored.",
+        f"n: sounds that were scored. Below a score of {FEWEST_DRAWN} sentences or more: its 95 % interval (bootstrap).",
     ]
     pictures = {"Scores": "scores.png", "Spectrograms": "spectrograms.png", "F0, asked for and got": "f0.png"}
     pictures = {title: folder / name for title, name in pictures.items()}
@@ -190,7 +190,7 @@ def about_trial(trial: Trial) -> str:
     """What is known of a trial, in a line."""
     how = "nobody knows how the target would say it" if trial.truth is None else "compared with the target frame by frame"
     how = "compared with the target after time warping" if trial.aligned else how
-    return f"from {trial.speaker}, {trial.length:.1f} s, pitch {trial.shift:+.1f} semitones; {how}"
+    return f"from {trial.speaker}, {trial.length:.1f} s, pitch {trial.shift:+z.1f} semitones; {how}"
 
 
 def nearest_lines(conversion: dict) -> list[str]:
