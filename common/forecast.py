@@ -4,6 +4,7 @@ import time
 from contextlib import contextmanager
 
 from common.batches import seeded
+from common.resuming import state_of_run
 from common.runtime import from_main, in_time, peak_memory, say
 
 COUNTED = 10  # steps after the first one, which makes optimizer states and chooses algorithms; fewer of a short epoch
@@ -168,7 +169,7 @@ def checkpoint_bytes(run) -> dict[str, int]:
     kept = run.bare_models[0]  # others, such as a discriminator, are in the checkpoint to resume from alone
     trains = [p for p in kept.parameters() if p.requires_grad]
     tensors = kept.state_dict() if run.method == "full" else trains
-    return {"best": tensor_bytes(tensors) + PAPERS, "last": tensor_bytes(run.state()) + PAPERS}
+    return {"best": tensor_bytes(tensors) + PAPERS, "last": tensor_bytes(state_of_run(run)) + PAPERS}
 
 
 def compared(predicted: dict, seconds: float, peak: int, checkpoint: int) -> str:

@@ -1,7 +1,8 @@
-"""Run: one training run, from opening its folder to its last checkpoint: saving and resuming, stopping, stepping.
+"""Run: one training run, from opening its folder to its last checkpoint: stepping, stopping, saving.
 
 The train script keeps its loop; Run does around it what is easily got subtly wrong. What it writes down is record.py's,
-where the training stands is checkpoint.Progress, and one optimizer step with its check for NaN is step.py's.
+where the training stands is checkpoint.Progress, one optimizer step with its check for NaN is step.py's, and how a run that
+was stopped goes on is resuming.py's.
 """
 
 import dataclasses
@@ -14,14 +15,15 @@ from tempfile import TemporaryDirectory
 
 from common.averaging import WeightAverage
 from common.batches import seed_everything, to_device
-from common.checkpoint import Progress, folder_bytes, load_moving_state, load_state, moving_state, save_state
+from common.checkpoint import Progress, folder_bytes, save_state
 from common.config import UserError, write_yaml
-from common.folders import ONCE, discard, forget_replaced, open_run_folder, other_setting
+from common.folders import ONCE, discard, forget_replaced, open_run_folder
 from common.forecast import Enough, Forecast, compared, timed
 from common.hub import check_hub, push
-from common.optim import clip_gradients, follow_schedule, take_step
+from common.optim import clip_gradients, take_step
 from common.out_of_memory import advice, is_out_of_memory
 from common.record import Record, in_words, key_of, without_nan
+from common.resuming import go_on_from, state_of_run
 from common.runtime import (
     Interrupted,
     StopSignals,
@@ -38,11 +40,8 @@ from common.runtime import (
     start_accelerator,
 )
 from common.samples import Faults
-from common.step import Step, check_all_used, check_nothing_left, check_own_loss, check_stepped, trained_parameters
+from common.step import FIRST_STEPS, Step, check_all_used, check_nothing_left, check_own_loss, check_stepped, trained_parameters
 
-FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
-# Said where --resume finds other data.
-MAYBE_DAMAGED = "; if no file has changed, damaged ones were left out then and are not now, or the reverse: give --cache as then"
 LOG_EVERY = 10  # optimizer steps between two step lines in metrics.jsonl, or fewer: a run has at least
 STEP_LINES = 50  # such lines, or one for each step, so that its curves are true
 
@@ -218,7 +217,7 @@ class Run:
             self.companions.append(self.average)
         self.say_start()
         if self.config.resume:
-            self.restore()
+            go_on_from(self.last, self)
             self.record.go_on(self.progress)
             self.write_start()
         if self.is_main:
@@ -525,7 +524,7 @@ class Run:
         if signum:
             raise Interrupted(signum)
 
-    # ---- saving and resuming -------------------------------------------------------------------------------------
+    # ---- saving --------------------------------------------------------------------------------------------------
 
     def save_and_stop_if_asked(self) -> None:
         self.save()
@@ -542,74 +541,4 @@ class Run:
         now = {"log_bytes": self.record.size(), "processes": self.world}
         now |= {what: self.described.get(what) for what in ("base", "data")}
         now["settings"] = dataclasses.asdict(self.config)
-        save_state(self.last, self.state(), dataclasses.asdict(dataclasses.replace(self.progress, **now)))
-
-    def state(self) -> dict:
-        """Everything that moves."""
-        return {
-            "models": [moving_state(model) for model in self.bare_models],
-            "optimizers": [optimizer.optimizer.state_dict() for optimizer in self.optimizers],
-            "schedulers": [companion.state_dict() for companion in self.companions],
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-        }
-
-    def restore(self) -> None:
-        """Loads the newest whole checkpoint into what was prepared, if there is one, and cuts metrics.jsonl to its length."""
-        found = None
-
-        def look() -> bool:  # the main process first, as it renames what is damaged
-            nonlocal found
-            found = load_state(self.last)
-            return found is not None
-
-        if not from_main(look):
-            say("no checkpoint was saved yet: starting at step 0")
-            return
-        state, saved = found or load_state(self.last)
-        try:
-            then = Progress.from_saved(saved)
-            self.check_same_run(then)
-            self.fill(state)
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # of another kind of run, or version
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--resume: what {self.last} holds does not fit this run: {type(error).__name__}: {reason}") from None
-        then.resumed_at.append(then.step)
-        self.progress, unreadable = dataclasses.replace(then, unreadable={}), then.unreadable
-        self.leave_out(unreadable.items())
-        if self.progress.idle is None and then.step >= FIRST_STEPS:  # as checkpoints were that did not keep it
-            self.progress.idle = []
-        say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")
-        self.lengthen(then.settings.get("epochs", self.config.epochs))
-
-    def lengthen(self, before: int) -> None:
-        """Where the run has more epochs now: the rates go on by the longer schedule, as if it had been asked for at the start."""
-        if before < self.config.epochs:
-            self.progress.predicted = None  # that was of fewer epochs
-            rates = [follow_schedule(each) for each in self.companions if hasattr(each, "lr_lambdas")]
-            rate = f", from {max(rates):.2g} on" if rates else ""
-            say(f"{self.config.epochs} epochs instead of {before}: the learning rate follows the schedule of all of them{rate}")
-
-    def check_same_run(self, then: Progress) -> None:
-        """UserError unless a checkpoint is of this run: of this base and data, these settings, so many processes."""
-        for what in ("base", "data"):
-            before, now = ((part or {}).get("sha256") for part in (getattr(then, what), self.described.get(what)))
-            if before != now:
-                raise UserError(
-                    f"--resume: the {what} is not the one that this run started with (sha256 {before} then, {now} now)"
-                    + (MAYBE_DAMAGED if what == "data" else "")
-                )
-        if fault := other_setting(self.config, then.settings):
-            raise UserError(f"--resume: {self.last} is of another run: {fault} there")
-        if then.processes != self.world:
-            raise UserError(f"--resume: the run was started with {then.processes} processes and has {self.world} now")
-
-    def fill(self, state: dict) -> None:
-        """Loads what `save` saved into what was prepared."""
-        for model, tensors in zip(self.bare_models, state["models"], strict=True):
-            load_moving_state(model, tensors)
-        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.optimizer.load_state_dict(values)
-        for companion, values in zip(self.companions, state["schedulers"], strict=True):
-            companion.load_state_dict(values)
-        if self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        save_state(self.last, state_of_run(self), dataclasses.asdict(dataclasses.replace(self.progress, **now)))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from common.config import UserError
 from common.runtime import gather_lists
 
+FIRST_STEPS = 10  # by then every parameter that trains must have had a gradient, and no gradient may be left over
 MOST_FILES = 32  # that an error lists
 
 

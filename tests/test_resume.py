@@ -287,15 +287,16 @@ def test_what_has_had_a_gradient_is_known_after_a_resume_within_the_first_steps(
 
 
 def test_a_resume_reads_its_checkpoint_once(tmp_path, monkeypatch):
-    from common import run as run_module
+    from common import resuming
+    from common.checkpoint import save_state
+    from common.run import Run
 
     state = {"models": [], "optimizers": [], "schedulers": [], "scaler": {}}
-    run_module.save_state(tmp_path, state, {"step": 3})
-    run, reads = run_module.Run(TrainConfig(), "toy", "full"), []
-    run.last, run.accelerator = tmp_path, SimpleNamespace(scaler=None)
-    load = run_module.load_state
-    monkeypatch.setattr(run_module, "load_state", lambda folder: reads.append(folder) or load(folder))
-    run.restore()
+    save_state(tmp_path, state, {"step": 3})
+    run, reads, load = Run(TrainConfig(), "toy", "full"), [], resuming.load_state
+    run.accelerator = SimpleNamespace(scaler=None)
+    monkeypatch.setattr(resuming, "load_state", lambda folder: reads.append(folder) or load(folder))
+    resuming.go_on_from(tmp_path, run)
     assert run.step == 3 and reads == [tmp_path]
 
 
