@@ -17,7 +17,6 @@ def differing(one: dict, other: dict) -> list[str]:
     return names
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, task, measured",
     [

@@ -27,8 +27,9 @@ OUTPUTS |= {"clip": ["logits", "image_embeds"], "voice_rvc": ["audio"]}
 
 
 def chosen(*names) -> list:
-    """Tasks as parameters. Pose and CLIP are slow: their graphs are made as a classifier's is."""
-    return [pytest.param(TASKS[name], marks=[pytest.mark.slow] * (name in ("pose", "clip"))) for name in names]
+    """Tasks as parameters. Slow are pose and CLIP, whose graphs are made as a classifier's is, and a voice, which trains long."""
+    slow = ("pose", "clip", "voice_rvc")
+    return [pytest.param(TASKS[name], marks=[pytest.mark.slow] * (name in slow)) for name in names]
 
 
 @pytest.fixture(params=chosen(*OUTPUTS), ids=str)
@@ -115,6 +116,7 @@ def test_int8_is_smaller_and_says_what_it_costs(task):
     assert f"{task.metric} " in found.said and f"{OUTPUTS[task.name][0]}, int8" in found.said
 
 
+@pytest.mark.slow
 def test_int8_is_refused_where_it_would_gain_nothing(tmp_path):
     task = TASKS["voice_rvc"]  # a vocoder of convolutions
     done = call(task, "export_onnx.py", *flags(task, tmp_path / "voice.onnx"), "--int8", folder=SCRIPTS, expect=2)
@@ -179,6 +181,7 @@ def voice_of(checkpoint, folder):
         np.save(f"{folder}/wave.npy", model.infer(*given, excitation=Excitation(*drawn))[0, 0].numpy())
 
 
+@pytest.mark.slow
 def test_the_lines_beside_a_voice_make_the_sound_that_the_model_makes(tmp_path):
     task, random = TASKS["voice_rvc"], np.random.default_rng(1)
     about = exported(task).about
