@@ -199,6 +199,8 @@ def load_pretrained(name: str, source: Path | str, kind, processor_kind):
     strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
     if strays:
         raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
+    if broken := [key for key, weight in model.named_parameters() if not is_finite(weight)]:
+        raise UserError(f"--model {name}: its weights have numbers that are not finite: {broken[0]} ({len(broken)} such tensors)")
     return model, processor
 
 
@@ -312,7 +314,7 @@ def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Pa
         raise UserError(f"{folder} is a checkpoint of {its_task} ({its_method}), not of {wanted}")
     check_holds(folder, WEIGHTS[its_method])
     check_origin(folder, origin)
-    return folder, origin
+    return folder, Origin(origin, folder / ORIGIN)
 
 
 def choose_checkpoint(named: str, task: str, method: str) -> tuple[str, dict]:
@@ -327,6 +329,17 @@ def choose_checkpoint(named: str, task: str, method: str) -> tuple[str, dict]:
     return str(folder), origin
 
 
+class Origin(dict):
+    """The content of a checkpoint's origin.json. Asked for what a task needs and it does not hold, it says that in one line."""
+
+    def __init__(self, content: dict, file: Path):
+        super().__init__(content)
+        self.file = file
+
+    def __missing__(self, key):
+        raise UserError(f"{self.file} is damaged: its {key} is missing")
+
+
 def check_origin(folder: Path, origin: dict) -> None:
     """UserError unless origin.json says what every checkpoint's does, in the form that make_origin writes."""
     base, classes = origin.get("base"), origin.get("classes", ["any"])  # not every task has classes
@@ -337,6 +350,7 @@ def check_origin(folder: Path, origin: dict) -> None:
         and base["name"] != "",
         "classes": isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes),
         "data_dir": isinstance(origin.get("data_dir"), str),
+        "exclude": isinstance(origin.get("exclude", ""), str),  # older ones say nothing of it
         "batch_size": type(origin.get("batch_size")) is int and origin["batch_size"] > 0,
         "seed": type(origin.get("seed")) is int,
     }

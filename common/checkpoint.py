@@ -44,9 +44,13 @@ def write_text(path: Path, text: str) -> None:
     Bytes of a file name that is not UTF-8 are written as escapes, which JSON reads back as what they were.
     """
     aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    fsync(aside)
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        fsync(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
@@ -74,7 +78,9 @@ def atomic_folder(path: Path):
 
     A folder that stood there is replaced. A crash between the two renames leaves the old one as `.<name>.previous`,
     from where `recover` brings it back. UserError where the disk does not take the files; the old folder is intact then.
+    Where a link stands there, the folder that it leads to is the one.
     """
+    path = path.resolve() if path.is_symlink() else path
     aside = path.with_name(f".{path.name}.tmp")
     try:
         shutil.rmtree(aside, ignore_errors=True)

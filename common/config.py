@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 VERSION = "0.9"
-# What a disk, a folder's rights or a name that is too long may answer: nothing that a traceback would explain.
-OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+# What a disk, a folder's rights, a file in a folder's place or a name that is too long may answer: no case for a traceback.
+OF_THE_MACHINE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+)
 YAML_BYTES = 2**20  # settings and class names take a few kilobytes; a parser in Python would chew on more for minutes
 YAML_NODES = 50_000  # names, values and lists: a second's work; the 21,841 classes of ImageNet fit
 YAML_DIGITS = 1000
@@ -487,7 +490,8 @@ def cli(main, *args, **kwargs):
     except OSError as error:
         if error.errno not in OF_THE_MACHINE:
             raise
-        print(f"error: {error.strerror}: {one_line(error.filename or 'while writing')}", file=sys.stderr)
+        place = error.filename2 or error.filename or "while writing"  # of a rename, where to
+        print(f"error: {error.strerror}: {one_line(place)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

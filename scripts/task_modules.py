@@ -210,7 +210,7 @@ def card_of(origin: dict, title: str, facts: dict[str, str], measured: dict[str,
     lines += [f"| {key} | {spoken(value)} |" for key, value in facts.items()]
     if measured:
         lines += ["", "## Measured", "", f"| model | {METRICS[origin['task']][0]} |", "| --- | ---: |"]
-        lines += [f"| {name} | {value:.4f} |" for name, value in measured.items()]
+        lines += [f"| {name} | {'absent' if value is None else f'{value:.4f}'} |" for name, value in measured.items()]
     return "\n".join([*lines, "", "## Load it", "", *loading(origin["method"], base, how["code"], how["use"]), ""])
 
 
@@ -230,6 +230,8 @@ def place_for(named: str, folder: Path, ending: str, overwrite: bool) -> Path:
             raise UserError(f"{out} is there already; --overwrite replaces it, and --output_dir names another place")
     if out.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise UserError(f"--output_dir {out} holds the checkpoint itself: name another place")
+    if folder.resolve() in out.resolve().parents:
+        raise UserError(f"--output_dir {out} lies in the checkpoint itself, which is then whole no more: name another place")
     return out
 
 

@@ -1,5 +1,6 @@
 """What checkpoints of all tasks share: which one is taken, what it may hold, and that no base runs code of its own."""
 
+import copy
 import json
 import os
 import subprocess
@@ -104,6 +105,7 @@ ODD = {
     "data_dir": [None, 3, []],
     "batch_size": [None, "8", 0, True],
     "seed": [None, "0", 1.5],
+    "exclude": [None, 3],
 }
 
 
@@ -116,6 +118,15 @@ def test_an_origin_that_these_scripts_did_not_write_is_refused(tmp_path, key, va
     (tmp_path / "origin.json").write_text(json.dumps({**origin, key: value}))
     with pytest.raises(UserError, match="not of toy" if key == "method" else f"its {key} is missing"):
         open_checkpoint(tmp_path, "toy")
+
+
+def test_what_an_origin_lacks_is_said_where_it_is_asked_for(tmp_path):
+    origin = make_origin("toy", "full", {"name": "b", "sha256": ""}, CONFIG)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "origin.json").write_text(json.dumps(origin))
+    found = copy.deepcopy(open_checkpoint(tmp_path, "toy")[1])
+    with pytest.raises(UserError, match=r"origin\.json is damaged: its classes is missing"):
+        found["classes"]
 
 
 def test_an_origin_nested_without_end_is_no_json(tmp_path):

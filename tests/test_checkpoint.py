@@ -26,6 +26,7 @@ from common.checkpoint import (
     recover,
     save_state,
     write_json,
+    write_text,
 )
 from common.config import UserError
 
@@ -231,6 +232,23 @@ def test_an_exception_while_filling_leaves_the_old_folder(tmp_path):
         (aside / "a.txt").write_text("half")
         raise ZeroDivisionError
     assert words_of(tmp_path / "best") == {"old"} and hidden(tmp_path) == []
+
+
+def test_a_folder_that_a_link_leads_to_is_replaced_where_it_is(tmp_path):
+    (tmp_path / "disk" / "best").mkdir(parents=True)
+    (tmp_path / "best").symlink_to(tmp_path / "disk" / "best")
+    for text in ("old", "new"):
+        with atomic_folder(tmp_path / "best") as aside:
+            (aside / "a.txt").write_text(text)
+    assert (tmp_path / "best").is_symlink() and (tmp_path / "disk" / "best" / "a.txt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "best", "best", "disk", MANIFEST]
+
+
+def test_a_text_that_cannot_get_its_name_leaves_nothing(tmp_path):
+    (tmp_path / "page.md").mkdir()
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "page.md", "words")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 def test_crash_in_writing_a_json_file(tmp_path):

@@ -325,7 +325,7 @@ def test_settings_that_are_no_utf_8_are_written_and_read_back(tmp_path):
     assert parse(Config, ["--config", str(tmp_path / "config.yaml")]) == config
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENAMETOOLONG, errno.ENOSPC, errno.EEXIST, errno.EISDIR])
 def test_what_the_file_system_refuses_ends_in_one_line(capsys, number):
     def fails():
         raise OSError(number, os.strerror(number), "outputs/x")

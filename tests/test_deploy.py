@@ -300,7 +300,7 @@ def refusals(full, lora, head, folder):
 
     def attempt(name, script, *words):
         try:
-            script.main([*map(str, words), "--output_dir", str(folder / "out")])
+            script.main([*map(str, words), *([] if "--output_dir" in words else ["--output_dir", str(folder / "out")])])
             said[name] = ""
         except UserError as error:
             said[name] = str(error)
@@ -317,6 +317,16 @@ def refusals(full, lora, head, folder):
     shutil.copytree(lora / "checkpoints" / "best", folder / "damaged")
     (folder / "damaged" / "adapter_config.json").write_text("{}")
     attempt("damaged", merge_lora, folder / "damaged")
+    attempt("inside", merge_lora, lora, "--output_dir", lora / "checkpoints" / "best" / "out")
+    (folder / "papers").mkdir()
+    (folder / "papers" / "thesis.txt").touch()
+    attempt("files", merge_lora, lora, "--overwrite", "--output_dir", folder / "papers")
+    shutil.copytree(full / "checkpoints" / "best", folder / "broken")
+    (folder / "broken" / "manifest.json").unlink()
+    tensors = load_file(folder / "broken" / "model.safetensors")
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, folder / "broken" / "model.safetensors", metadata={"format": "pt"})
+    attempt("not finite", extract_lora, folder / "broken")
     attempt("head", merge_lora, head)
     save_whole = bases.save_model
 
@@ -347,6 +357,9 @@ def test_what_cannot_be_is_said_and_leaves_nothing(tmp_path):
         "rank": "--rank 5000: no layer here has more than",
         "targets": "no layer's name ends in 'nothing_like_it'",
         "damaged": "is damaged: adapter_config.json has",
+        "inside": "lies in the checkpoint itself",
+        "files": "is there already and is no checkpoint",
+        "not finite": "its weights have numbers that are not finite",
         "head": "",
         "planted": "merged from disk answers otherwise than adapter: logits differs by",
     }
