@@ -413,7 +413,12 @@ def load_adapter_files(model, folder: Path, whole=()):
         except Exception as error:  # whatever PEFT makes of settings that it did not write
             raise UserError(f"the adapter in {folder} does not fit this base: {' '.join(str(error).split())[:300]}") from None
     parameters = model.get_base_model().named_parameters()  # a bias beside an adapter is base_layer.bias by now
-    expected = {f"base_model.model.{name}": tuple(p.shape) for name, p in parameters if is_within(name, whole)}
+    peft_copies = ("modules_to_save", "original_module")  # of a part that trained whole by PEFT's own means; it names them, below
+    expected = {
+        f"base_model.model.{name}": tuple(p.shape)
+        for name, p in parameters
+        if is_within(name, whole) and not any(part in peft_copies for part in name.split("."))
+    }
     expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     shapes = {name: tuple(t.shape) for name, t in saved.items()}
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
