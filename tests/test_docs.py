@@ -23,6 +23,8 @@ from conftest import CLASSIFICATION, CLIP, DETECTION, FOLDERS, MEDICAL, POSE, RO
 from documents import Command, anchors, blocks, commands, documents, headings, links, tables, text_of, tracked
 from tasks import ROWS, SCRIPT, TASKS, scratch, small_data
 
+from common.config import VERSION
+
 NOT_RUN = {  # scripts that take long whatever they are told, and have tests of their own
     "make_demo_base.py": "trains for hours",
     "benchmark.py": "trains at real size",
@@ -409,3 +411,8 @@ def test_both_readmes_have_the_same_commands_links_and_tables():
 def facts(row: list[str]) -> list[list[str]]:
     """Numbers, and names of files and flags, of each cell of a table: what any language writes alike."""
     return [sorted(re.findall(r"\d+(?:\.\d+)?|`[^`]+`", cell)) for cell in row]
+
+
+def test_one_version_is_said_everywhere():
+    changes, citation = text_of(ROOT / "CHANGELOG.md"), text_of(ROOT / "CITATION.cff")
+    assert re.findall(r"^## (.+)", changes, re.M)[0] == re.search(r'^version: "(.+)"', citation, re.M)[1] == VERSION
