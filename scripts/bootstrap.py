@@ -109,7 +109,7 @@ def interval_of_mean(values: np.ndarray, samples: int) -> list[float]:
 
     values: (S, 1 + D) of S seeds, on the samples as they are and on D draws of them.
 
-    With one seed, the middle of the draws: it knows nothing of other seeds. With several, the chance of the samples and that of
+    With one seed, middle_of the draws: it knows nothing of other seeds. With several, the chance of the samples and that of
     the seeds add up, each by the t of its own degrees of freedom (Banerjee 1960): half^2 = (t_N-1 s_N)^2 + (t_S-1 s_S)^2,
     s_N the spread over draws of the mean over seeds, s_S that of the seeds over sqrt(S). What one seed alone gets wrong in a
     sample is in both, so it is rather too wide than too narrow: in simulations with 3 seeds and 60 samples it held the truth in
@@ -118,7 +118,7 @@ def interval_of_mean(values: np.ndarray, samples: int) -> list[float]:
     from scipy.stats import t
 
     if len(values) == 1:
-        return middle_of(values[0, 1:])
+        return middle_of(values[0, 1:], samples)
     means = values.mean(axis=0)
     of_samples = t.ppf(0.5 + SEEN / 200, samples - 1) * np.nanstd(means[1:])
     half = math.hypot(of_samples, half_over_seeds(values[:, 0]))
@@ -138,9 +138,16 @@ def half_over_seeds(values) -> float:
     return float(t.ppf(0.5 + SEEN / 200, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def middle_of(values: np.ndarray) -> list[float]:
-    """[low, high] between which the middle SEEN per cent of the values lie."""
-    return np.nanpercentile(values, [50 - SEEN / 2, 50 + SEEN / 2]).tolist()
+def middle_of(values: np.ndarray, samples: int) -> list[float]:
+    """[low, high] between which the middle SEEN per cent of the draws lie, and some more where there are few samples.
+
+    Widened as Student's t widens an interval (Hesterberg, What teachers should know about the bootstrap, 2015): of 25 samples
+    the plain percentiles hold the truth in 92 of 100.
+    """
+    from scipy.stats import norm, t
+
+    tail = norm.cdf(math.sqrt(samples / (samples - 1)) * t.ppf(0.5 - SEEN / 200, samples - 1))
+    return np.nanpercentile(values, [100 * tail, 100 * (1 - tail)]).tolist()
 
 
 def unit_of(sample: dict) -> str:

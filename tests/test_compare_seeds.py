@@ -16,7 +16,7 @@ from common.config import UserError
 from planted_runs import plant, plant_task
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from bootstrap import agreement, interval_over_seeds, intervals, read_samples  # noqa: E402
+from bootstrap import agreement, interval_of_mean, interval_over_seeds, intervals, read_samples  # noqa: E402
 from compare import compare_all, compared, main, rows_of  # noqa: E402
 from compare_plots import draw_classes, draw_pareto, draw_ranks, draw_sweep  # noqa: E402
 from compare_text import lora_of  # noqa: E402
@@ -280,6 +280,16 @@ def test_a_seed_that_one_method_lacks_is_named(tmp_path):
 
 
 # ---- the whole report --------------------------------------------------------------------------------------------------
+
+
+def test_one_seeds_interval_of_few_samples_holds_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    draws = np.concatenate([np.ones((1, 20)), rng.multinomial(20, np.full(20, 1 / 20), size=1000)]) / 20
+    means = rng.normal(0, 1, (2000, 20)) @ draws.T  # of 2000 experiments of 20 samples, whose true mean is 0
+    held = [low <= 0 <= high for low, high in (interval_of_mean(own[None], 20) for own in means)]
+    low, high = np.percentile(means[:, 1:], [2.5, 97.5], axis=1)
+    plain = np.mean((low <= 0) & (high >= 0))
+    assert plain < 0.925 < 0.94 < np.mean(held) < 0.96, (plain, np.mean(held))
 
 
 @pytest.fixture(scope="module")
