@@ -231,6 +231,7 @@ def test_an_unmerged_predictor_says_what_the_merged_one_says(pictures):
 # ---- stop anywhere ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_pissa_run_ends_with_the_same_bytes(tmp_path):
     """PiSSA changes the base's weights when it starts: a resumed run must come by the very same ones."""
     args = ["--data_dir", small_data(ROW), "--model", "demo", *SETTINGS, "--output_dir", tmp_path]

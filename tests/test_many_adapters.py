@@ -155,8 +155,8 @@ def check_refusals(task, folders, scratch):
     assert asked(task, shared) == first
 
 
-# One of PEFT's tasks and those with layers of their own stand for the others in a quick run.
-QUICK = ("classification", "voice_rvc", "medical_sam3d")
+# One of PEFT's tasks and one with layers of its own stand for the others in a quick run.
+QUICK = ("classification", "medical_sam3d")
 EACH = [pytest.param(task, id=str(task), marks=[] if str(task) in QUICK else [pytest.mark.slow]) for task in TASKS.values()]
 
 

@@ -42,7 +42,6 @@ SCRIPTS = [f"{name}{lora}.py" for name in ("train", "eval", "infer") for lora in
 # Of the summary's schema: rows that say "voice: ..." of one task alone.
 ONE_TASKS_OWN = {"data.most_boxes", "data.minutes", "data.val_minutes", "data.speakers", "data.organs", "data.every"}
 ONE_TASKS_OWN |= {"data.coverage", *(f"data.{part}{what}" for part in ("", "val_") for what in ("patients", "cases"))}
-also_heavy = pytest.mark.parametrize("task", ROWS, ids=str)  # without -m slow, too
 
 
 @pytest.fixture(scope="session", params=EACH, ids=str)
@@ -53,7 +52,7 @@ def task(request):
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-@also_heavy
+@pytest.mark.parametrize("task", ROWS, ids=str)  # the heavy ones, too
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_at_once_and_explains_every_setting(task, script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -255,7 +254,6 @@ def test_rank_zero_trains_the_head_alone(task, probe):
 # ---- errors that a user can put right --------------------------------------------------------------------------------
 
 
-@also_heavy
 def test_training_errors_are_one_line_and_exit_code_two(task, tmp_path):
     def fails(script, *args):
         return one_line(call(task, script, *args, "--output_dir", tmp_path / "runs", expect=2))
