@@ -354,6 +354,7 @@ def test_boxes_and_labels_at_the_border_are_drawn_inside_the_picture(tmp_path, s
     assert np.asarray(plain).max() == 0
 
 
+@pytest.mark.slow
 def test_pages_and_plots_are_readable_pngs(mixed, tmp_path):
     model, processor, samples, cache, preprocess = mixed
     dataset = DetectionData(samples, preprocess, cache)

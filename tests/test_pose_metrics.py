@@ -317,6 +317,7 @@ def test_errors_are_lines_from_the_truth_and_unlabelled_keypoints_have_none():
         assert (left.max(axis=2) > 0).mean() < 0.03
 
 
+@pytest.mark.slow
 def test_pages_and_plots_are_readable_pngs(answered, tmp_path):
     model, dataset = answered
     names = ["$left$ _hand", "\u732b", "x" * 200, "d", "e"]  # a formula, a letter that the font lacks, no room
