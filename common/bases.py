@@ -351,6 +351,7 @@ def check_origin(folder: Path, origin: dict) -> None:
         "classes": isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes),
         "data_dir": isinstance(origin.get("data_dir"), str),
         "exclude": isinstance(origin.get("exclude", ""), str),  # older ones say nothing of it
+        "data_format": isinstance(origin.get("data_format", "auto"), str),  # of tasks that read several layouts
         "batch_size": type(origin.get("batch_size")) is int and origin["batch_size"] > 0,
         "seed": type(origin.get("seed")) is int,
     }

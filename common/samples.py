@@ -178,7 +178,7 @@ def choose_layout(data_dir: Path, data_format: str, there: dict, expected: str, 
     hint(data_dir) may say what else is there.
     """
     if data_format != "auto":
-        if not there[data_format]:
+        if not there.get(data_format):
             raise UserError(f"--data_format {data_format}: {data_dir} does not have that layout")
         return data_format
     fitting = [name for name, sign in there.items() if sign]

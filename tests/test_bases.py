@@ -106,6 +106,7 @@ ODD = {
     "batch_size": [None, "8", 0, True],
     "seed": [None, "0", 1.5],
     "exclude": [None, 3],
+    "data_format": [None, 3, []],
 }
 
 

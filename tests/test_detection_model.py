@@ -347,6 +347,14 @@ def test_a_pickle_in_place_of_the_adapter_is_refused(detr_adapter):
         load_checkpoint(detr_adapter)
 
 
+def test_a_side_that_no_picture_has_is_refused(detr_adapter):
+    about = json.loads((detr_adapter / "origin.json").read_text())
+    for side in ("64", [64], -1, 10**9, True):
+        (detr_adapter / "origin.json").write_text(json.dumps(about | {"image_size": side}))
+        with pytest.raises(UserError, match=r"origin\.json is damaged: its image_size is no side"):
+            load_checkpoint(detr_adapter)
+
+
 def test_saving_twice_writes_the_same_bytes(detr_adapter):
     names = json.loads((detr_adapter / "adapter_config.json").read_text())["target_modules"]
     assert names == sorted(names), "a set's order differs from process to process"

@@ -231,6 +231,7 @@ def test_a_layout_is_chosen_by_the_only_sign_or_by_name():
         ("auto", {**there, "trees": [1]}, "--data_dir d looks like rows and trees; expected X; --data_format chooses one"),
         ("auto", {"rows": False}, "--data_dir d is none of the layouts that are known; expected X; --data_format"),
         ("trees", there, "--data_format trees: d does not have that layout"),
+        ("elsewhere", there, "--data_format elsewhere: d does not have that layout"),  # as a stranger's origin.json may say
     ):
         with pytest.raises(UserError, match=re.escape(told)):
             choose_layout(Path("d"), data_format, signs, "X")

@@ -19,7 +19,7 @@ from common.bases import (
     train_mode,
     with_saved_adapter,
 )
-from common.config import UserError
+from common.config import PictureSize, UserError, range_of
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import process_index, quiet, say
@@ -231,6 +231,8 @@ def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = Tr
     base: an adapter's base, if not under its recorded name; or what load_base gave. merge: add the adapter into its weights.
     """
     folder, about = open_checkpoint(folder, "detection")
+    if type(about["image_size"]) is not int or not range_of(PictureSize).holds(about["image_size"]):
+        raise UserError(f"{about.file} is damaged: its image_size is no side of a picture in pixels, or 0")
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] != "full":
         with quiet():
