@@ -100,6 +100,8 @@ def test_mcnemar_is_scipys_exact_test_and_a_sample_has_one_vote():
     assert found["p"] == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
     thrice = agreement({s: answers(a) for s in range(3)}, {s: answers(b) for s in range(3)})
     assert thrice["p"] == found["p"] and thrice["first"] == 3 * only_a and thrice["samples"] == 100
+    undecided = agreement({0: answers([1] * 8), 1: answers([0] * 8)}, {0: answers([0] * 8), 1: answers([1] * 8)})
+    assert undecided == {"both": 0, "first": 8, "second": 8, "neither": 0, "seeds": 2, "samples": 8, "p": 1.0}
 
 
 def test_four_answers_to_none_are_no_evidence(tmp_path):
