@@ -13,7 +13,7 @@ import numpy as np
 
 # needs: pillow, scipy
 from common.scan import FileReader
-from common.vision.pictures import READER, decode, picture_faults
+from common.vision.pictures import FORMATS, READER, decode, picture_faults
 
 FINGERPRINT = 1  # goes up when look_at_picture finds something else in some picture
 MODES = ("RGB", "L", "P", "RGBA", "CMYK", "I;16", "I", "1", "LA", "YCbCr", "F", "HSV", "LAB", "PA", "La", "RGBa", "RGBX")
@@ -47,7 +47,7 @@ def look_at_picture(path: Path) -> tuple[int, ...]:
     content = path.read_bytes()
     pixels = decode(content)
     with picture_faults():
-        mode = Image.open(io.BytesIO(content)).mode
+        mode = Image.open(io.BytesIO(content), formats=FORMATS).mode
     small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX).convert("YCbCr")
     grey, *colours = small.split()
     parts = [grey, *(part.resize((SIDE // 2, SIDE // 2), Image.Resampling.BOX) for part in colours)]
