@@ -63,7 +63,8 @@ def verdict(run: dict, other: dict, metric: str, higher_is_better: bool, by_meth
     """One sentence about a row against another: what it reaches, and what it took. by_method: call rows by their method."""
     a, b = (NAMES.get(r["method"], r["method"]) if by_method else r["label"] for r in (run, other))
     x, y = run["metric"], other["metric"]
-    text = f"{a} reaches {metric} {number(x)} against {number(y)} of {b}"
+    subject = f"T{a[1:]}" if a == NAMES["head"] else a  # a run keeps its name as it is
+    text = f"{subject} reaches {metric} {number(x)} against {number(y)} of {b}"
     if x is not None and y is not None:
         x, y = round(x, 9), round(y, 9)  # sums in another order are no difference
         better = "the same" if x == y else "better" if (x > y) == higher_is_better else "worse"

@@ -259,7 +259,7 @@ def build_page(gradio, desk: Desk):
         gradio.Markdown("# Base, LoRA and full, side by side")
         with gradio.Row():
             run = gradio.Dropdown(labels, value=labels[0] if labels else None, label="run, the newest first", elem_id="run")
-            file = gradio.File(label="a file", elem_id="file", height=120)
+            file = gradio.File(label="a file", elem_id="file", height=140)
         button = gradio.Button("Ask", variant="primary", elem_id="ask")
         outputs = [gradio.Markdown(visible=False, elem_id="trouble")]
         with gradio.Row(equal_height=False):

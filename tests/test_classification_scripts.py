@@ -98,7 +98,7 @@ def test_compare_shows_the_three_arms(full, head, tmp_path):
     assert before == [pytest.approx(before[0], abs=1e-5)] * 3
     args = [full.folder, lora, head, "--output_dir", tmp_path]
     done = Script(ROOT / "scripts", "compare.py", args, tmp_path / "log", draw=False).wait()
-    assert "the head alone reaches" in done.stdout and "LoRA reaches" in done.stdout
+    assert "The head alone reaches" in done.stdout and "LoRA reaches" in done.stdout
     found = {run["method"]: run["trained_parameters"] for run in read(tmp_path / "compare.json")["runs"]}
     assert found["head"] == 8 * 96 + 8 and found["head"] < found["lora"] < found["full"]
 
