@@ -179,6 +179,7 @@ def test_infer_with_the_annotations_boxes_finds_what_eval_scored(full, annotatio
 # ---- other heads and bases -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_regression_head_runs_end_to_end(pictures, tmp_path):
     folder, said = train("demo", tmp_path, "--head", "regression", "--lr", 0.005, "--lr_head", 0.02)
     assert "learning rates 0.005 to 0.02 by part" in said  # this head is new

@@ -112,6 +112,7 @@ def test_another_number_of_processes_is_refused(tmp_path):
     assert all("1 processes and has 2 now" in text for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [(0, 1), (1,)])
 def test_sigterm_to_the_ranks_saves_and_resumes(tmp_path, to):
     """Both ranks get it, or only the one that does not save; both leave at the same step."""

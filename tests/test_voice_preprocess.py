@@ -158,6 +158,7 @@ def test_processes_prepare_the_same_clips_and_name_what_one_of_them_died_of(tmp_
 SETTINGS = ("--model", "demo")
 
 
+@pytest.mark.slow
 def test_the_script_reports_what_it_did_and_what_it_left_out(tmp_path):
     data, out = tmp_path / "my voice", tmp_path / "out"
     data.mkdir()
