@@ -1,6 +1,8 @@
 """F0 and content features: what they find in sounds whose F0 and events are known, and that both keep one clock."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,15 @@ def test_one_process_at_a_time_compiles_what_all_share(tmp_path, monkeypatch):
         child.wait_for(lambda: "waiting for another process" in child.text)
         assert "compiled" not in child.text
     assert child.wait() == 0 and "compiled <function dtw" in child.text
+
+
+def test_where_no_cache_can_be_written_functions_are_compiled_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_WORKSHOP_CACHE", str(tmp_path / "file"))
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    assert from_librosa("hz_to_mel")(0.0) == 0
+    kept = Path(os.environ["NUMBA_CACHE_DIR"])
+    assert kept.name == "cache" and kept.parent.is_dir() and tmp_path not in kept.parents
 
 
 def test_a_tracker_that_is_not_there_is_named(monkeypatch):
