@@ -135,7 +135,7 @@ def test_a_run_ends_with_what_was_predicted_beside_what_it_took(tmp_path):
     predicted = record["predicted"]
     assert re.search(r"^predicted \d+ s, .* of memory, a checkpoint of .*; took \d+ s, ", text, re.M)
     assert predicted.keys() == {"seconds", "peak_memory_bytes", "checkpoint_bytes"}
-    assert abs(predicted["checkpoint_bytes"] - record["checkpoint_bytes"]) < 20_000
+    assert abs(predicted["checkpoint_bytes"] - record["checkpoint_bytes"]) < 4_000  # the toy has no model card
     assert predicted["peak_memory_bytes"] == pytest.approx(record["peak_memory_bytes"]["cpu"], rel=0.25)
     assert DRAWING < predicted["seconds"] < record["seconds"] + 2 * DRAWING
 
