@@ -3,17 +3,21 @@
     python scripts/peft_table.py                       # about an hour and a half of one CPU core; --jobs 2 halves the wait
     python scripts/peft_table.py --seeds 0 --epochs 1 --methods "lora;ia3" --page /tmp/table.md      # a smoke run
 
-Every method gets the learning rate that is best for it on seed 0's validation data, out of --rates. The numbers are of the
-test data, which nobody has chosen by. Runs that are there already (outputs/peft_table/) are not made again.
+Every method gets the learning rate that is best for it on seed 0's validation data, out of --rates. The numbers are of test
+pictures, by which nothing was chosen, and many more of them than the demo has: to score costs little beside training. Runs that
+are there already (outputs/peft_table/) are not made again.
 """
 
 import json
+import math
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +26,7 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import Count, Range, Rate, UserError, cli, parse  # noqa: E402
+from common.folders import make_once  # noqa: E402
 
 CLIP = ROOT / "fine_tuning"
 # Name in the table -> the script and its flags.
@@ -38,6 +43,7 @@ METHODS = {
     "loha": ("train_lora.py", "--peft_method", "loha"),
     "lokr": ("train_lora.py", "--peft_method", "lokr"),
 }
+AGAINST = ("lora", "full")  # what every method is compared with
 BEGIN = "<!-- table: begin -->"  # where the table goes
 END = "<!-- table: end -->"
 
@@ -49,9 +55,10 @@ class TableConfig:
     methods: str = ";".join(METHODS)  # names of methods, with semicolons between
     seeds: str = "0,1,2"  # seeds, with commas between; the first one chooses the learning rate
     rates: str = "2e-4,5e-4,1e-3,2e-3,5e-3,1e-2,2e-2,5e-2"  # learning rates to choose from, in rising order
-    start: Rate = 5e-3  # the first rate that is tried; then its neighbours, as long as they are better
+    start: Rate = 5e-3  # the first rate that is tried; then its neighbours, until those on both sides are worse than the best
     epochs: Count = 15  # passes over the training data
-    jobs: Annotated[int, Range(1, 256)] = 1  # methods side by side, one thread each; times are then those of a busy machine
+    test_pictures: Annotated[int, Range(3, 10**5)] = 500  # of each of the eight breeds; the demo's own 40 are the first of them
+    jobs: Annotated[int, Range(1, 256)] = 1  # methods side by side, one thread each
     output_dir: str = str(ROOT / "outputs" / "peft_table")  # where the runs go
     page: str = str(ROOT / "docs" / "peft_methods.md")  # the table goes between its marks; a page that is not there is made
 
@@ -87,89 +94,170 @@ def call(script: str, *flags) -> None:
         )
 
 
-def accuracy(summary: dict) -> float:
-    return summary["metrics"]["best"]["balanced_accuracy"]
+def choose_rate(config, method: str) -> dict:
+    """{"rate", "tried": [lowest, highest], "at_end"}: the learning rate that is best on the first seed's validation data.
 
-
-def best_rate(config, method: str) -> float:
-    """The learning rate with the best validation accuracy on the first seed, by going uphill from config.start."""
+    From config.start the search goes on upwards, then downwards, while the outermost rate is as good as the best: a tie does not
+    stop it, a worse one does. Of rates with the same accuracy that with the lowest loss is taken: a mean over the same pictures
+    that still differs where equally many are right. at_end: the list ended before a worse one was found.
+    """
     rates, seed = config.rate_list, config.seed_list[0]
+
+    def score(place):  # rounded, for a mean of recalls depends on their order in its last bits
+        best = run(config, method, rates[place], seed)["metrics"]["best"]
+        return round(best["balanced_accuracy"], 9), -best["val_loss"]
+
     at = rates.index(config.start)
-    for step in (1, -1):
-        while 0 <= at + step < len(rates):
-            here, there = (accuracy(run(config, method, rates[i], seed)) for i in (at, at + step))
-            if there <= here:
-                break
-            at += step
-    run(config, method, rates[at], seed)
-    return rates[at]
-
-
-def row(config, method: str) -> dict:
-    """The numbers of a method: means over seeds on the test data, and the spread."""
-    rate = best_rate(config, method)
-    accuracies, before, runs = [], [], [run(config, method, rate, seed) for seed in config.seed_list]
-    for summary in runs:
-        folder = summary["folder"]
-        if not (folder / "eval_test.json").is_file():
-            script = METHODS[method][0].replace("train", "eval")
-            call(script, "--checkpoint", folder / "checkpoints" / "best", "--split", "test", "--threads", 1)
-        found = json.loads((folder / "eval_test.json").read_text())
-        accuracies.append(found["metrics"]["accuracy"])
-        before.append(found["zero_shot"]["accuracy"])
-    print(f"{method}: lr {rate:g}, accuracy {statistics.mean(accuracies):.3f}", flush=True)
+    scores = {at: score(at)}
+    while True:
+        top = max(scores.values())[0]
+        edges = ((max(scores), 1), (min(scores), -1))
+        beyond = [edge + step for edge, step in edges if scores[edge][0] == top]
+        inside = [place for place in beyond if 0 <= place < len(rates)]
+        if not inside:
+            break
+        scores[inside[0]] = score(inside[0])
     return {
-        "method": method,
-        "rate": rate,
-        "accuracy": statistics.mean(accuracies),
-        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        "zero_shot": statistics.mean(before),
-        "trainable": runs[0]["parameters"]["trainable"],
-        "bytes": runs[0]["checkpoint_bytes"],
-        "seconds": min(summary["train_seconds"] for summary in runs),  # what else the machine did only adds to it
-        "environment": runs[0]["environment"],
-        "pictures": runs[0]["data"]["train"],
+        "rate": rates[max(scores, key=scores.get)],
+        "tried": [rates[min(scores)], rates[max(scores)]],
+        "at_end": bool(beyond),
     }
 
 
-def table(rows: list[dict]) -> str:
+def tested(config, method: str, summary: dict) -> tuple[dict, dict]:
+    """(the numbers, samples.json) of a run on the test pictures, on which it is scored unless it is already."""
+    from bootstrap import read_samples
+
+    pictures, script = test_folder(config), METHODS[method][0].replace("train", "eval")
+    place = summary["folder"] / pictures.name
+    if not (place / "eval_test" / "samples.json").is_file():
+        best = summary["folder"] / "checkpoints" / "best"
+        call(script, "--checkpoint", best, "--data_dir", pictures, "--split", "test", "--output_dir", place, "--threads", 1)
+    return json.loads((place / "eval_test.json").read_text()), read_samples(place / "eval_test", "balanced_accuracy")
+
+
+def test_folder(config) -> Path:
+    """The folder of the test pictures, drawn at the first call: 4,000 take some twenty seconds."""
+    folder = Path(config.output_dir).expanduser().resolve() / f"test_{config.test_pictures}"
+    draw = runpy.run_path(str(CLIP / "synthetic.py"))["make_demo_data"]  # by its path: other tasks have a synthetic.py as well
+    return make_once(folder, partial(draw, train=0, val=0, test=config.test_pictures))
+
+
+def row(config, method: str) -> dict:
+    """The numbers of a method: means over seeds on the test pictures, and the spread."""
+    chosen = choose_rate(config, method)
+    runs = [run(config, method, chosen["rate"], seed) for seed in config.seed_list]
+    found, samples = zip(*(tested(config, method, summary) for summary in runs), strict=True)
+    accuracies = [each["metrics"]["accuracy"] for each in found]
+    print(f"{method}: lr {chosen['rate']:g}, accuracy {statistics.mean(accuracies):.3f}", flush=True)
+    return chosen | {
+        "method": method,
+        "accuracy": statistics.mean(accuracies),
+        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "zero_shot": found[0]["zero_shot"]["accuracy"],
+        "trainable": runs[0]["parameters"]["trainable"],
+        "bytes": runs[0]["checkpoint_bytes"],
+        "environment": runs[0]["environment"],
+        "data": runs[0]["data"],
+        "samples": dict(zip(config.seed_list, samples, strict=True)),  # seed -> samples.json
+    }
+
+
+def add_differences(rows: list[dict]) -> list[str]:
+    """Gives each row its 95 % intervals of the difference to the rows of AGAINST: row["to lora"] is [low, high].
+
+    By pictures and seeds (bootstrap.intervals). Returns the names of AGAINST that there are.
+    """
+    from bootstrap import intervals
+
+    names = [row["method"] for row in rows]
+    there = [name for name in AGAINST if name in names]
+    for other in there:
+        for row, found in zip(rows, intervals([row["samples"] for row in rows], names.index(other)), strict=True):
+            row[f"to {other}"] = found.get("difference")
+    return there
+
+
+def table(rows: list[dict], against: list[str]) -> str:
     """Markdown."""
-    lines = ["| method | trained parameters | file | learning rate | training time | test accuracy |"]
-    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
-    lines += [f"| zero-shot: the base as it is | 0 | | | | {rows[0]['zero_shot']:.3f} |"]
+    titles = ["method", "trained parameters", "file", "learning rate (tried)", "test accuracy"]
+    titles += [f"difference to {name}, 95 %" for name in against]
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    lines += [["zero-shot: the base as it is", "0", "", "", f"{rows[0]['zero_shot']:.3f}", *[""] * len(against)]]
     for r in rows:
-        score = f"{r['accuracy']:.3f}" + (f" ± {r['spread']:.3f}" if r["spread"] is not None else "")
-        cells = [
-            r["method"],
-            f"{r['trainable']:,}",
-            f"{r['bytes'] / 1e6:.2f} MB",
-            f"{r['rate']:g}",
-            f"{r['seconds']:.0f} s",
-            score,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                r["method"],
+                f"{r['trainable']:,}",
+                f"{r['bytes'] / 1e6:.2f} MB",
+                f"{r['rate']:g} ({r['tried'][0]:g} to {r['tried'][1]:g})",
+                f"{r['accuracy']:.3f}" + (f" ± {r['spread']:.3f}" if r["spread"] is not None else ""),
+                *("{:+.3f} to {:+.3f}".format(*ends) if (ends := r[f"to {name}"]) else "" for name in against),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def claims(rows: list[dict], other: str) -> str:
+    """What the intervals of the differences to a method carry, in words."""
+    found = {r["method"]: ends for r in rows if (ends := r[f"to {other}"])}
+    if not found:
+        return f"There are no intervals of differences to `{other}`."
+    better, worse = [m for m, (low, _) in found.items() if low > 0], [m for m, (_, high) in found.items() if high < 0]
+    same = [m for m in found if m not in better + worse]
+    half = statistics.median((high - low) / 2 for low, high in found.values())
+    return (
+        f"Against `{other}`: better {listed(better)}; worse {listed(worse)}; no difference shown {listed(same)}. The median "
+        f"interval is ± {half:.3f}: smaller differences are not told apart. Of {len(found)} comparisons at 95 %, about "
+        f"{0.05 * len(found):.2g} would show a difference by chance if there were none."
+    )
+
+
+def listed(names) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def report(config, rows: list[dict]) -> str:
+    """The table, and below it what its numbers are and what they carry. Markdown."""
+    against, env, data, seeds = add_differences(rows), rows[0]["environment"], rows[0]["data"], config.seed_list
+    tests, middle = len(rows[0]["samples"][seeds[0]]["rows"]), statistics.median(r["accuracy"] for r in rows)
+    many = f"mean and standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed, so nothing is known of others"
+    ends = listed(r["method"] for r in rows if r["at_end"])
+    lines = [
+        table(rows, against),
+        f"Accuracies: {many}; {config.epochs} epochs of {data['train']} pictures, torch {env['torch']}, peft {env['peft']}. "
+        f"An accuracy of {middle:.3f} has a standard error of {standard_error(middle, tests):.4f} by the {tests:,} test pictures "
+        f"(binomial), and of {standard_error(middle, data['val']):.3f} by the {data['val']} validation pictures that chose the "
+        "rate. Differences are paired by picture and seed; their intervals are for other pictures and other seeds.",
+        *(claims(rows, name) for name in against),
+        f"Best at an end of the list of rates, so that a better one may lie beyond: {ends}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of so many independent answers: sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / count)
+
+
+def around_the_table(page: Path) -> tuple[str, str]:
+    """What stands on the page before and after the table. UserError where it has no place for one."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise UserError(f"{page} has no place for the table: it needs the lines {BEGIN} and {END}")
+    return text.split(BEGIN)[0], text.split(END)[1]
 
 
 def main(argv=None):
     config = parse(TableConfig, argv)
-    names = config.methods.split(";")
-    with ThreadPoolExecutor(config.jobs) as pool:
-        rows = list(pool.map(lambda name: row(config, name), names))
-    env, seeds = rows[0]["environment"], len(config.seed_list)
-    many = f"{seeds} seeds" if seeds > 1 else "one seed"
-    spread = " and standard deviation" if seeds > 1 else ""
-    made = (
-        f"{table(rows)}\n\nAccuracies: mean{spread} over {many}, {config.epochs} epochs of {rows[0]['pictures']} pictures. "
-        f"Times: the fastest seed's, {config.jobs} runs side by side, one thread each, on {env['device']}; torch {env['torch']}, "
-        f"peft {env['peft']}."
-    )
     page = Path(config.page).expanduser()
-    text = page.read_text(encoding="utf-8") if page.is_file() else f"{BEGIN}\n{END}\n"
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{page} has no place for the table: it needs the lines {BEGIN} and {END}")
-    head, rest = text.split(BEGIN)
-    page.write_text(f"{head}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    around_the_table(page)  # before hours of training
+    test_folder(config)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        rows = list(pool.map(partial(row, config), config.methods.split(";")))
+    made = report(config, rows)
+    before, after = around_the_table(page)  # which may have been written on since
+    page.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
     print(f"{made}\nsaved in {page}")
 
 
