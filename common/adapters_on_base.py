@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.bases import open_checkpoint
 from common.config import UserError
 from common.folders import best_of
 from common.lora import adapted_layers, merge_lora, settle_lora
 from common.peft_adapters import merge_layers
 from common.runtime import choose_device, quiet
+from common.saved_models import open_checkpoint
 from common.trial import keeps_answers
 
 ALIGNMENT = 64  # bytes

@@ -36,7 +36,6 @@ class EvalConfig(LoadConfig):
 def main(argv=None, method="full", doc=None):
     config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import choose_checkpoint
     from common.checkpoint import write_json, write_text
     from common.class_metrics import calibration, class_report, class_table, classification_metrics, score_table, softmax
     from common.config import UserError
@@ -44,6 +43,7 @@ def main(argv=None, method="full", doc=None):
     from common.plots import draw_calibration
     from common.record import of_split
     from common.runtime import guard, say, start_accelerator
+    from common.saved_models import choose_checkpoint
     from common.vision.pages import draw_mistakes
     from common.vision.scoring import predict, save_samples
     from data import load_for_eval

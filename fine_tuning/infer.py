@@ -32,11 +32,11 @@ def main(argv=None, method="full", doc=None):
     if not config.input:
         raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import choose_checkpoint
     from common.checkpoint import write_json, write_text
     from common.folders import predictions_folder
     from common.runtime import start_accelerator
     from common.samples import Faults
+    from common.saved_models import choose_checkpoint
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
     from predictor import Predictor

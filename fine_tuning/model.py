@@ -9,21 +9,12 @@ import torch
 from torch import nn
 
 # needs: torchvision, sentencepiece  (image processors; sentencepiece: the tokenizer of SigLIP)
-from common.bases import (
-    TRAINED_PART,
-    base_source,
-    describe_base,
-    load_pretrained,
-    load_under,
-    make_origin,
-    open_checkpoint,
-    take_over,
-    with_saved_adapter,
-)
+from common.bases import base_source, describe_base, load_pretrained
 from common.config import UserError
 from common.lora import is_within
 from common.peft_adapters import choose_targets
 from common.runtime import quiet, say
+from common.saved_models import TRAINED_PART, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"

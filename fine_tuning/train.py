@@ -47,9 +47,10 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from torch.nn.functional import cross_entropy
 
-    from common.bases import save_model, train_mode
+    from common.bases import train_mode
     from common.optim import build_optimizer
     from common.run import Run
+    from common.saved_models import save_model
     from common.trial import freeze_unused
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate

@@ -52,10 +52,11 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from torch.nn.functional import cross_entropy
 
-    from common.bases import save_lora, train_mode
+    from common.bases import train_mode
     from common.optim import build_optimizer
     from common.peft_adapters import add_adapter
     from common.run import Run
+    from common.saved_models import save_lora
     from common.vision.labelled import class_weights
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables

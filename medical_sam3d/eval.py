@@ -40,11 +40,11 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from dataclasses import replace
 
-    from common.bases import choose_checkpoint
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
     from common.record import of_split, without_nan
     from common.runtime import guard, process_index, start_accelerator
+    from common.saved_models import choose_checkpoint
     from data import counted, load_for_eval
     from metrics import organ_metrics, save_samples
     from model import load_checkpoint

@@ -286,10 +286,10 @@ def main(argv=None, method="full", doc=None):
         raise UserError("--input is needed: a mask, masks as a glob in quotes, or a folder of them")
     formats = chosen_formats(config.formats)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import choose_checkpoint
     from common.folders import predictions_folder
     from common.runtime import progress_bar, start_accelerator
     from common.samples import Faults
+    from common.saved_models import choose_checkpoint
     from data import counted
     from predictor import Predictor
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.bases import base_source, fetch_file, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.bases import base_source, fetch_file
 from common.checkpoint import check_holds, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError
 from common.folders import best_of
 from common.lora import is_within
 from common.own_adapters import add_own_adapter
 from common.runtime import say
+from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from decoder import Cubes, DecoderConfig, SLatMeshDecoder, check_tensors, memory_needed, read_decoder
 from latents import LatentEncoder
 from processor import POINTS, OrganProcessor

@@ -43,9 +43,9 @@ class Config(TrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_model
     from common.optim import build_optimizer
     from common.run import Run
+    from common.saved_models import save_model
     from data import build_loaders, find_organs
     from losses import mesh_losses
     from metrics import evaluate

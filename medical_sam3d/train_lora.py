@@ -47,9 +47,9 @@ class Config(LoraTrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_lora
     from common.optim import build_optimizer
     from common.run import Run
+    from common.saved_models import save_lora
     from data import build_loaders, find_organs
     from losses import mesh_losses
     from metrics import evaluate

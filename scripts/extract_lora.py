@@ -225,9 +225,9 @@ def main(argv=None):
     if not config.checkpoint:
         raise UserError("name a full run: python scripts/extract_lora.py outputs/<task>/full")
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_lora
     from common.checkpoint import atomic_folder, folder_bytes
     from common.runtime import say
+    from common.saved_models import save_lora
     from low_rank import deltas
 
     folder, origin = task_of(config.checkpoint)

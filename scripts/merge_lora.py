@@ -56,9 +56,9 @@ def main(argv=None):
     if not config.checkpoint:
         raise UserError("name a LoRA run: python scripts/merge_lora.py outputs/<task>/lora")
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_model
     from common.checkpoint import atomic_folder, folder_bytes
     from common.runtime import say
+    from common.saved_models import save_model
 
     folder, origin = task_of(config.checkpoint)
     if origin["method"] == "full":

@@ -192,7 +192,7 @@ def say_what_for(voice) -> None:
 
 def import_voice(file: str, folder: Path) -> Path:
     """Saves a voice of others as a folder of ours, for --checkpoint and --model. UserError where it is none."""
-    from common.bases import save_model
+    from common.saved_models import save_model
     from model import load_base, origin_of_others
 
     folder = Path(folder).expanduser()

@@ -96,8 +96,8 @@ def info(name: str, base: str = "") -> list[str]:
     """What a decoder's file, or a checkpoint of ours, says: a line each. UserError where it is neither. base: as of export."""
     from collections import Counter
 
-    from common.bases import open_checkpoint
     from common.checkpoint import sha256_of
+    from common.saved_models import open_checkpoint
     from decoder import read_decoder, read_tensors
     from model import load_checkpoint
 

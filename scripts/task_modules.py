@@ -56,9 +56,9 @@ def enter_task(task: str) -> None:
 
 def task_of(checkpoint: Path | str) -> tuple[Path, dict]:
     """(folder, origin) of a run folder or a checkpoint of any task and method, checked as open_checkpoint does."""
-    from common.bases import ORIGIN, open_checkpoint
     from common.checkpoint import read_json
     from common.folders import best_of
+    from common.saved_models import ORIGIN, open_checkpoint
 
     folder = best_of(Path(checkpoint).expanduser())
     origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else None
@@ -144,8 +144,8 @@ def base_below(folder: Path, origin: dict, model, base: str = ""):
     That is the model which an adapter on this base would start from, with the checkpoint's heads on it. base: where the base
     is, if not under its recorded name. UserError where it is not the base of the training, or not at hand.
     """
-    from common.bases import load_under
     from common.lora import is_within
+    from common.saved_models import load_under
 
     enter_task(origin["task"])
     from model import load_base
@@ -219,7 +219,7 @@ def place_for(named: str, folder: Path, ending: str, overwrite: bool) -> Path:
 
     UserError where that holds anything; with --overwrite, anything but a checkpoint, which alone is replaced.
     """
-    from common.bases import ORIGIN
+    from common.saved_models import ORIGIN
 
     run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
     out = Path(named).expanduser() if named else run.with_name(f"{run.name}_{ending}")

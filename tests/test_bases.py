@@ -12,11 +12,12 @@ import torch
 from conftest import CLASSIFICATION, ROOT
 
 from common import folders
-from common.bases import check_sizes, choose_checkpoint, class_tensors, make_origin, open_checkpoint, save_lora, train_mode
+from common.bases import check_sizes, class_tensors, train_mode
 from common.checkpoint import atomic_folder
 from common.config import UserError
 from common.folders import check_data_dir, eval_places, make_once, newest_best, predictions_folder
 from common.lora import LoRAConfig, inject_lora
+from common.saved_models import choose_checkpoint, make_origin, open_checkpoint, save_lora
 
 CONFIG = SimpleNamespace(data_dir="", batch_size=4, seed=0)
 

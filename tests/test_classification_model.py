@@ -16,11 +16,12 @@ from test_labelled import check_preprocess
 TASK = CLASSIFICATION
 use_task(TASK)
 
-from common.bases import save_lora, save_model, take_head, train_mode  # noqa: E402
+from common.bases import train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within  # noqa: E402
 from common.peft_adapters import add_adapter  # noqa: E402
+from common.saved_models import save_lora, save_model, take_head  # noqa: E402
 from common.trial import freeze_unused  # noqa: E402
 from common.vision.preprocess import ClassifierPreprocess  # noqa: E402
 from model import answer, class_layers, load_base, load_checkpoint, lora_targets, origin, start_from, with_classes  # noqa: E402

@@ -17,10 +17,11 @@ from conftest import CLIP, use_task
 TASK = CLIP
 use_task(TASK)
 
-from common.bases import save_lora, save_model, train_mode  # noqa: E402
+from common.bases import train_mode  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import count_parameters  # noqa: E402
 from common.peft_adapters import add_adapter, train_whole  # noqa: E402
+from common.saved_models import save_lora, save_model  # noqa: E402
 from model import (  # noqa: E402
     SCALE,
     ClipClassifier,

@@ -16,11 +16,12 @@ from conftest import DETECTION, Payload, check_picture_inputs, in_child, use_tas
 TASK = DETECTION
 use_task(TASK)
 
-from common.bases import save_lora, save_model, train_mode  # noqa: E402
+from common.bases import train_mode  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within  # noqa: E402
 from common.peft_adapters import add_adapter  # noqa: E402
+from common.saved_models import save_lora, save_model  # noqa: E402
 from model import (  # noqa: E402
     HEADS,
     check_size,

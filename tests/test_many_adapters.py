@@ -53,7 +53,7 @@ def with_own_adapter(task, rank, targets, count):
 
 def save_tuned(task, folder, rank, targets, count, dora):
     """A checkpoint as training leaves it, without its time: what would have trained is random."""
-    from common.bases import make_origin, save_lora
+    from common.saved_models import make_origin, save_lora
 
     torch.manual_seed(rank)
     aside = folder.with_name(f"{folder.name}_aside")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import MEDICAL, ROOT, use_task
 
-from common.bases import save_lora, save_model
 from common.config import UserError
+from common.saved_models import save_lora, save_model
 
 TASK = MEDICAL
 use_task(TASK)

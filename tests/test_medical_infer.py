@@ -141,7 +141,7 @@ def run(tmp_path, monkeypatch, capsys):
     """infer.py with a model that answers with its input: (rows, folder of results, what was printed)."""
     about = {"task": "medical_sam3d", "method": "full", "base": {"name": "demo", "sha256": "0"}}
     monkeypatch.setattr("predictor.load_checkpoint", lambda *_: (Echo(), OrganProcessor(resolution=8), about))
-    monkeypatch.setattr("common.bases.choose_checkpoint", lambda *_: ("a/checkpoint", about))
+    monkeypatch.setattr("common.saved_models.choose_checkpoint", lambda *_: ("a/checkpoint", about))
     monkeypatch.setattr("pages.draw_planes", lambda shown, path, own: path.write_text(", ".join(item.title for item in shown)))
 
     def call(source, *flags, out="out"):

@@ -13,9 +13,9 @@ import torch
 from conftest import MEDICAL, Script, use_task
 from safetensors.torch import load_file, save_file
 
-from common.bases import save_lora, save_model
 from common.config import UserError
 from common.lora import LoRAConfig, adapted_layers, inject_lora, lora_parameters, merge_lora
+from common.saved_models import save_lora, save_model
 
 TASK = MEDICAL
 use_task(TASK)

@@ -14,11 +14,11 @@ from conftest import POSE, Payload, check_picture_inputs, use_task
 TASK = POSE
 use_task(TASK)
 
-from common.bases import save_lora, save_model  # noqa: E402
 from common.checkpoint import fingerprint  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.lora import is_within  # noqa: E402
 from common.peft_adapters import add_adapter  # noqa: E402
+from common.saved_models import save_lora, save_model  # noqa: E402
 from keypoints import KeypointSet  # noqa: E402
 from model import (  # noqa: E402
     HEAD,

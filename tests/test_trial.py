@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from common.bases import save_lora, with_saved_adapter
 from common.config import UserError
 from common.peft_adapters import add_adapter, choose_targets, merged
+from common.saved_models import save_lora, with_saved_adapter
 from common.trial import freeze_unused
 
 

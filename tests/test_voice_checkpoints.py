@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, VOICE, run_script, use_task
 
-from common.bases import load_trained, save_lora, save_model
 from common.config import UserError
 from common.lora import LoRAConfig, adapted_layers, coverage, inject_lora, lora_parameters
 from common.lora_layers import LoRALayer
 from common.optim import build_optimizer
+from common.saved_models import load_trained, save_lora, save_model
 
 TASK = VOICE
 use_task(TASK)

@@ -9,9 +9,9 @@ import soundfile
 import torch
 from conftest import VOICE, use_task
 
-from common.bases import save_lora, save_model
 from common.config import UserError
 from common.samples import BadFile
+from common.saved_models import save_lora, save_model
 
 TASK = VOICE
 use_task(VOICE)

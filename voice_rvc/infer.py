@@ -60,7 +60,7 @@ def find_sounds(pattern: str, faults) -> list[Path]:
 
 def load_voices(config, method: str):
     """(Predictor, names of its voices) of the checkpoints that --checkpoint names; several are adapters of one base."""
-    from common.bases import choose_checkpoint
+    from common.saved_models import choose_checkpoint
     from predictor import Predictor
     from voice_files import is_run_folder
 

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import torch
 
-from common.bases import (
-    base_source,
-    fetch_file,
-    load_under,
-    make_origin,
-    open_checkpoint,
-    take_over,
-    with_saved_adapter,
-)
+from common.bases import base_source, fetch_file
 from common.checkpoint import check_holds, fingerprint, open_model_folder, read_json, write_json
 from common.config import UserError, shown
 from common.folders import best_of
 from common.own_adapters import add_own_adapter
 from common.runtime import say
+from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from discriminator import SMALL_PERIODS, V1_PERIODS, V2_PERIODS, Discriminator
 from layers import to_old_names
 from synthesizer import Synthesizer, VoiceConfig

@@ -42,10 +42,10 @@ class Config(TrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_model
     from common.lora import count_parameters
     from common.optim import build_optimizer
     from common.run import Run
+    from common.saved_models import save_model
     from data import MODEL_INPUTS, build_loaders, find_voice
     from losses import BETAS, disc_loss, gen_losses, real_slice
     from metrics import evaluate

@@ -45,10 +45,10 @@ class Config(LoraTrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_lora
     from common.lora import count_parameters
     from common.optim import build_optimizer
     from common.run import Run
+    from common.saved_models import save_lora
     from data import MODEL_INPUTS, build_loaders, find_voice
     from losses import BETAS, disc_loss, gen_losses, real_slice
     from metrics import evaluate

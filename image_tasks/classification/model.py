@@ -7,20 +7,11 @@ from pathlib import Path
 import torch
 
 # needs: timm, torchvision  (timm: bases called timm/<name>; torchvision: image processors)
-from common.bases import (
-    base_source,
-    class_tensors,
-    describe_base,
-    load_pretrained,
-    load_under,
-    make_origin,
-    open_checkpoint,
-    take_over,
-    with_saved_adapter,
-)
+from common.bases import base_source, class_tensors, describe_base, load_pretrained
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import quiet, say
+from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"

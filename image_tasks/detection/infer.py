@@ -79,11 +79,11 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 
-    from common.bases import choose_checkpoint
     from common.batches import EvalBatches
     from common.folders import predictions_folder
     from common.runtime import progress_bar, start_accelerator
     from common.samples import Faults, short_names
+    from common.saved_models import choose_checkpoint
     from common.vision.pictures import find_pictures
     from data import Preprocess, collate, pictures_only
     from metrics import confident, detect, least_score

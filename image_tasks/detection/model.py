@@ -7,22 +7,12 @@ from pathlib import Path
 import torch
 
 # needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
-from common.bases import (
-    base_source,
-    class_tensors,
-    describe_base,
-    load_pretrained,
-    load_under,
-    make_origin,
-    open_checkpoint,
-    take_over,
-    train_mode,
-    with_saved_adapter,
-)
+from common.bases import base_source, class_tensors, describe_base, load_pretrained, train_mode
 from common.config import PictureSize, UserError, range_of
 from common.lora import is_within
 from common.peft_adapters import choose_targets, without_word_embeddings
 from common.runtime import process_index, quiet, say
+from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.trial import without_trace
 from common.vision.preprocess import example_picture, trained_shape
 

@@ -38,9 +38,10 @@ class Config(TrainConfig):
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import save_model, train_mode
+    from common.bases import train_mode
     from common.optim import build_optimizer
     from common.run import Run
+    from common.saved_models import save_model
     from common.trial import freeze_unused
     from data import build_loaders, read_tables
     from metrics import evaluate

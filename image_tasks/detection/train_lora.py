@@ -42,10 +42,11 @@ def main(argv=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from peft import LoraConfig
 
-    from common.bases import save_lora, train_mode
+    from common.bases import train_mode
     from common.optim import build_optimizer
     from common.peft_adapters import add_adapter
     from common.run import Run
+    from common.saved_models import save_lora
     from data import build_loaders, read_tables
     from metrics import evaluate
     from model import (

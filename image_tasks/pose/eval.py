@@ -33,11 +33,11 @@ class EvalConfig(LoadConfig):
 def main(argv=None, method="full", doc=None):
     config = parse(EvalConfig, argv, doc)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.bases import choose_checkpoint
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
     from common.record import of_split
     from common.runtime import guard, start_accelerator
+    from common.saved_models import choose_checkpoint
     from data import Preprocess, load_for_eval
     from metrics import draw_evaluation, pose_metrics, predict, save_samples
     from model import load_checkpoint

@@ -76,10 +76,10 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 
-    from common.bases import choose_checkpoint
     from common.folders import predictions_folder
     from common.runtime import progress_bar, start_accelerator
     from common.samples import Faults
+    from common.saved_models import choose_checkpoint
     from common.vision.pictures import find_pictures
     from data import Preprocess, eval_loader, figures_only
     from figure_boxes import place_boxes
