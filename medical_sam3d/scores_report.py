@@ -125,9 +125,10 @@ def write_report(path: Path, title: str, about: list[str], rows: list[dict], own
     parts += ["## All organs: means\n", markdown_table(head, system_lines(systems))]
     parts += ["".join(f"- {name}: {ABOUT[name]}.\n" for name in systems if name in ABOUT)]
     parts += ["## All organs: medians\n", markdown_table(head, system_lines(systems, median_text))]
+    found = differences(rows, own)
     parts += [
-        f"## {own} less each of the others: mean paired difference (95 %)\n",
-        markdown_table(*difference_lines(differences(rows, own))),
+        f"## {own} less each of the others: mean paired difference{where_known(found)}\n",
+        markdown_table(*difference_lines(found)),
     ]
     parts += ["## Each organ: means\n", *(f"### {name}\n\n{markdown_table(head, system_lines(organs[name]))}" for name in organs)]
     if len(organs) > 1:
@@ -145,6 +146,11 @@ def write_report(path: Path, title: str, about: list[str], rows: list[dict], own
     parts += ["![scores of each organ](scores.png)\n\n![predictions over the truth, in three planes](planes.png)\n"]
     parts += ["## What the numbers are\n" + DEFINITIONS.format(tolerance=config.tolerance, fewest=FEWEST)]
     write_text(path, "\n".join(part for part in parts if part))
+
+
+def where_known(scores: list[dict]) -> str:
+    """What a table's title says of intervals: nothing where there is none, as of few patients."""
+    return " (95 % interval)" if any(score["interval"] for score in scores) else ""
 
 
 def worst_organs(rows: list[dict], own: str) -> str:
@@ -221,8 +227,10 @@ def leave_results(folder: Path, config, about: dict, rows: list[dict], own: str,
         cases.append(CaseViews(said, [view_of(name, answer, scores[name], organ) for name, answer in answers.items()]))
     draw_planes(shown, folder / "planes.png")
     head = ["", "n", "missed", *(title for title, _ in SCORED.values())]
-    tables = {"All organs: means (95 %)": html_table(head, system_lines(system_scores(rows)))}
-    tables[f"{own} less each of the others, paired (95 %)"] = html_table(*difference_lines(differences(rows, own)))
+    means, found = system_scores(rows), differences(rows, own)
+    known = where_known([scores[key] for scores in means.values() for key in SCORED])
+    tables = {f"All organs: means{known}": html_table(head, system_lines(means))}
+    tables[f"{own} less each of the others, paired{where_known(found)}"] = html_table(*difference_lines(found))
     pictures = {"Scores": folder / "scores.png", "Over the truth, in three planes": folder / "planes.png"}
     write_page(folder / "page.html", title, lines, cases, tables, pictures)
 

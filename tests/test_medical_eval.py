@@ -316,6 +316,7 @@ def test_the_report_says_all_and_names_nothing_wrong(rows, organs, tmp_path):
     assert "too few patients to say" in report and "within 2 mm" in report and "Mean of the 2 organs' means" in report
     for text in (report, page):
         assert "<b>0" not in text and "a <script>" not in text
+        assert "paired" in text and "(95 %" not in text, "of two patients there is no interval, and none is announced"
     assert "://" not in page and "default-src 'none'" in page, "nothing comes from elsewhere"
     with open(tmp_path / "results.csv", newline="") as file:
         table = list(csv.DictReader(file))
