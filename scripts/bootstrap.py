@@ -90,24 +90,34 @@ def intervals(rows: list[dict[int | None, dict]], base: int) -> list[dict]:
             for seed, record in row.items():  # of a detector, seconds each
                 values[seed] = drawn(record)
                 bar.update()
-    found = []
+    found, counted_right = [], all("right" in sample for sample in every_sample(rows))
     for row, values in zip(rows, drawn_rows, strict=True):
         count = len({unit_of(sample) for sample in every_sample([row])})
         found.append({"samples": count})
         if count < FEWEST or any(np.isnan(v[0]) or np.isnan(v[1:]).all() for v in values.values()):
             continue
-        found[-1]["interval"] = interval_of_mean(np.stack(list(values.values())), count)
+        rest = unseen(count) if counted_right else 0.0
+        low, high = interval_of_mean(np.stack(list(values.values())), count, rest)
+        found[-1]["interval"] = [max(0.0, low), min(1.0, high)] if counted_right else [low, high]
         pairs = pairs_of(row, rows[base])
         if row is not rows[base] and pairs:
             apart = np.stack([values[s] - drawn_rows[base][t] for s, t in pairs])
-            found[-1] |= {"difference": interval_of_mean(apart, count), "shared": [s for s, _ in pairs]}
+            found[-1] |= {"difference": interval_of_mean(apart, count, rest), "shared": [s for s, _ in pairs]}
     return found
 
 
-def interval_of_mean(values: np.ndarray, samples: int) -> list[float]:
+def unseen(samples: int) -> float:
+    """How often something may happen that has not in so many samples: the end of the exact binomial 95 % interval, 3.7 of them.
+
+    (Clopper and Pearson 1934.) Where all answers are right, every draw of them is, too, and a bootstrap would be sure.
+    """
+    return 1 - (0.5 - SEEN / 200) ** (1 / samples)
+
+
+def interval_of_mean(values: np.ndarray, samples: int, rest: float = 0.0) -> list[float]:
     """95 % interval of a mean over seeds, for other samples and other seeds.
 
-    values: (S, 1 + D) of S seeds, on the samples as they are and on D draws of them.
+    values: (S, 1 + D) of S seeds, on the samples as they are and on D draws of them. rest: half the interval where all are one.
 
     With one seed, middle_of the draws: it knows nothing of other seeds. With several, the chance of the samples and that of
     the seeds add up, each by the t of its own degrees of freedom (Banerjee 1960): half^2 = (t_N-1 s_N)^2 + (t_S-1 s_S)^2,
@@ -117,6 +127,8 @@ def interval_of_mean(values: np.ndarray, samples: int) -> list[float]:
     """
     from scipy.stats import t
 
+    if np.ptp(values) == 0:
+        return [float(values[0, 0] - rest), float(values[0, 0] + rest)]
     if len(values) == 1:
         return middle_of(values[0, 1:], samples)
     means = values.mean(axis=0)

@@ -85,9 +85,9 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
         "beside": str(beside / "compare"),
     }
     lora = lora_of(record)
-    sizes = {"lora": lora["checkpoint_bytes"], "full": base["checkpoint_bytes"]}
+    taken = {key: [lora[key], base[key]] for key in ("checkpoint_bytes", "peak_memory_bytes", "train_seconds")}
     name = "LoRA" if (lora["method"], base["method"]) == ("lora", "full") else lora["label"]
-    judged = {"claim": claim(lora, base, record), "claimed": name, "judgement": judge(lora, up), "bytes": sizes}
+    judged = {"claim": claim(lora, base, record), "claimed": name, "judgement": judge(lora, up), "taken": taken}
     return record | judged | {"per_class": class_differences(lora, base)}
 
 
@@ -161,7 +161,7 @@ def add_chance(rows: list[dict], base: dict, metric: str, split: str) -> list[st
     whole = [len(each) == len(row["runs"]) for each, row in zip(records, rows, strict=True)]
     missing = [row["label"] for row, has in zip(rows, whole, strict=True) if not has]
     if base["label"] in missing:
-        return [f"No samples.json of {metric} in {base['folder']}, so how much of a difference is chance is not known."]
+        return [f"No samples.json of {metric} of {base['label']}, so how much of a difference is chance is not known."]
     have, own = (
         [row for row, has in zip(rows, whole, strict=True) if has],
         [r for r, has in zip(records, whole, strict=True) if has],
@@ -244,7 +244,10 @@ def provenance(rows: list) -> dict:
     scripts = [("train.py" if s.get("method") == "full" else "train_lora.py", folder) for row in rows for folder, s in row]
     names = ("python", "torch", "transformers", "peft", "platform")
     found = {key: str(value(summary, f"environment.{key}") or "")[:80] for key in names}
-    found["machine"] = "; ".join(dict.fromkeys(str(value(s, "environment.device"))[:80] for s in summaries))
+    on = ((str(value(s, "environment.device"))[:80], value(s, "environment.threads")) for s in summaries)
+    found["machine"] = "; ".join(
+        dict.fromkeys(device + (f", threads of a run: {threads}" if threads else "") for device, threads in on)
+    )
     hashes = dict.fromkeys(str(value(s, "data.sha256")) for s in summaries)
     found |= {"base_name": value(summary, "base.name"), "base_sha256": value(summary, "base.sha256")}
     found |= {"data_name": value(summary, "data.name"), "data_sha256": value(summary, "data.sha256"), "splits": len(hashes)}
@@ -296,9 +299,11 @@ def report_all(runs_dirs: list[Path], force: bool, look: bool, output_dir: Path,
     write_text(output_dir / "compare.html", html_page("Full or LoRA?", sentence, records, notes))
     said = f"{shown}\nwrote compare.md, compare.json, compare.png and compare.html to {output_dir}"
     if results:
+        picture = results.with_suffix(".png")
         results.parent.mkdir(parents=True, exist_ok=True)
-        write_text(results, results_page(sentence, records, notes))
-        said += f", and {results}"
+        draw_pareto(records, picture)
+        write_text(results, results_page(sentence, records, notes, picture.name))
+        said += f", {results} and {picture}"
     return said
 
 

@@ -10,6 +10,7 @@ from compare_text import (
     agreement_table,
     all_table,
     before_name,
+    columns_of_words,
     facts_table,
     how_to_read,
     labels_of,
@@ -115,8 +116,10 @@ def note(words: str) -> str:
 
 def scroll(head: list[str], rows: list[list[str]]) -> str:
     """A table in a box of its own, which scrolls where the screen is narrow."""
-    lines = ["".join(f"<td>{text(cell)}</td>" for cell in row) for row in rows]
-    head = "".join(f'<th scope="col">{text(cell).replace("_", "_<wbr>")}</th>' for cell in head)
+    looks = ['class="words"' if i in columns_of_words(rows) else "" for i in range(len(head))]
+    lines = ["".join(f"<td {look}>{text(cell)}</td>" for look, cell in zip(looks, row, strict=True)) for row in rows]
+    names = (text(name).replace("_", "_<wbr>") for name in head)
+    head = "".join(f'<th scope="col" {look}>{name}</th>' for look, name in zip(looks, names, strict=True))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 

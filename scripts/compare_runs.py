@@ -31,7 +31,7 @@ KINDS = {  # of what is read of a summary, where it is there
         *("config.seed", "data.train", "data.val"),
     ),
     list: ("notes",),
-    float: ("train_seconds", "seconds", "samples_per_second"),
+    float: ("config.lr", "train_seconds", "seconds", "samples_per_second"),
 }
 SEPARATE = {"run_name", "output_dir", "resume", "overwrite"}  # settings that have to differ, or say nothing
 RATES = {"lr", "lr_head"}  # of runs that differ in these alone one row is shown: the others are of a sweep
@@ -338,6 +338,7 @@ def facts(summary: dict, folder: Path, memory: str, test: dict | None) -> dict:
         "seed": seed_of(summary),
         "metric": best.get(metric) if test is None else test.get(metric),
         "metrics": best if test is None else test,
+        "lr": value(summary, "config.lr"),
         "trained_parameters": trained,
         "trained_percent": 100 * trained / total if trained is not None and total else None,
         "checkpoint_bytes": summary.get("checkpoint_bytes"),

@@ -1,12 +1,27 @@
 """A comparison as tables, Markdown and what the terminal shows."""
 
-from pathlib import Path
+import re
 
 from bootstrap import interval_over_seeds
+from common.card import command, spoken
+from common.config import UserError
 from compare_runs import SEPARATE
-from compare_words import interval, megabytes, number, p_value, percent, ratio, signed, times
+from compare_words import (
+    SPLITS,
+    evidence,
+    in_short,
+    interval,
+    megabytes,
+    number,
+    p_value,
+    percent,
+    ratio,
+    signed,
+    smaller,
+    times,
+)
 
-NEW_HEADS = {"classification", "detection", "pose"}  # tasks whose model starts with a head that knows nothing yet
+NEW_HEADS = {"classification", "detection", "pose"}  # tasks whose model may start with a head that knows nothing yet
 SHORT = 12  # characters of a hash that are shown
 
 
@@ -16,13 +31,18 @@ SHORT = 12  # characters of a hash that are shown
 def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table with columns of equal width, so that it reads well in a terminal, too."""
     lines = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in [head, *rows]]
-    widths = [max(len(row[i]) for row in lines) for i in range(len(head))]
+    widths, words = [max(len(row[i]) for row in lines) for i in range(len(head))], columns_of_words(rows)
 
     def line(cells):
-        return "| " + " | ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(cells)) + " |"
+        return "| " + " | ".join(f"{cell:{'<' if i in words else '>'}{widths[i]}}" for i, cell in enumerate(cells)) + " |"
 
-    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i in words else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
+
+
+def columns_of_words(rows: list[list[str]]) -> set[int]:
+    """The columns that are set flush left: the first, and those where a cell begins with a letter ("unknown" is a number)."""
+    return {0} | {i for row in rows for i, cell in enumerate(row) if str(cell)[:1].isalpha() and cell != "unknown"}
 
 
 def facts_table(record: dict) -> tuple[list[str], list[list[str]]]:
@@ -62,10 +82,10 @@ def labels_of(record: dict) -> list[str]:
 def methods_table(record: dict) -> tuple[list[str], list[list[str]]]:
     """(head, rows) with the base as it is and each method in a row: what it reaches, how sure that is, what it takes."""
     metric, base = record["metric"], record["compared_with"]
-    head = ["method", metric, f"minus {base}", "checkpoint", "95 % interval", "of seeds alone", "seeds", "McNemar p"]
-    head += ["trained", "training", "memory"]
+    head = ["method", metric, f"minus {base}", "checkpoint", "95 % interval", "of seeds alone", "seeds", "McNemar p", "ECE"]
+    head += ["trained", "training", "memory", "lr"]
     before, where = record["before"], "" if record["before_split"] == record["split"] else " (val)"
-    rows = [[before_name(record) + where, number(before), *[""] * 9]]
+    rows = [[before_name(record) + where, number(before), *[""] * (len(head) - 2)]]
     for run in sorted(record["runs"], key=lambda run: run["checkpoint_bytes"] or 0):
         p = (run.get("agreement") or {}).get("p")
         rows.append([
@@ -77,16 +97,18 @@ def methods_table(record: dict) -> tuple[list[str], list[list[str]]]:
             over_seeds(run),
             str(len(run["seeds"])),
             "" if p is None else p_value(p),
+            number(run["metrics"]["ece"]) if run["metrics"].get("ece") is not None else "",
             number(run["trained_parameters"]),
             number(run["train_seconds"], "s"),
             megabytes(run["peak_memory_bytes"]),
+            "" if run["lr"] is None else f"{run['lr']:g}",
         ])  # fmt: skip
     shown = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows)]
     return [head[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def before_name(record: dict) -> str:
-    return "new head, untrained" if record["task"] in NEW_HEADS else "base as it is"
+    return "before training" if record["task"] in NEW_HEADS else "base as it is"
 
 
 def over_seeds(run: dict) -> str:
@@ -96,25 +118,24 @@ def over_seeds(run: dict) -> str:
 
 
 def all_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(head, rows) with each comparison in a row."""
-    head = ["comparison", "LoRA", "full", "LoRA minus full", "checkpoints", "head alone", "before", "seeds", "samples", "metric"]
+    """(head, rows) with each comparison in a row: the verdict, what it rests on, what LoRA takes of what full takes."""
+    head = ["task", "data", "LoRA against full", "by", "metric", "LoRA", "full", "head alone", "checkpoint", "memory", "time"]
     rows = []
     for record in records:
         named = {run["method"]: run for run in reversed(record["runs"])} | {"lora": lora_of(record)}
-        lora, full = named["lora"], named["full"]
-        factor = ratio(full["checkpoint_bytes"], lora["checkpoint_bytes"])
-        size = f"{megabytes(lora['checkpoint_bytes'])}, {megabytes(full['checkpoint_bytes'])}"
+        size, memory, seconds = (record["taken"][key] for key in ("checkpoint_bytes", "peak_memory_bytes", "train_seconds"))
+        factor = f" ({smaller(*size, 'smaller', 'larger')})" if all(size) else ""
         rows.append([
-            record["title"],
-            number(lora["metric"]),
-            number(full["metric"]),
-            signed(lora["difference"]) if "difference" in lora else "unknown",
-            size + (f" ({times(factor)})" if factor else ""),
+            record["task"],
+            spoken(record["data"]),
+            in_short(record["judgement"]),
+            evidence(named["lora"], SPLITS[record["split"]]) if "samples" in named["lora"] else "",
+            record["metric"] + ("" if record["higher_is_better"] else ", less is better"),
+            number(named["lora"]["metric"]),
+            number(named["full"]["metric"]),
             number(named["head"]["metric"]) if "head" in named else "",
-            number(record["before"]) if record["before_split"] == record["split"] else f"{number(record['before'])} (val)",
-            "/".join(dict.fromkeys(str(len(run["seeds"])) for run in (lora, full))),
-            f"{lora['samples']} {record['split']}" if "samples" in lora else record["split"],
-            record["metric"] + ("" if record["higher_is_better"] else " (less is better)"),
+            f"{megabytes(size[0])} for {megabytes(size[1])}{factor}",
+            *("unknown" if (share := ratio(*both)) is None else times(share) for both in (memory, seconds)),
         ])  # fmt: skip
     return head, rows
 
@@ -196,13 +217,19 @@ def how_to_read(records: list[dict]) -> list[str]:
             "*McNemar p*: how likely it is that one of the two is right so much more often where only one is, if none of them is "
             "better; each sample has one vote. A difference is shown where p is below 0.05, too."
         ]
+    if any("ece" in run["metrics"] for r in records for run in r["runs"]):
+        lines += [
+            "*ECE*, the expected calibration error: how far the probability that a model gives its answers is from how often "
+            "they are right, on average (15 bins). Less is better. It has no interval here."
+        ]
     if seeds > 1:
         lines += ["Where there are several seeds, numbers are means over them, and seeds are compared with themselves."]
     else:
         lines += ["These are single runs. Another `--seed` shows how much of a difference is chance of the training."]
     lines += [
         "*checkpoint* is what you keep of a run. An adapter also needs its base model, once for all adapters.",
-        "*peak memory* on a CPU counts the whole process, libraries included; on a GPU what torch had allocated.",
+        "*memory* is the peak of training: on a CPU of the whole process, libraries included; on a GPU what torch had allocated. "
+        "*training* is the time in training steps; a machine that had other work to do shows in it.",
     ]
     return lines
 
@@ -224,24 +251,83 @@ def all_pages(sentence: str, records: list[dict], notes: list[str]) -> tuple[str
 
 def made_by(record: dict) -> str:
     """Which base and data, on which machine, with which versions: one paragraph."""
+    return f"{base_and_data(record)} {versions_of(record)}."
+
+
+def base_and_data(record: dict) -> str:
     where = record["provenance"]
-    versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "transformers", "peft") if where[name])
-    base, data = ((where[f"{what}_name"], where[f"{what}_sha256"]) for what in ("base", "data"))
-    named = [f"{Path(name or 'unknown').name} ({(digest or 'no hash')[:SHORT]})" for name, digest in (base, data)]
-    return f"Base {named[0]}, data {named[1]}; {where['machine']}; {versions}."
+    base, data = (
+        f"{spoken(where[f'{what}_name'])} (sha256 {(where[f'{what}_sha256'] or 'unknown')[:SHORT]})" for what in ("base", "data")
+    )
+    return f"Base {base}, data {data}{', a split for each seed' if where['splits'] > 1 else ''}."
+
+
+def versions_of(record: dict) -> str:
+    where = record["provenance"]
+    return ", ".join([where["machine"], *(f"{x} {where[x]}" for x in ("python", "torch", "transformers", "peft") if where[x])])
 
 
 # docs/results.md -------------------------------------------------------------------------------------------------------
 
 
-def results_page(sentence: str, records: list[dict], notes: list[str]) -> str:
-    """The page of results that goes with the project: verdicts and tables alone, and no path of the machine that made them."""
-    text = f"# Results: full fine-tuning against LoRA\n\n{sentence}\n\n{table(*all_table(records))}\n\n"
-    text += "`python scripts/compare.py --all --results docs/results.md` made this page from the run folders"
-    text += " ([how to read it](comparing.md)).\n"
-    text += "".join(f"\nNot in it: {note.partition(': ')[0]}.\n" for note in notes)  # the rest names folders
-    for record in records:
-        text += f"\n## {record['title']}\n\n{record['claim']}\n\n{table(*methods_table(record))}\n\n{made_by(record)}\n"
-        if "agreement" in lora_of(record):
-            text += f"\n{table(*agreement_table(record))}\n"
+def results_page(sentence: str, records: list[dict], notes: list[str], picture: str) -> str:
+    """The page of results that goes with the project: verdicts and tables alone, and no path of the machine that made them.
+
+    picture: the name of a file beside the page, sizes against metrics.
+    """
+    text = f"# Results: full fine-tuning against LoRA\n\n**{sentence}**\n\n{table(*all_table(records))}\n\n"
+    text += "*checkpoint*, *memory* and *time*: what LoRA takes for what full fine-tuning takes. Each row has a section below;"
+    text += " [comparing](comparing.md) says what the words claim, and where the intervals come from.\n\n"
+    text += f"![checkpoint size against the metric, a panel for each comparison]({picture})\n\n"
+    text += f"Machine and versions: {'; '.join(dict.fromkeys(map(versions_of, records)))}. Made from run folders of "
+    text += "`scripts/run_all.py` by `python scripts/compare.py --all --results docs/results.md`.\n"
+    text += "".join(f"\nNot in it: {without_places(note)}\n" for note in notes)
+    text += "".join(map(results_section, records))
     return text + "\n## How to read it\n\n" + "".join(f"- {line}\n" for line in how_to_read(records))
+
+
+def results_section(record: dict) -> str:
+    """A comparison on the page of results: claim, methods, who is right, what a reader should know, how to repeat it."""
+    parts = [f"## {record['task']} on {spoken(record['data'])}", record["claim"], table(*methods_table(record))]
+    parts += [agreement_line(record)] if "agreement" in lora_of(record) else []
+    parts += [f"Note: {without_places(note)}" for note in record["notes"]]
+    parts += [base_and_data(record)]
+    commands = commands_of(record)
+    parts += ["\n".join(["```", *commands, "```"])] if commands else []
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def agreement_line(record: dict) -> str:
+    """The table of agreement as one sentence."""
+    run, other = lora_of(record), record["compared_with"]
+    found = run["agreement"]
+    total = sum(found[key] for key in ("both", "first", "second", "neither"))
+    both, first, second, neither = (f"{100 * found[key] / total:.1f} %" for key in ("both", "first", "second", "neither"))
+    return f"Of the answers both have {both} right, {run['label']} alone {first}, {other} alone {second}, neither {neither}."
+
+
+def commands_of(record: dict) -> list[str]:
+    """The command that repeats each method, without places of one machine; none of a task or settings that are not of today."""
+    from run_all import settings_of
+    from task_modules import FOLDERS, ROOT
+
+    if record["task"] not in FOLDERS:
+        return []
+    folder, seeds = FOLDERS[record["task"]], sorted({seed for run in record["runs"] for seed in run["seeds"]} - {None})
+    lines = [
+        f"cd {folder.relative_to(ROOT)}  # each with --seed {', '.join(map(str, seeds))}, then eval.py --split {record['split']}"
+    ]
+    for run, then in zip(record["runs"], record["configs"], strict=True):
+        try:
+            config = settings_of(folder / ("train.py" if run["method"] == "full" else "train_lora.py"), [])
+        except UserError:
+            return []
+        for name in vars(config).keys() & then.keys() - {"seed"}:
+            setattr(config, name, then[name])
+        lines.append(command(run["method"], config))
+    return lines
+
+
+def without_places(note: str) -> str:
+    """A note without the folders of one machine: of a path its last part."""
+    return re.sub(r"(?<![\w.])~?(?:/[^\s/:;,)]+)*/([^\s/:;,)]+)", r"\1", note)

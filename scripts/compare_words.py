@@ -3,6 +3,7 @@
 from bootstrap import FEWEST
 
 NAMES = {"lora": "LoRA", "head": "the head alone"}  # of methods, in a sentence
+SPLITS = {"val": "validation", "test": "test"}
 P_SHOWN = 0.05  # McNemar's p below which two classifiers differ
 
 
@@ -89,10 +90,10 @@ def by_chance(run: dict) -> str:
     return f"; {shown} by {evidence(run)}: 95 % interval {signed(run['difference'])}{mcnemar_said(run)}"
 
 
-def evidence(run: dict) -> str:
+def evidence(run: dict, split: str = "") -> str:
     """What a difference rests on: "3 seeds and 320 samples"; of a run that says no seed, its samples."""
     seeds = run.get("shared", [None])
-    samples = counted(run["samples"], "sample")
+    samples = counted(run["samples"], f"{split} sample".strip())
     return samples if None in seeds else f"{'one seed' if len(seeds) == 1 else counted(len(seeds), 'seed')} and {samples}"
 
 
@@ -134,16 +135,28 @@ def judge(run: dict, higher_is_better: bool) -> dict:
     return {"kind": "better" if low > 0 else "worse", "by": low if low > 0 else -high, "seeds": seeds}
 
 
+def in_short(judgement: dict) -> str:
+    """A judgement as a cell of a table: "worse by at least 0.012", "no difference shown; worse by at most 0.062"."""
+    by = None if judgement["by"] is None else number(judgement["by"])
+    text = {
+        "worse": f"worse by at least {by}",
+        "better": f"better by at least {by}",
+        "none": "no difference shown" + (f"; worse by at most {by}" if judgement["by"] else ""),
+        "few": "too few samples to tell",
+        "unknown": "chance is not known",
+    }[judgement["kind"]]
+    return text + (" (one seed)" if judgement["seeds"] == 1 else "")
+
+
 def claim(run: dict, other: dict, record: dict) -> str:
     """What one reads first of a comparison: the claim, what it rests on, what is saved, what the head alone gives."""
     found, metric = judge(run, record["higher_is_better"]), record["metric"]
     a, b = (r["label"] if run["method"] == other["method"] else NAMES.get(r["method"], r["method"]) for r in (run, other))
     numbers = " against ".join(number(metric_over(row, run.get("shared", []))) for row in (run, other))
     numbers = f"{metric} {numbers}"
-    split = {"val": "validation", "test": "test"}[record["split"]]
+    split = SPLITS[record["split"]]
     if found["kind"] in ("worse", "better", "none"):
-        rests = evidence(run).replace(" sample", f" {split} sample")
-        numbers += f"; the difference lies within {signed(run['difference'])}{mcnemar_said(run)}, by {rests}"
+        numbers += f"; the difference lies within {signed(run['difference'])}{mcnemar_said(run)}, by {evidence(run, split)}"
     text = {
         "worse": f"{a} is worse than {b} by at least {number(found['by'])} ({numbers}).",
         "better": f"{a} is better than {b} by at least {number(found['by'])} ({numbers}).",
@@ -173,6 +186,11 @@ def metric_over(run: dict, seeds: list) -> float | None:
     return sum(values) / len(values) if values and None not in values else run["metric"]
 
 
+def shares(records: list[dict], key: str) -> list[float]:
+    """What LoRA takes of a thing as a share of what full takes, of the comparisons where both are known."""
+    return [share for record in records if (share := ratio(*record["taken"][key]))]
+
+
 def overall(records: list[dict]) -> str:
     """One sentence over all comparisons; each is counted for what its interval carries, and named where that is not "none"."""
     kinds = {}
@@ -191,8 +209,13 @@ def overall(records: list[dict]) -> str:
     parts += [f"cannot be judged without samples in {named('unknown')}"] if "unknown" in kinds else []
     listed = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
     text = f"Of {counted(len(records), 'comparison')} LoRA {listed}"
-    if factors := sorted(f for r in records if (f := ratio(r["bytes"]["full"], r["bytes"]["lora"]))):
+    if factors := sorted(1 / share for share in shares(records, "checkpoint_bytes")):
         text += f"; its checkpoints are {' to '.join(sizes(factors[0], factors[-1]))}"
+    costs = {"memory": shares(records, "peak_memory_bytes"), "time": shares(records, "train_seconds")}
+    ends = {
+        what: " to ".join(dict.fromkeys(times(x) for x in (min(found), max(found)))) for what, found in costs.items() if found
+    }
+    text += "; training takes " * bool(ends) + " and ".join(f"{share} the {what}" for what, share in ends.items())
     single = [r["title"] for r in records if r["judgement"]["seeds"] == 1]
     if single:
         text += "; one seed only" + ("" if len(single) == len(records) else f" of {', '.join(single)}")

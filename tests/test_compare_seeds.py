@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from bootstrap import agreement, interval_of_mean, interval_over_seeds, intervals, read_samples  # noqa: E402
 from compare import compare_all, compared, main, rows_of  # noqa: E402
 from compare_plots import draw_classes, draw_pareto, draw_ranks, draw_sweep  # noqa: E402
-from compare_text import lora_of  # noqa: E402
+from compare_text import lora_of, without_places  # noqa: E402
 from compare_words import claim, judge, overall  # noqa: E402
 
 
@@ -113,6 +113,16 @@ def test_four_answers_to_none_are_no_evidence(tmp_path):
     assert row["agreement"]["p"] == 0.125 and judge(row, True)["kind"] == "none"
 
 
+def test_where_all_is_right_the_interval_is_that_of_the_exact_binomial():
+    from scipy.stats import binomtest
+
+    rows = [{seed: answers([True] * 48) for seed in range(3)} for _ in range(2)]
+    first, second = intervals(rows, 0)
+    exact = binomtest(48, 48).proportion_ci(method="exact")
+    assert first["interval"] == pytest.approx([exact.low, 1]) and first["interval"][0] < 0.93
+    assert second["difference"] == pytest.approx([exact.low - 1, 1 - exact.low])
+
+
 def test_samples_of_a_group_are_drawn_together():
     rng = np.random.default_rng(0)
     patients = np.repeat(rng.normal(size=30), 10)
@@ -165,17 +175,19 @@ def test_two_runs_of_one_method_are_called_by_their_names(tmp_path):
     assert compared(rows_of(folders), False, [])["claim"].startswith("No difference is shown between r8 and r4; if r8 is worse,")
 
 
-def judged(title, kind, by=None, seeds=3, full=1_000_000):
+def judged(title, kind, by=None, seeds=3, full=1_000_000, memory=None):
     found = {"kind": kind, "by": by, "seeds": seeds}
-    return {"title": title, "judgement": found, "metric": "acc", "bytes": {"lora": 100_000, "full": full}}
+    taken = {"checkpoint_bytes": [100_000, full], "peak_memory_bytes": [memory, 100], "train_seconds": [None, 10.0]}
+    return {"title": title, "judgement": found, "metric": "acc", "taken": taken}
 
 
 @pytest.mark.parametrize(
     ("records", "sentence"),
     [
         (
-            [judged("a", "none", 0.1), judged("b", "none", 0.1, full=3_200_000)],
-            "Of 2 comparisons LoRA shows no difference to full fine-tuning in 2; its checkpoints are 10.0x to 32x smaller.",
+            [judged("a", "none", 0.1, memory=60), judged("b", "none", 0.1, full=3_200_000, memory=95)],
+            "Of 2 comparisons LoRA shows no difference to full fine-tuning in 2; its checkpoints are 10.0x to 32x smaller; "
+            "training takes 0.60x to 0.95x the memory.",
         ),
         (
             [judged("a", "none", 0.1), judged("b", "worse", 0.02), judged("c", "better", 0.3, 1), judged("d", "few")],
@@ -364,9 +376,27 @@ def test_every_picture_is_drawn_and_shows_something(report, tmp_path):
 
 def test_the_results_page_names_machine_and_versions_and_no_path_of_the_machine(report):
     page = (report[0] / "results.md").read_text()
-    assert "torch 2.9" in page and "cpu, 2 cores" in page and "data faces (dddddddddddd)" in page
-    assert "/home/" not in page and str(report[0].parent) not in page and "Not in it: clip on demo is not compared." in page
+    assert "torch 2.9" in page and "cpu, 2 cores" in page and "data faces (sha256 dddddddddddd)" in page
+    assert "/home/" not in page and str(report[0].parent) not in page
+    assert "\nNot in it: clip on demo is not compared: no finished lora run of clip below outputs" in page
     assert page.count("\n## ") == 4  # three tasks, and how to read it
+    assert (report[0] / "results.png").is_file() and "(results.png)" in page
+
+
+def test_the_results_page_says_each_verdict_in_a_row_and_how_to_repeat_it(report):
+    page = (report[0] / "results.md").read_text()
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    assert "| worse by at least 0.0" in rows["pose"] and "(one seed)" in rows["pose"] and " faces " in rows["pose"]
+    assert "| too few samples to tell " in rows["medical_sam3d"] and "| 0.24 MB for 1.90 MB (7.9x smaller) |" in rows["pose"]
+    assert "| 3 seeds and 120 test samples" in rows["classification"] and "no difference shown" in rows["classification"]
+    pose = page.split("## pose on faces")[1].split("\n## ")[0]
+    assert "python train_lora.py --model demo --epochs 5 --batch_size 8\n" in pose  # its rate is the default
+    assert "cd image_tasks/pose  # each with --seed 0, then eval.py --split val\n" in pose
+    assert "python train.py --model demo --epochs 5 --batch_size 8 --lr 0.001\n" in pose
+
+
+def test_a_note_keeps_the_last_part_of_a_path_alone():
+    assert without_places("left out: /home/me/runs/a b; ~/x/y.json, 3/4 of 12 MB/s") == "left out: a b; y.json, 3/4 of 12 MB/s"
 
 
 # ---- files that are not believed ---------------------------------------------------------------------------------------
