@@ -3,14 +3,12 @@
 The layers are those of common/lora_layers.py, and what a task registers beside them (common/lora.py).
 """
 
-import re
-
 from torch import nn
 
 from common.config import UserError, shown
 from common.lora import LoRAConfig, adaptable_layers, inject_lora, is_within, match_modules
-from common.peft_adapters import PATTERN_SECONDS, in_last_blocks
-from common.runtime import say, time_limit
+from common.lora_targets import in_last_blocks, trying_pattern
+from common.runtime import say
 from common.trial import freeze_unused, in_short
 
 
@@ -26,12 +24,8 @@ def own_targets(model, which: str, presets: dict[str, str], whole, answer, last_
         for name, layer in adaptable_layers(model).items()
         if not isinstance(layer, nn.Embedding) and not is_within(name, whole)
     }
-    slow = f"--lora_targets: no layers found by {which!r} within {PATTERN_SECONDS} seconds; a simpler pattern is needed"
-    try:
-        with time_limit(PATTERN_SECONDS, slow):
-            names = list(match_modules("--lora_targets", presets.get(which, [which]), layers, model))
-    except re.error as error:
-        raise UserError(f"--lora_targets is no valid regular expression: {error}") from None
+    with trying_pattern(which):
+        names = list(match_modules("--lora_targets", presets.get(which, [which]), layers, model))
     last = in_last_blocks(names, last_k)
     names = [name for name in names if name in last]
     idle = freeze_unused(model, answer, whole, names)

@@ -8,9 +8,9 @@ from pathlib import Path
 from common.checkpoint import atomic_folder, check_holds, moving_state, open_model_folder, read_json, write_json, write_text
 from common.config import UserError
 from common.folders import best_of, newest_best
-from common.lora import adapted_layers, is_finite, is_within, merge_lora, settle_lora, unmerge_lora
+from common.lora import ADAPTER_FILE, adapted_layers, is_finite, is_within, merge_lora, settle_lora, unmerge_lora
 from common.lora_files import load_adapter, write_adapter
-from common.peft_adapters import ADAPTER_FILE, load_adapter_files, merged, save_adapter_files, whole_tensors
+from common.peft_adapters import load_adapter_files, merged, save_adapter_files, whole_tensors
 from common.runtime import quiet, say
 from common.trial import keeps_answers
 

@@ -12,7 +12,7 @@ from torch import nn
 from common.bases import base_source, describe_base, load_pretrained
 from common.config import UserError
 from common.lora import is_within
-from common.peft_adapters import choose_targets
+from common.lora_targets import choose_targets
 from common.runtime import quiet, say
 from common.saved_models import TRAINED_PART, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture, trained_shape

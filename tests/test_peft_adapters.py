@@ -15,14 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from common.config import LoraTrainConfig, UserError
-from common.peft_adapters import (
-    add_adapter,
-    choose_targets,
-    find_targets,
-    load_adapter_files,
-    plain_lora,
-    save_adapter_files,
-)
+from common.lora_targets import choose_targets, find_targets
+from common.peft_adapters import add_adapter, load_adapter_files, plain_lora, save_adapter_files
 
 
 class Attention(nn.Module):
@@ -282,7 +276,7 @@ def test_layers_that_compute_something_else_are_left_alone():
 
 
 def test_a_pattern_that_would_run_for_years_ends_in_one_line(monkeypatch):
-    monkeypatch.setattr("common.peft_adapters.PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr("common.lora_targets.PATTERN_SECONDS", 0.1)
     model, handler = nn.ModuleDict({"a" * 40 + "b": nn.Linear(2, 2)}), signal.getsignal(signal.SIGALRM)
     with pytest.raises(UserError, match="a simpler pattern is needed"):
         choose_targets(model, "(a+)+c")

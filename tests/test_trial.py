@@ -8,7 +8,8 @@ from peft import LoraConfig
 from torch import nn
 
 from common.config import UserError
-from common.peft_adapters import add_adapter, choose_targets, merged
+from common.lora_targets import choose_targets
+from common.peft_adapters import add_adapter, merged
 from common.saved_models import save_lora, with_saved_adapter
 from common.trial import freeze_unused
 

@@ -9,7 +9,8 @@ import torch
 # needs: timm, torchvision  (timm: bases called timm/<name>; torchvision: image processors)
 from common.bases import base_source, class_tensors, describe_base, load_pretrained
 from common.lora import is_within
-from common.peft_adapters import choose_targets, without_word_embeddings
+from common.lora_targets import choose_targets
+from common.peft_adapters import without_word_embeddings
 from common.runtime import quiet, say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture, trained_shape

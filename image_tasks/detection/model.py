@@ -10,7 +10,8 @@ import torch
 from common.bases import base_source, class_tensors, describe_base, load_pretrained, train_mode
 from common.config import PictureSize, UserError, range_of
 from common.lora import is_within
-from common.peft_adapters import choose_targets, without_word_embeddings
+from common.lora_targets import choose_targets
+from common.peft_adapters import without_word_embeddings
 from common.runtime import process_index, quiet, say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.trial import without_trace

@@ -10,7 +10,7 @@ from common.bases import base_source, load_pretrained
 from common.checkpoint import check_holds, fingerprint, read_json, write_json
 from common.config import UserError
 from common.lora import is_within
-from common.peft_adapters import choose_targets
+from common.lora_targets import choose_targets
 from common.runtime import process_index, say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture
