@@ -14,7 +14,8 @@ from pathlib import Path
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.samples import Faults, files_below, inside
+from common.file_finder import inside
+from common.samples import Faults, files_below
 from volume_names import CHANNEL, MASK_WORDS, VolumeFile, bare_name, describe, modality_word, path_below, words_of
 from volumes import VOLUME_ENDINGS, volume_stem
 

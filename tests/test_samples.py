@@ -19,20 +19,10 @@ from conftest import Child
 from common import sample_cache
 from common.batches import build_loader
 from common.config import UserError
+from common.file_finder import FileFinder
 from common.runtime import cores
 from common.sample_cache import SampleCache, cache_limit, first_readable, free_memory
-from common.samples import (
-    BadFile,
-    Faults,
-    FileFinder,
-    choose_layout,
-    files_below,
-    hold_out,
-    read_text,
-    split_folders,
-    split_of,
-    split_off,
-)
+from common.samples import BadFile, Faults, choose_layout, files_below, hold_out, read_text, split_folders, split_of, split_off
 from common.scan import FileReader, check_files
 
 # A kind of file for these tests: "<count> <value>", e.g. "3 7" for three bytes of value 7. "bad" in it: fine until it is read.

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from common.config import UserError
-from common.samples import BadFile, Faults, attempt, name_parts, read_text, readable, short_names, visible_entries
+from common.file_finder import name_parts
+from common.samples import BadFile, Faults, attempt, read_text, readable, short_names, visible_entries
 from common.scan import in_parts
 from content import align
 from recordings import Recording

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.config import UserError
+from common.file_finder import FileFinder, name_parts
 from common.runtime import say
 from common.samples import (
     SPLIT_NAMES,
     Faults,
-    FileFinder,
     folder_splits,
     is_hidden,
-    name_parts,
     note_alike,
     note_shared,
     readable,

@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from common.samples import SPLIT_NAMES, Faults, FileFinder, name_parts, read_text, split_of, visible_entries
+from common.file_finder import FileFinder, name_parts
+from common.samples import SPLIT_NAMES, Faults, read_text, split_of, visible_entries
 from common.vision.pictures import picture_endings, pictures_below
 
 # A folder of pictures -> that of their labels, which has the same place otherwise.

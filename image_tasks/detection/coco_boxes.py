@@ -10,7 +10,8 @@ import numpy as np
 from boxes import Sample, distinct_classes, make_sample
 from common.checkpoint import read_json
 from common.config import UserError
-from common.samples import SPLIT_NAMES, Faults, FileFinder, split_of, visible_entries
+from common.file_finder import FileFinder
+from common.samples import SPLIT_NAMES, Faults, split_of, visible_entries
 from common.vision.foreign import program_hint
 from common.vision.pictures import picture_endings
 

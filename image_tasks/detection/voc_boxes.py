@@ -7,7 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from boxes import make_sample
-from common.samples import SPLIT_NAMES, BadFile, Faults, FileFinder, files_below, read_text, split_of, visible_entries
+from common.file_finder import FileFinder
+from common.samples import SPLIT_NAMES, BadFile, Faults, files_below, read_text, split_of, visible_entries
 from common.vision.pictures import picture_endings
 
 PICTURE_FOLDERS = ("JPEGImages", "images", "Images", "img")  # beside the folder of annotations

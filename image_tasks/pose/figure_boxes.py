@@ -6,7 +6,8 @@ from pathlib import Path
 
 from common.checkpoint import read_json
 from common.config import UserError
-from common.samples import Faults, name_parts
+from common.file_finder import name_parts
+from common.samples import Faults
 from common.tables import read_table
 from common.vision.pictures import is_picture
 from csv_columns import box_columns, read_box, to_number

@@ -10,8 +10,9 @@ import numpy as np
 
 from common.checkpoint import read_json
 from common.config import UserError
+from common.file_finder import FileFinder
 from common.runtime import say
-from common.samples import FileFinder, split_of, visible_entries
+from common.samples import split_of, visible_entries
 from common.vision.pictures import picture_endings
 
 UNIFORM_SIGMA = 0.05  # how far people's clicks scatter, as a share of the figure's size, where the data does not say: strict
