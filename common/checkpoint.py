@@ -38,20 +38,30 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing: readers see the old text or the new, never a part.
+@contextmanager
+def atomic_file(path: Path):
+    """Yields the name under which to write a file; on leaving it is renamed to `path`: readers see the old file or the new.
 
-    Bytes of a file name that is not UTF-8 are written as escapes, which JSON reads back as what they were.
+    Where the block does not come to its end, by an error, Ctrl-C or SIGTERM, nothing is left beside the old one.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    aside = path.with_name(f".{path.name[:100]}.tmp")  # a long name with more would be too long
     try:
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        yield aside
         fsync(aside)
         os.replace(aside, path)
-    except OSError:
+    except BaseException:
         aside.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing.
+
+    Bytes of a file name that is not UTF-8 are written as escapes, which JSON reads back as what they were.
+    """
+    with atomic_file(path) as aside:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data) -> None:

@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import types
 import typing
 import warnings
@@ -467,7 +469,10 @@ def write_yaml(config, path: Path) -> None:
 
 
 def cli(main, *args, **kwargs):
-    """Runs a script's main: a UserError ends in one line and exit code 2, Ctrl-C in 130."""
+    """Runs a script's main: a UserError ends in one line and exit code 2, Ctrl-C in 130, SIGTERM in 143."""
+    in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handler
+    if in_main_thread and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, leave)
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries telling each other about their next versions
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal has no letters for is printed with \\x.. in it
@@ -493,6 +498,12 @@ def cli(main, *args, **kwargs):
         place = error.filename2 or error.filename or "while writing"  # of a rename, where to
         print(f"error: {error.strerror}: {one_line(place)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def leave(signum, _frame):
+    """SIGTERM ends a script as Ctrl-C does: what it has begun under another name is cleared away. A second ends it at once."""
+    signal.signal(signum, signal.SIG_DFL)
+    raise SystemExit(128 + signum)
 
 
 def one_line(text) -> str:

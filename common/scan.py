@@ -150,7 +150,9 @@ class Scan:
                 aside = file.name
                 file.write(json.dumps(content, separators=(",", ":")))
             os.replace(aside, self.file)
-        except OSError:
+        except OSError:  # what is known is then found out again
+            pass
+        finally:
             if aside and os.path.exists(aside):
                 os.remove(aside)
 

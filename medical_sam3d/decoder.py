@@ -6,7 +6,6 @@ flexicubes.py. Plain PyTorch on any device; names and shapes of tensors are thos
 """
 
 import json
-import os
 import re
 import warnings
 import zipfile
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.checkpoint import disk_fault, fsync, read_json, write_json
+from common.checkpoint import atomic_file, disk_fault, read_json, write_json
 from common.config import Range, UserError, convert, field_kinds, shown
 from common.lora import is_finite
 from layers import Block, Upsample, Windows, positions
@@ -315,18 +314,14 @@ def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> Non
     if large := [name for name, tensor in content.items() if not is_finite(tensor)]:
         raise UserError(f"{large[0]} has numbers above 65,504, which half precision cannot hold")
     about = {"name": "SLatMeshDecoder", "args": official_arguments(config)}
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        if path.suffix == ".safetensors":
-            save_file(content, aside, metadata={"format": "pt", "config": json.dumps(config.to_json())})
-        else:
-            torch.save(content, aside)
-        fsync(aside)
-        os.replace(aside, path)
+        with atomic_file(path) as aside:
+            if path.suffix == ".safetensors":
+                save_file(content, aside, metadata={"format": "pt", "config": json.dumps(config.to_json())})
+            else:
+                torch.save(content, aside)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's own for a full disk is a RuntimeError
         raise UserError(f"could not write {path}: {disk_fault(error) or 'the disk took only a part of it'}") from error
-    finally:
-        aside.unlink(missing_ok=True)
     write_json(path.with_suffix(".json"), about)
 
 

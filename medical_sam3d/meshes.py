@@ -1,13 +1,12 @@
 """Masks and meshes in millimetres, one made of the other, and mesh files that say what space and unit they are in."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from common.checkpoint import fsync
+from common.checkpoint import atomic_file
 
 MESH_ENDINGS = (".ply", ".stl", ".glb")
 LPS = (-1.0, -1.0, 1.0)  # what turns RAS into LPS and back: left is right, back is front
@@ -190,13 +189,8 @@ def write_mesh(path: Path, mesh: Mesh, comment: str = "", space: str = "RAS") ->
         )
     else:
         raise ValueError(f"{path.name} is of no format that is written ({', '.join(MESH_ENDINGS)})")
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_file(path) as aside:
         aside.write_bytes(content)
-        fsync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_mesh(path: Path) -> Mesh:

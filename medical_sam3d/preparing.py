@@ -11,7 +11,7 @@ import numpy as np
 
 # needs: safetensors
 from cases import Case
-from common.checkpoint import disk_fault, fsync
+from common.checkpoint import atomic_file, disk_fault
 from common.config import UserError
 from common.runtime import cores, progress_bar, say
 from common.sample_cache import free_memory
@@ -101,11 +101,9 @@ def write_organ(organ: Organ | None, facts: dict, path: Path) -> None:
         tensors = {"mask": np.packbits(organ.mask), "sdf": np.ascontiguousarray(organ.sdf, np.float16)}
         if organ.image is not None:
             tensors["image"] = np.ascontiguousarray(organ.image, np.float16)
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, aside, {"facts": json.dumps(facts)})
-        fsync(aside)
-        os.replace(aside, path)
+        with atomic_file(path) as aside:
+            save_file(tensors, aside, {"facts": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"could not write to {path.parent}: {disk_fault(error)}; what is done is kept") from error
 

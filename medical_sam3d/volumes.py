@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import disk_fault, fsync
+from common.checkpoint import atomic_file, disk_fault
 from common.config import UserError
 from common.sample_cache import free_memory
 from nifti_header import BadVolume, Geometry, Stored, in_bytes, open_header, parse_header
@@ -281,13 +281,10 @@ def write_mask(path: Path, labels: np.ndarray, geometry: Geometry) -> None:
     content = kind(labels.astype(dtype), None, header).to_bytes()
     if path.name.lower().endswith(".gz"):
         content = gzip.compress(content, 6, mtime=0)
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        aside.write_bytes(content)
-        fsync(aside)
-        os.replace(aside, path)
+        with atomic_file(path) as aside:
+            aside.write_bytes(content)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(f"could not write {path}: {disk_fault(error) or error.strerror}") from error
 
 

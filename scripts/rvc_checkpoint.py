@@ -11,7 +11,6 @@ what it sounds like, and only then gets its name, which is the last line printed
 
 import argparse
 import math
-import os
 import sys
 from collections import OrderedDict
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ def export(checkpoint: str, out: Path, base: str = "", full: bool = False, overw
 
     base: where an adapter's base is, if not under its recorded name. full: with the posterior encoder.
     """
+    from common.checkpoint import atomic_file
     from common.lora import adapted_layers
     from model import load_checkpoint
 
@@ -50,15 +50,11 @@ def export(checkpoint: str, out: Path, base: str = "", full: bool = False, overw
         raise UserError(f"{checkpoint} has no posterior encoder, so --full has nothing to keep")
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = describe(model, voice, out.stem, checkpoint)
-    aside = out.with_name(f".{out.name}.tmp")
-    try:
+    with atomic_file(out) as aside:
         for half in (True, False):
             write(aside, content_of(model, facts, full, half))
             if fits(aside, model, full, half):
                 break
-        os.replace(aside, out)
-    finally:
-        aside.unlink(missing_ok=True)
     say_what_for(voice)
     return out
 
@@ -122,14 +118,11 @@ def describe(model, voice, name: str, checkpoint: str) -> dict:
 
 
 def write(path: Path, content) -> None:
-    """All of it on the disk, or the disk's own error."""
+    """All of it in the file, or the disk's own error."""
     import torch
-
-    from common.checkpoint import fsync
 
     with open(path, "wb") as file:  # Python's own, so that a full disk is an OSError
         torch.save(content, file)
-    fsync(path)
 
 
 def fits(path: Path, model, full: bool, half: bool) -> bool:

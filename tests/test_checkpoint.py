@@ -8,11 +8,14 @@ import os
 import random
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_child
+from conftest import ROOT, in_child
 from safetensors.torch import save_file
 
 from common import checkpoint
@@ -249,6 +252,31 @@ def test_a_text_that_cannot_get_its_name_leaves_nothing(tmp_path):
     with pytest.raises(IsADirectoryError):
         write_text(tmp_path / "page.md", "words")
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_is_stopped_while_it_writes_leaves_nothing_beside_the_old_file(tmp_path, signum):
+    code = """
+import sys, tempfile, time
+from pathlib import Path
+from common.checkpoint import atomic_file, atomic_folder
+from common.config import cli
+
+def main(place):
+    with atomic_folder(place / "best"), tempfile.TemporaryDirectory(dir=place), atomic_file(place / "old") as aside:
+        aside.write_text("new")
+        print("writing", flush=True)
+        time.sleep(60)
+
+cli(main, Path(sys.argv[1]))
+"""
+    (tmp_path / "old").write_text("old")
+    script = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert script.stdout.readline() == "writing\n" and len(list(tmp_path.iterdir())) == 4
+    script.send_signal(signum)
+    script.communicate()
+    assert script.returncode == 128 + signum
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "old"
 
 
 def test_crash_in_writing_a_json_file(tmp_path):

@@ -314,7 +314,7 @@ def test_a_full_disk_ends_in_one_line(tmp_path, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("preparing.fsync", full)
+    monkeypatch.setattr("preparing.atomic_file", full)
     with pytest.raises(UserError, match="could not write to .*kept: No space left on device; what is done is kept"):
         made_by([case_of(tmp_path, "a")], tmp_path / "kept")
     with pytest.raises(UserError, match="cannot make the folder"):

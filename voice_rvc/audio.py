@@ -1,6 +1,5 @@
 """Sound as the rest of the task wants it: mono, float32, finite, within 1.0; from any file, of any length."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 
 # needs: soundfile, soxr
 from audio_files import DECODERS, check_file
-from common.checkpoint import fsync
+from common.checkpoint import atomic_file
 from common.samples import BadFile
 
 OFFSET = 0.01  # a mean beyond it is a fault of the recorder and taken out; what is below, a high-pass takes
@@ -273,11 +272,6 @@ def write_wave(path: Path, wave: np.ndarray, rate: int) -> float:
     scale = min(1.0, 1 / max(np.abs(wave).max(initial=0), 1e-9))
     numbers = np.round(wave * scale * 32767).astype(np.int16)  # ours, for some decoders wrap what is above
     path = Path(path)
-    aside = path.with_name(f".{path.name[:100]}.tmp")  # a long name with more would be too long
-    try:
+    with atomic_file(path) as aside:
         soundfile.write(aside, numbers, rate, format="WAV", subtype="PCM_16")
-        fsync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
     return scale

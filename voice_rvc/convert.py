@@ -7,7 +7,6 @@ either side (`reach`) and gets them. So a piece equals that part of the whole.
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 
 from audio import read_blocks
-from common.checkpoint import fsync
+from common.checkpoint import atomic_file
 from common.config import Range, Share, UserError, convert, field_kinds, shown
 from common.runtime import progress_bar
 from content import load_content
@@ -126,15 +125,10 @@ def write_pieces(path: Path, pieces: Iterable[np.ndarray], rate: int) -> None:
     """Writes pieces (n,) within -1..1 as one file of 16 bits, wav or flac by the ending: whole or not at all."""
     import soundfile
 
-    aside = path.with_name(f".{path.stem[:100]}.tmp{path.suffix}")
-    try:
-        with soundfile.SoundFile(aside, "w", rate, 1, "PCM_16") as file:
-            for piece in pieces:
-                file.write(np.round(piece * 32767).astype(np.int16))  # ours: what is above full scale, libsndfile may wrap
-        fsync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    form = path.suffix[1:].upper()
+    with atomic_file(path) as aside, soundfile.SoundFile(aside, "w", rate, 1, "PCM_16", format=form) as file:
+        for piece in pieces:
+            file.write(np.round(piece * 32767).astype(np.int16))  # ours: what is above full scale, libsndfile may wrap
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ import numpy as np
 
 # needs: safetensors
 from audio import open_audio, resample
-from common.checkpoint import fsync, sha256_of, write_json
+from common.checkpoint import atomic_file, sha256_of, write_json
 from common.config import UserError
 from common.runtime import cores, progress_bar, versions_of
 from common.samples import BadFile, attempt
@@ -176,10 +176,8 @@ def write_clips(part: list[dict], key: str, first: int, job: Job) -> list[dict]:
             tensors[f"{number}.{kind}"] = np.ascontiguousarray(array, np.float32)
         times = {"start": round(clip["piece"].start, 3), "stop": round(clip["piece"].stop, 3)}
         notes.append({**times, "frames": clip["frames"], "file": name, "number": number})
-    aside = job.folder / f".{name}.tmp"
-    save_file(tensors, aside)
-    fsync(aside)
-    os.replace(aside, job.folder / name)
+    with atomic_file(job.folder / name) as aside:
+        save_file(tensors, aside)
     return notes
 
 

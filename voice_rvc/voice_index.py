@@ -4,14 +4,12 @@ The files are those of RVC and Applio (added_*.index), either way.
 """
 
 import math
-import os
 import struct
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from common.checkpoint import disk_fault, fsync
+from common.checkpoint import atomic_file, disk_fault
 from common.config import UserError
 from common.runtime import say
 from common.samples import attempt
@@ -61,14 +59,10 @@ def write_index(path: Path | str, index) -> None:
     import faiss
 
     path = Path(path)
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        aside.write_bytes(faiss.serialize_index(index).data)
-        fsync(aside)
-        os.replace(aside, path)
+        with atomic_file(path) as aside:
+            aside.write_bytes(faiss.serialize_index(index).data)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
         raise UserError(f"could not write {path}: {disk_fault(error)}") from None
 
 
