@@ -179,9 +179,9 @@ def load_pretrained(name: str, source: Path | str, kind, processor_kind):
     strays = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
     strays = [key for key in map(str, strays) if "num_batches_tracked" not in key]  # a counter of training, not a weight
     if strays:
-        raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
+        raise UserError(f"--model {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} in all)")
     if broken := [key for key, weight in model.named_parameters() if not is_finite(weight)]:
-        raise UserError(f"--model {name}: its weights have numbers that are not finite: {broken[0]} ({len(broken)} such tensors)")
+        raise UserError(f"--model {name}: its weights have numbers that are not finite: {broken[0]} ({len(broken)} in all)")
     return model, processor
 
 

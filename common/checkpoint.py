@@ -360,6 +360,6 @@ def load_moving_state(model, tensors: dict) -> None:
     if odd:
         raise UserError(
             f"--resume: the checkpoint is of another model: {odd[0]} is {found.get(odd[0], 'missing')} there and "
-            f"{expected.get(odd[0], 'no such tensor')} here ({len(odd)} such tensors)"
+            f"{expected.get(odd[0], 'no such tensor')} here ({len(odd)} in all)"
         )
     model.load_state_dict(tensors, strict=False)

@@ -30,7 +30,7 @@ from common.lora_layers import (
     base_weight,
     weight_home,
 )
-from common.runtime import say
+from common.runtime import counted, say
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
@@ -174,7 +174,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[dict]:
         settings[name] = (r, alpha, config.lora_dropout, config.use_rslora)
     put_lora(model, settings, whole)
     hits = Counter(chosen.values())
-    say(f"LoRA on {len(chosen)} layers: " + ", ".join(f"{pattern} {n}" for pattern, n in hits.items()))
+    say(f"LoRA on {counted(len(chosen), 'layer')}: " + ", ".join(f"{pattern} {n}" for pattern, n in hits.items()))
     return [{**row, "pattern": chosen[row["name"]]} for row in coverage(model)]
 
 
@@ -311,7 +311,7 @@ def load_lora_state_dict(model, state: dict, strict: bool = True) -> list[str]:
             continue
         given.pop(name, None)
     if faults and strict:
-        raise UserError(f"the adapter does not fit the model: {faults[0]} ({len(faults)} such tensors)")
+        raise UserError(f"the adapter does not fit the model: {faults[0]} ({len(faults)} in all)")
     for name, tensor in given.items():
         own[name].copy_(tensor)
     for fault in faults:
@@ -340,7 +340,7 @@ def describe_lora(model) -> str:
     own = sum(row["parameters"] for row in rows)
     kinds = ", ".join(f"{kind} {n}" for kind, n in Counter(row["type"] for row in rows).items())
     whole = sum(tensor.numel() for name, tensor in trained_tensors(model).items()) - own
-    lines = [f"LoRA on {len(rows)} layers ({kinds}): {own:,} of {total:,} parameters ({own / max(total, 1):.2%})"]
+    lines = [f"LoRA on {counted(len(rows), 'layer')} ({kinds}): {own:,} of {total:,} parameters ({own / max(total, 1):.2%})"]
     lines[0] += f", {whole:,} more train whole" if whole else ""
     for row in rows:
         lines.append("  {name}: {type} {shape}, r {r}, alpha {alpha:g}, {parameters:,} parameters".format(**row))

@@ -114,7 +114,7 @@ def put_adapter(model, config: dict, tensors: dict, strict: bool) -> list[str]:
     """Builds the layers that the content of an adapter folder is for, and fills them."""
     settings, faults = settings_in_file(model, config, tensors)
     if faults and strict:
-        raise UserError(f"{faults[0]} ({len(faults)} such layers)")
+        raise UserError(f"{faults[0]} ({len(faults)} in all)")
     for fault in faults:
         say(f"adapter: skipped, {fault}")
     own = all_tensors(model)

@@ -8,7 +8,7 @@ from torch import nn
 
 from common.config import UserError
 from common.lora import is_within
-from common.runtime import say, time_limit
+from common.runtime import counted, say, time_limit
 from common.trial import freeze_unused, in_short
 
 PATTERN_SECONDS = 5  # for a regular expression of the user's; a good one needs milliseconds, (a+)+$ can take years
@@ -79,7 +79,7 @@ def find_targets(model, wanted, kinds, exclude=(), last_k: int = 0, answer=None)
     chosen = where_adapters_work(model, chosen, exclude, answer) if answer else chosen
     counts = {pattern: len(chosen & set(found)) for pattern, found in hits.items()}
     coverage = ", ".join(f"{pattern} {count}" for pattern, count in counts.items() if count)
-    say(f"LoRA on {len(chosen)} layers: {coverage}" + (f", in the last {last_k} blocks" if last_k else ""))
+    say(f"LoRA on {counted(len(chosen), 'layer')}: {coverage}" + (f", in the last {counted(last_k, 'block')}" if last_k else ""))
     return sorted(chosen)
 
 

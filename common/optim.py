@@ -4,7 +4,7 @@ import math
 
 from common.config import UserError
 from common.lora import is_within
-from common.runtime import say
+from common.runtime import counted, say
 
 FEW_STEPS = 100  # in so few a head with new weights is seldom done learning
 
@@ -54,7 +54,7 @@ def describe_steps(config, steps: int, rates: set[float]) -> None:
     told = f"learning rate {low}" if low == high else f"learning rates {low} to {high} by part of the model"
     few = steps < FEW_STEPS and not config.max_steps_per_epoch
     hint = "; so few teach little: more --epochs or a smaller --batch_size make more" if few else ""
-    say(f"{steps} optimizer steps, {warmup_of(config.warmup_steps, steps)} of them warm-up, {told}{hint}")
+    say(f"{counted(steps, 'optimizer step')}, {warmup_of(config.warmup_steps, steps)} of them warm-up, {told}{hint}")
 
 
 def warmup_of(warmup: float, total: int) -> int:

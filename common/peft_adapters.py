@@ -292,7 +292,7 @@ def load_adapter_files(model, folder: Path, whole=()):
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
         if broken := sorted(name for name, tensor in saved.items() if not is_finite(tensor)):
-            raise UserError(f"{folder / ADAPTER_FILE}: numbers that are not finite in {broken[0]} ({len(broken)} such tensors)")
+            raise UserError(f"{folder / ADAPTER_FILE}: numbers that are not finite in {broken[0]} ({len(broken)} in all)")
         check_adapter_config(place, saved)
         try:
             model = PeftModel.from_pretrained(without_word_embeddings(model), place)
@@ -311,6 +311,6 @@ def load_adapter_files(model, folder: Path, whole=()):
     if wrong:
         raise UserError(
             f"{folder / ADAPTER_FILE} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
         )
     return with_fast_layers(model).eval()

@@ -91,7 +91,7 @@ class Record:
             texts = self.metrics.read_bytes().splitlines()
             torn = [number for number, text in enumerate(texts, start=1) if parse_line(text) is None]
             if torn:
-                say(f"{self.metrics}: line {torn[0]} cannot be read ({len(torn)} such lines): curves go without")
+                say(f"{self.metrics}: line {torn[0]} cannot be read ({len(torn)} in all): curves go without")
             if texts and parse_line(texts[-1]) is None:
                 with open(self.metrics, "ab") as file:
                     file.write(b"\n")

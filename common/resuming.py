@@ -7,7 +7,7 @@ from common.checkpoint import Progress, load_moving_state, load_state, moving_st
 from common.config import UserError
 from common.folders import other_setting
 from common.optim import follow_schedule
-from common.runtime import from_main, say
+from common.runtime import counted, from_main, say
 from common.step import FIRST_STEPS
 
 # Said where --resume finds other data.
@@ -52,7 +52,7 @@ def go_on_from(folder: Path, run) -> None:
     run.leave_out(unreadable.items())
     if run.progress.idle is None and then.step >= FIRST_STEPS:  # as checkpoints were that did not keep it
         run.progress.idle = []
-    say(f"resumed at step {then.step}, epoch {then.epoch}, {then.batches_done} batches into it")
+    say(f"resumed at step {then.step}, epoch {then.epoch}, {counted(then.batches_done, 'batch')} into it")
     lengthen(run, then.settings.get("epochs", run.config.epochs))
 
 

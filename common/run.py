@@ -29,6 +29,7 @@ from common.runtime import (
     StopSignals,
     compile_for_training,
     compiled,
+    counted,
     from_main,
     gather_lists,
     guard,
@@ -232,9 +233,9 @@ class Run:
 
         counts = [count_parameters(model) for model in self.models]
         total, trains = (sum(c[key] for c in counts) for key in ("total", "trainable"))
-        counted = self.described.setdefault("parameters", {"total": total, "trainable": trains})
-        share = counted["trainable"] / counted["total"]
-        say(f"{counted['trainable']:,} of {counted['total']:,} parameters train ({share:.2%}), on {self.device}")
+        parameters = self.described.setdefault("parameters", {"total": total, "trainable": trains})
+        share = parameters["trainable"] / parameters["total"]
+        say(f"{parameters['trainable']:,} of {parameters['total']:,} parameters train ({share:.2%}), on {self.device}")
         if not self.config.dry_run:
             say(f"run folder {self.folder}")
 
@@ -289,9 +290,9 @@ class Run:
         if progress.epoch == first and self.out_of_patience():
             more = f"; --resume --patience {2 * progress.bad_epochs} goes on (0: never stop early)"
         elif progress.epoch == first:
-            say(f"nothing is left to do, all {self.config.epochs} epochs are done; --resume --epochs {2 * first - 2} goes on")
+            say(f"nothing is left to do, epoch {self.config.epochs} was the last; --resume --epochs {2 * first - 2} goes on")
         if self.out_of_patience():
-            say(f"stopped early: {progress.bad_epochs} epochs without a better {progress.best_name}{more}")
+            say(f"stopped early: {counted(progress.bad_epochs, 'epoch')} without a better {progress.best_name}{more}")
 
     def out_of_patience(self) -> bool:
         return 0 < self.config.patience <= self.progress.bad_epochs

@@ -204,6 +204,11 @@ def in_time(seconds: float) -> str:
     )
 
 
+def counted(count: int, what: str) -> str:
+    """A count with its word: "1 picture", "12 boxes"."""
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith(("s", "x", "sh", "ch")) else "s")
+
+
 def cores() -> int:
     """Cores that this process may use; those of the machine are shared by the processes of a run."""
     many = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -87,7 +87,7 @@ def load_trained(model, file: Path, whole):
     if wrong:
         raise UserError(
             f"{file} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
         )
     model.load_state_dict(tensors, strict=False)
     return model.eval()

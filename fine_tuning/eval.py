@@ -42,7 +42,7 @@ def main(argv=None, method="full", doc=None):
     from common.folders import check_data_dir, eval_places
     from common.plots import draw_calibration
     from common.record import of_split
-    from common.runtime import guard, say, start_accelerator
+    from common.runtime import counted, guard, say, start_accelerator
     from common.saved_models import choose_checkpoint
     from common.vision.pages import draw_mistakes
     from common.vision.scoring import predict, save_samples
@@ -75,7 +75,7 @@ def main(argv=None, method="full", doc=None):
     text, report = class_report(labels, logits, classes)
     results = {**about, **numbers, "classes": report}
     scores = score_table(metrics, len(labels), zero_shot)
-    summary = [f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes", scores]
+    summary = [f"{name}, {config.split} split, {counted(len(labels), 'picture')}, {len(classes)} classes", scores]
     if zero_shot:
         results["answers"] = zero_shot_comparison(labels, logits, baseline, classes)
         summary.append("right answers: " + ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in results["answers"].items()))

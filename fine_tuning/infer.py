@@ -34,7 +34,7 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
     from common.folders import predictions_folder
-    from common.runtime import start_accelerator
+    from common.runtime import counted, start_accelerator
     from common.samples import Faults
     from common.saved_models import choose_checkpoint
     from common.vision.pages import draw_answer
@@ -62,7 +62,7 @@ def main(argv=None, method="full", doc=None):
     write_json(root / "predictions.json", results)
     write_text(root / "predictions.txt", "\n".join(lines) + "\n")
     print("\n".join(lines[:60]) + ("\n..." if len(lines) > 60 else ""))
-    print(f"{len(results)} pictures, {total / len(results):.1f} ms a picture (model only)")
+    print(f"{counted(len(results), 'picture')}, {total / len(results):.1f} ms a picture (model only)")
     print(f"saved predictions.txt and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.config import UserError
 from common.exclude import Exclusions
-from common.runtime import say
+from common.runtime import counted, say
 from common.samples import Faults, split_of, visible_entries
 from common.scan import FileReader, Scan
 from common.tables import read_table
@@ -84,9 +84,9 @@ def find_cases(folder, faults: Faults, organs: str = "", excluded: Exclusions | 
     if not cases:
         alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
         alike = f"; names do not say which mask is of which image: expected {LAYOUTS}" if MASK_ALONE in faults.found else alike
-        raise UserError(f"--data_dir {folder}: none of its {len(found)} cases can be used{alike}")
+        raise UserError(f"--data_dir {folder}: none of its {counted(len(found), 'case')} can be used{alike}")
     patients = len({case.patient for case in cases})
-    many = f"{number_of(len(cases), 'case')} of {number_of(patients, 'patient')}"
+    many = f"{counted(len(cases), 'case')} of {counted(patients, 'patient')}"
     say(f"{folder}: {many} ({layout}){f'; splits as in {source}' if source else ''}")
     counts = Counter(organ for case in cases for organ, _, _ in case.masks)
     return cases, {"layout": layout, "splits": source, "patients": patients, "organs": dict(sorted(counts.items()))}
@@ -102,10 +102,6 @@ def leave_out_files(found: list[FoundCase], excluded: Exclusions, faults: Faults
             kept.append(replace(case, masks=tuple(masks)))
     excluded.note_strangers(faults)
     return kept
-
-
-def number_of(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 # ---- what is in the files --------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from common.batches import EpochBatches, EvalBatches, build_loader, number_from
 from common.config import UserError
 from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
-from common.runtime import from_main, process_index, say
+from common.runtime import counted, from_main, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import SPLIT_NAMES, Faults, attempt, data_folder, hold_out
 from common.scan import in_parts
@@ -366,10 +366,6 @@ def tell(facts: dict, train: OrganData, val: OrganData) -> None:
     little = " which is little: latents in another cube, thicker slices than the model knows?" if share < LEAST_COVERAGE else ""
     kept = train.organs.kept + val.organs.kept
     say(f"active cells hold {share:.1%} of the true surface{little}; {kept} of {len(train) + len(val)} organs stay in memory")
-
-
-def counted(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def seen_as(data: OrganData) -> str:

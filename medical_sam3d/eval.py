@@ -43,9 +43,9 @@ def main(argv=None, method="full", doc=None):
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
     from common.record import of_split, without_nan
-    from common.runtime import guard, process_index, start_accelerator
+    from common.runtime import counted, guard, process_index, start_accelerator
     from common.saved_models import choose_checkpoint
-    from data import counted, load_for_eval
+    from data import load_for_eval
     from metrics import organ_metrics, save_samples
     from model import load_checkpoint
     from scores_report import leave_results, say_scores

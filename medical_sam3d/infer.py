@@ -287,10 +287,9 @@ def main(argv=None, method="full", doc=None):
     formats = chosen_formats(config.formats)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.folders import predictions_folder
-    from common.runtime import progress_bar, start_accelerator
+    from common.runtime import counted, progress_bar, start_accelerator
     from common.samples import Faults
     from common.saved_models import choose_checkpoint
-    from data import counted
     from predictor import Predictor
 
     with Faults() as faults:

@@ -19,7 +19,7 @@ from cases import Case
 from common.checkpoint import read_json, sha256_of, write_json
 from common.config import UserError
 from common.folders import one_at_a_time
-from common.runtime import cores
+from common.runtime import cores, counted
 from common.samples import Faults, attempt
 from common.scan import user_cache
 from organs import Organ
@@ -135,7 +135,7 @@ def prepare(
         if not kept:
             (folder / PREPARED).unlink()
             first = "; the first, {name}: {fault}".format(**left_out[0]) if left_out else ""
-            raise UserError(f"no organ to train on in {len(cases)} cases{first}")
+            raise UserError(f"no organ to train on in {counted(len(cases), 'case')}{first}")
         unite_copies(kept, faults)
         about = {"format": PREPARED_FORMAT, "finished": True, "settings": asdict(job.preparation), "organs": kept}
         write_json(folder / PREPARED, about | {"left_out": left_out, "notes": dict(faults.notes)})
@@ -261,7 +261,7 @@ def write_surfaces(items: list[Item], folder: Path, workers: int) -> None:
         paths.append(path)
     tasks = [(item, path) for item, path in zip(items, paths, strict=True) if not is_surface_of(path, item)]
     workers = min(workers or cores(), 1 + len(tasks) // MESHES_A_WORKER)
-    in_processes(write_surface, tasks, [item.name for item, _ in tasks], workers, f"making {len(tasks)} meshes")
+    in_processes(write_surface, tasks, [item.name for item, _ in tasks], workers, f"making {counted(len(tasks), 'mesh')}")
 
 
 def is_surface_of(path: Path, item: Item) -> bool:

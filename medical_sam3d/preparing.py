@@ -13,7 +13,7 @@ import numpy as np
 from cases import Case
 from common.checkpoint import atomic_file, disk_fault
 from common.config import UserError
-from common.runtime import cores, progress_bar, say
+from common.runtime import cores, counted, progress_bar, say
 from common.sample_cache import free_memory
 from common.samples import BadFile, attempt
 from grids import check_pair, same_grid
@@ -279,8 +279,8 @@ def prepare_cases(tasks: list[tuple[Case, dict]], job: Job, workers: int) -> lis
     workers = max(1, min(wanted, room))
     if workers < wanted:
         say(f"{workers} processes instead of {wanted}: the largest case takes up to {max(sizes) / 1e9:.1f} GB of memory")
-    named = [case.name for case, _ in tasks]
-    return in_processes(prepare_case, [(*task, job) for task in tasks], named, workers, f"preparing {len(tasks)} cases")
+    named, text = [case.name for case, _ in tasks], f"preparing {counted(len(tasks), 'case')}"
+    return in_processes(prepare_case, [(*task, job) for task in tasks], named, workers, text)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from cases import group_patients
-    from common.runtime import guard, say
+    from common.runtime import counted, guard, say
     from data import find_organs
     from organs import MIN_VOXELS
     from prepared import prepare, prepared_folder, write_surfaces
@@ -63,11 +63,11 @@ def main(argv=None):
     faults.report()
     if config.meshes:
         write_surfaces(items, folder / "meshes", config.num_workers)
-        say(f"{len(items)} meshes in RAS mm are in {folder / 'meshes'}")
+        say(f"{counted(len(items), 'mesh')} in RAS mm, in {folder / 'meshes'}")
     with guard("the report"):
         say(report_on(items, about, folder))
         say(f"report.md, slices.png and volumes.png are in {folder}")
-    say(f"{len(items)} organs are ready: python train_lora.py --data_dir {folder}")
+    say(f"{counted(len(items), 'organ')} ready: python train_lora.py --data_dir {folder}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
-    from common.runtime import guard, say
+    from common.runtime import counted, guard, say
     from recognise import recognise
 
     folder = Path(config.data_dir).expanduser()
@@ -73,7 +73,7 @@ def main(argv=None):
         text, strange = findings.quarantine_text()
         write_text(Path(config.quarantine).expanduser(), text)
         many = len(findings.quarantine()) - len(strange)
-        say(f"{config.quarantine}: {many} files to leave out by --exclude {config.quarantine}")
+        say(f"{config.quarantine}: {counted(many, 'file')} to leave out by --exclude {config.quarantine}")
         if strange:
             say(f"not in it, for no line can hold their names: {', '.join(strange[:5])}; rename them")
     if config.pictures and findings.copies and task in OF_PICTURES:

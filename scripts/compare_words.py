@@ -1,6 +1,7 @@
 """What a comparison says, in words: numbers as one reads them, and sentences that claim no more than their intervals carry."""
 
 from bootstrap import FEWEST
+from common.runtime import counted
 
 NAMES = {"lora": "LoRA", "head": "the head alone"}  # of methods, in a sentence
 SPLITS = {"val": "validation", "test": "test"}
@@ -51,10 +52,6 @@ def interval(ends) -> str:
 
 def signed(ends) -> str:
     return "unknown" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 # One run, or the runs of one method, against another -------------------------------------------------------------------

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from bootstrap import read_samples  # noqa: E402
 from common.checkpoint import read_json, write_json  # noqa: E402
 from common.config import Range, Threads, UserError, cli, one_line, parse  # noqa: E402
+from common.runtime import counted  # noqa: E402
 from task_modules import METRICS, open_data, task_of  # noqa: E402
 
 LABELS = {"full": "full", "lora": "LoRA"}
@@ -139,7 +140,7 @@ def show_disagreements(config: DisagreementsConfig) -> Path:
     shown = draw_all(chosen, task, found, split, config.data_dir, folder) if chosen else []
     names = [run.name for run in runs.values()]
     write_json(folder / "disagreements.json", [one | {"runs": names} for one in shown])
-    print(f"{len(shown)} samples of the {split} split on which the two differ most: {folder / 'disagreements.json'}")
+    print(f"{counted(len(shown), 'sample')} of the {split} split on which the two differ most: {folder / 'disagreements.json'}")
     return folder
 
 

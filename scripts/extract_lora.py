@@ -194,11 +194,11 @@ def truncated(tuned, base, pairs: dict, left: dict, carried):
 
 def say_kept(changed: dict, pairs: dict, kept: dict[str, float]) -> float:
     """The share of the layers' change that their pairs hold, of squared lengths."""
-    from common.runtime import say
+    from common.runtime import counted, say
 
     lengths = {name: float(changed[name].double().square().sum()) for name in pairs}
     share = sum(kept[name] * lengths[name] for name in pairs) / sum(lengths.values())
-    say(f"rank {in_words(pairs)} on {len(pairs)} layers keeps {share:.1%} of their change, squared")
+    say(f"rank {in_words(pairs)} on {counted(len(pairs), 'layer')} keeps {share:.1%} of their change, squared")
     say(f"  the least of a layer: {min(kept.values()):.1%}, {min(kept, key=kept.get)}")
     return share
 

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from common.runtime import counted
 from common.samples import Faults, readable
 
 SEVERITIES = ("error", "warning", "note")
@@ -176,7 +177,7 @@ class Findings:
             lines.append(
                 f"{finding.severity}: {finding.what} ({len(finding.where)}){advice}: {', '.join(finding.where[:SHOWN])}{more}"
             )
-        counts = ", ".join(f"{self.count(severity)} {severity}s" for severity in SEVERITIES)
+        counts = ", ".join(counted(self.count(severity), severity) for severity in SEVERITIES)
         return "\n".join([*lines, counts])
 
     def in_order(self) -> list[Finding]:

@@ -67,7 +67,7 @@ class Update:
         layers, old = adaptable_layers(model), adaptable_layers(base)
         self.model, self.rank, self.parts = model, 0, {}  # rank: the largest that any layer's update has
         if lost := set(names) - layers.keys():
-            raise UserError(f"{min(lost)} has an adapter of a kind that is no matrix to be cut ({len(lost)} such layers)")
+            raise UserError(f"{min(lost)} has an adapter of a kind that is no matrix to be cut ({len(lost)} in all)")
         for name, delta in deltas(model, base, names).items():
             u, s, vh = torch.linalg.svd(delta.double(), full_matrices=False)  # (..., out, k), (..., k), (..., k, in)
             left, right = (u * s[..., None, :])[..., :most].clone(), vh[..., :most, :].clone()  # the rest is freed

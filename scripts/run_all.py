@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from common.checkpoint import write_json  # noqa: E402
 from common.config import Rate, Threads, UserError, cli, one_line, parse, project_root, range_of  # noqa: E402
 from common.folders import other_setting, read_record  # noqa: E402
-from common.runtime import Interrupted, StopSignals, in_time, progress_bar  # noqa: E402
+from common.runtime import Interrupted, StopSignals, counted, in_time, progress_bar  # noqa: E402
 from task_modules import FOLDERS  # noqa: E402
 
 METHODS = {"head": ("train_lora.py", "--lora_r", "0"), "lora": ("train_lora.py",), "full": ("train.py",)}
@@ -189,7 +189,7 @@ def carry_out(plans: list[PlannedRun], score: bool = True) -> tuple[list[Planned
     left = [run for run in plans if not run.is_finished()]
     seconds = {(run.task, run.method): run.record.get("seconds") or 0.0 for run in plans if run not in left}
     faults, untested = [], set()
-    print(f"{len(plans)} runs: {len(plans) - len(left)} are there, {len(left)} to train", flush=True)
+    print(f"{counted(len(plans), 'run')}: {len(plans) - len(left)} are there, {len(left)} to train", flush=True)
     try:
         with StopSignals(wait_always=False), progress_bar(None, "runs", total=len(plans), plain="{desc}{postfix}") as bar:
             for number, run in enumerate(plans, start=1):
@@ -203,7 +203,7 @@ def carry_out(plans: list[PlannedRun], score: bool = True) -> tuple[list[Planned
                     faults.append(score_one(run, bar, untested))
                 bar.update()
     except Interrupted as signal:
-        print(f"stopped; the same command goes on with the {len(left)} runs that are left", flush=True)
+        print(f"stopped; the same command goes on with {counted(len(left), 'run')} more", flush=True)
         raise SystemExit(128 + signal.signum) from None
     return [run for run in plans if run.is_finished()], list(filter(None, faults))
 
@@ -324,7 +324,7 @@ def main(argv=None):
     tasks, methods = (names.split(",") for names in (config.tasks, config.methods))
     plans = wanted_runs(tasks, seeds, methods, config.runs_dir, config.data_dirs, extra, config.threads, config.sweep_lr)
     finished, faults = carry_out(plans)
-    print(f"{len(finished)} of {len(plans)} runs are finished, in {plans[0].folder.parents[1]}")
+    print(f"finished: {len(finished)} of {counted(len(plans), 'run')}, in {plans[0].folder.parents[1]}")
     if faults:
         print("\n".join(faults), file=sys.stderr)
         raise SystemExit(1)

@@ -83,7 +83,7 @@ run preprocess.py "output_dir model" | tee "$aside/log"
 data=() # the demo's is found without a name
 for ((i = 0; i < ${#settings[@]}; i += 2)); do
     if [[ ${settings[i]} == data_dir && -n ${settings[i + 1]} ]]; then
-        data=(--data_dir "$(sed -n 's/.* are ready: python train_lora.py --data_dir //p' "$aside/log" | tail -n 1)")
+        data=(--data_dir "$(sed -n 's/.* ready: python train_lora.py --data_dir //p' "$aside/log" | tail -n 1)")
         [[ -n ${data[1]} ]] || fail "preprocess.py does not say where the prepared organs are"
     fi
 done

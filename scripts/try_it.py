@@ -25,6 +25,7 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import Count, Range, UserError, cli, parse, project_root  # noqa: E402
+from common.runtime import counted  # noqa: E402
 from task_modules import FOLDERS  # noqa: E402
 
 MISSING = 'the page needs gradio, which is not installed: pip install "gradio>=6,<7"'
@@ -292,7 +293,7 @@ def main(argv=None):
         runs, faults = find_runs(desk.runs_dir)
         for fault in faults:
             print(f"left out: {fault}")
-        print(f"{len(runs)} runs in {desk.runs_dir}")
+        print(f"{counted(len(runs), 'run')} in {desk.runs_dir}")
         serve(gradio, desk)
     finally:
         desk.close()

@@ -160,7 +160,7 @@ if "--help" in sys.argv:
 else:
     print("STEP", json.dumps([{name!r}, sys.argv[1:]]))
     print("run folder /runs of mine/" + {name!r})
-    print("3 organs are ready: python train_lora.py --data_dir /my cache/scans")
+    print("3 organs ready: python train_lora.py --data_dir /my cache/scans")
     sys.exit({name!r} in sys.argv)
 """
 STEPS = {

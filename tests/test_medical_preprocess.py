@@ -413,7 +413,7 @@ def test_the_script_says_what_it_takes_and_leaves_organs_meshes_and_a_report(tmp
     ]
     for words in ("2 organs: liver, spleen", "of memory a process", "mask that is full (1): s0002/spleen", "| spleen | 1 |"):
         assert words in said
-    assert said.endswith(f"4 organs are ready: python train_lora.py --data_dir {out}\n"), "as run_medical_pipeline.sh reads it"
+    assert said.endswith(f"4 organs ready: python train_lora.py --data_dir {out}\n"), "as run_medical_pipeline.sh reads it"
     report = (out / "report.md").read_text()
     assert "4 organs in 3 scans of 3 patients" in report and "mask that is full (1): s0002/spleen" in report
     assert "organs of which the masks are empty (1): s0000 (1)" in report

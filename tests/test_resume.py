@@ -236,7 +236,7 @@ def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
     run_toy(tmp_path, "--epochs", "1")
     run = tmp_path / "toy" / "full"
     said = run_toy(tmp_path, "--epochs", "1", "--resume")
-    assert "nothing is left to do, all 1 epochs are done; --resume --epochs 2 goes on" in said
+    assert "nothing is left to do, epoch 1 was the last; --resume --epochs 2 goes on" in said
     said = run_toy(tmp_path, "--epochs", "3", "--resume")
     assert f"the learning rate follows the schedule of all of them, from {1e-2 * schedule(16, 4, 48):.2g} on" in said
     record = summary(run)

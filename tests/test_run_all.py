@@ -129,7 +129,7 @@ def test_one_that_fails_is_named_and_the_others_go_on(toy, tmp_path, capsys):
     assert left.value.code == 1
     said, log = capsys.readouterr(), tmp_path / "runs" / "toy" / "logs" / "lora_s1.txt"
     assert said.err == f"toy/lora_s1 failed: loss is not finite at step 3 (exit code 2; {log})\n"
-    assert "toy/lora_s2 finished: score -0.04" in said.out and "1 of 2 runs are finished" in said.out
+    assert "toy/lora_s2 finished: score -0.04" in said.out and "finished: 1 of 2 runs" in said.out
     assert "loss is not finite" in log.read_text()
 
 
@@ -150,7 +150,7 @@ def test_ctrl_c_has_the_run_save_and_the_same_call_goes_on_with_it(toy, tmp_path
     time.sleep(0.1)
     child.kill(signal.SIGINT)
     assert child.wait() == 130
-    assert "stopped; the same command goes on with the 2 runs that are left" in child.text
+    assert "stopped; the same command goes on with 2 runs more" in child.text
     assert read(run / "summary.json")["status"] == "interrupted"
     assert (tmp_path / "runs" / "toy" / "logs" / "full_s0.txt").read_text().endswith("saved\n")
     again = planned_run("toy", "full", 0, tmp_path / "runs", extra=["--patience", "3"])

@@ -263,3 +263,8 @@ def test_what_is_said_quietly_is_not_printed(capsys):
         say("news")
     say("after")
     assert capsys.readouterr().out == "after\n"
+
+
+def test_one_of_a_thing_is_not_many():
+    told = [runtime.counted(count, what) for count, what in ((1, "box"), (2, "box"), (0, "clip"), (3, "mesh"), (1, "such line"))]
+    assert told == ["1 box", "2 boxes", "0 clips", "3 meshes", "1 such line"]

@@ -198,7 +198,7 @@ def test_the_script_ends_with_2_and_a_reason_where_nothing_can_be_used(tmp_path)
         (("--data_dir", data, "--output_dir", out, "--f0_min", 100, "--f0_max", 150), "less than an octave"),
         (("--data_dir", data, "--output_dir", data), "the data's own folder"),
         (("--data_dir", data, "--output_dir", data / "a.wav"), "is no folder"),
-        (("--data_dir", data, "--output_dir", out), "no voice found in 1 recordings: silent recording"),
+        (("--data_dir", data, "--output_dir", out), "no voice found in 1 recording: silent recording"),
     ):
         with pytest.raises(UserError, match=words):
             preprocess.main([*map(str, flags), *SETTINGS])

@@ -231,7 +231,7 @@ def load_hubert(name: str, folder: Path):
     model.projects = not any("final_proj" in key for key in wrong)
     strays = sorted(key for key in wrong if not key.startswith(("final_proj", "masked_spec_embed")))  # the latter: of training
     if strays:
-        raise UserError(f"--content {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} such tensors)")
+        raise UserError(f"--content {name}: its weights and its config.json do not fit: {strays[0]} ({len(strays)} in all)")
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from common.batches import EvalBatches, LengthBatches, build_loader, seeded
 from common.config import UserError
 from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
-from common.runtime import from_main, in_time, process_index, say
+from common.runtime import counted, from_main, in_time, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import Faults, attempt, data_folder
 from common.scan import in_parts
@@ -291,7 +291,7 @@ def tell(facts: dict, voice, kept: int) -> None:
     """Says what the data is. kept: how many clips stay in memory."""
     train, val = facts["train"], facts["val"]
     long = " and ".join(in_time(60 * facts[key]) for key in ("minutes", "val_minutes"))
-    say(f"data: {facts['name']} ({facts['format']}), {train} training and {val} validation clips, {long}")
+    say(f"data: {facts['name']} ({facts['format']}), {train} training and {counted(val, 'validation clip')}, {long}")
     medians = ", ".join(f"{speaker} {hertz:.0f} Hz" for speaker, hertz in voice.f0_medians.items())
     say(f"median F0: {medians or 'none, for no frame is voiced'}; {kept} of {train + val} clips stay in memory")
 

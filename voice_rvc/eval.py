@@ -42,7 +42,7 @@ def main(argv=None, method="full", doc=None):
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
     from common.record import of_split
-    from common.runtime import guard, process_index, start_accelerator
+    from common.runtime import counted, guard, process_index, start_accelerator
     from common.saved_models import choose_checkpoint
     from data import load_for_eval
     from listening import leave_page, say_scores
@@ -71,7 +71,7 @@ def main(argv=None, method="full", doc=None):
     with guard("the page and its pictures"):
         leave_page(folder, config, about, loader.dataset, held_out, trials, conversion)
 
-    print(f"{name}, {config.split} split, {len(loader.dataset)} clips")
+    print(f"{name}, {config.split} split, {counted(len(loader.dataset), 'clip')}")
     for key, value in metrics.items():
         if not isinstance(value, dict):
             print(f"  {key:22} {'absent' if value is None else f'{value:.4f}'}")

@@ -129,7 +129,7 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
     from common.folders import predictions_folder
-    from common.runtime import start_accelerator
+    from common.runtime import counted, start_accelerator
     from common.samples import Faults
     from convert import check_speaker
 
@@ -157,8 +157,8 @@ def main(argv=None, method="full", doc=None):
     seconds = sum(row["seconds"] for row in rows)
     speed = sum(row["seconds"] * row["real_time_factor"] for row in rows) / seconds
     count, rate = len({row["file_name"] for row in rows}), rows[0]["rate"]
-    print(f"{count} recordings converted, {seconds:.1f} s at {rate} Hz, real-time factor {speed:.2f}")
-    print(f"saved {len(rows)} {config.format} files and predictions.json in {root}")
+    print(f"{counted(count, 'recording')} converted, {seconds:.1f} s at {rate} Hz, real-time factor {speed:.2f}")
+    print(f"saved {counted(len(rows), f'{config.format} file')} and predictions.json in {root}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import soundfile
 
 from audio import write_wave
 from common.checkpoint import write_text
+from common.runtime import counted
 from metrics import heard_clips, plain_name
 from sound_plots import draw_f0, draw_scores, draw_spectrograms, score_text
 from trials import FEWEST_DRAWN, LABELS, STEADY_SECONDS, UNTRAINED, Trial
@@ -94,7 +95,7 @@ def write_page(path: Path, title: str, notes: list[str], tables: list[str], card
         if size > PAGE_BYTES and len(made) > 1:
             made.pop()
             break
-    many = f"{len(made)} recordings" if len(made) == len(cards) else f"the first {len(made)} of {len(cards)} recordings"
+    many = counted(len(made), "recording") if len(made) == len(cards) else f"the first {len(made)} of {len(cards)} recordings"
     parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(note)}</p>" for note in notes), *tables]
     parts += [f"<h2>To listen to: {many}</h2>" if made else "", *made]
     for name, picture in pictures.items():
@@ -182,8 +183,8 @@ def about_held_out(about: dict) -> str:
 
 
 def about_conversion(conversion: dict) -> str:
-    voices = len(conversion["voices"])
-    return f"Conversion of {conversion['recordings']} recordings of {voices} other {'voice' if voices == 1 else 'voices'}"
+    voices = counted(len(conversion["voices"]), "other voice")
+    return f"Conversion of {counted(conversion['recordings'], 'recording')} of {voices}"
 
 
 def about_trial(trial: Trial) -> str:

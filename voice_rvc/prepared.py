@@ -21,7 +21,7 @@ from common.card import is_hub_name
 from common.checkpoint import read_json, write_json
 from common.config import UserError
 from common.folders import one_at_a_time
-from common.runtime import choose_device, say
+from common.runtime import choose_device, counted, say
 from common.samples import BadFile, Faults, attempt
 from common.scan import user_cache
 from content import align, content_version
@@ -183,7 +183,7 @@ def prepare(
             (folder / PREPARED).unlink()
             why = Counter(entry["fault"].partition(", ")[0] for entry in left_out)
             why = "; ".join(f"{fault} ({count})" for fault, count in why.items())
-            raise UserError(f"no voice found in {len(recordings)} recordings: {why}")
+            raise UserError(f"no voice found in {counted(len(recordings), 'recording')}: {why}")
         for entry in left_out:
             faults.add_error(entry["fault"], entry["name"])
         entries = [

@@ -14,7 +14,7 @@ import numpy as np
 from audio import open_audio, resample
 from common.checkpoint import atomic_file, sha256_of, write_json
 from common.config import UserError
-from common.runtime import cores, progress_bar, versions_of
+from common.runtime import cores, counted, progress_bar, versions_of
 from common.samples import BadFile, attempt
 from content import align, load_content
 from f0 import extract_f0, loud_f0
@@ -59,7 +59,7 @@ def facts_of_all(recordings: list[Recording], keys: list[str], job: Job, workers
     if tasks:
         sizes = [path.stat().st_size if path.exists() else 0 for path, _ in tasks.values()]
         workers = min(workers or cores(), len(tasks), 1 + sum(sizes) // BYTES_A_WORKER)
-        with progress_bar(None, f"preparing {len(tasks)} recordings (MB)", total=round(sum(sizes) / 1e6, 1)) as bar:
+        with progress_bar(None, f"preparing {counted(len(tasks), 'recording')} (MB)", total=round(sum(sizes) / 1e6, 1)) as bar:
             if workers > 1:
                 made = in_processes(list(tasks.values()), sizes, job, workers, bar)
             else:

@@ -46,7 +46,7 @@ class Config:
 def main(argv=None):
     config = parse(Config, argv)
     # Heavy imports wait until the flags are read, so that --help answers at once.
-    from common.runtime import guard, say
+    from common.runtime import counted, guard, say
     from data import find_voice
     from experiments import slices_as_recordings
     from prepared import prepare, prepared_folder
@@ -80,7 +80,7 @@ def main(argv=None):
     minutes = sum(clip.frames for clip in clips) / 6000
     place = found.folder if report["as_it_is"] else folder
     say(f"report.txt and report.png are in {folder}")
-    say(f"{len(clips)} clips, {minutes:.1f} minutes, are ready: python train_lora.py --data_dir {place}")
+    say(f"{counted(len(clips), 'clip')}, {minutes:.1f} minutes, ready: python train_lora.py --data_dir {place}")
 
 
 def voice_of_run(config: Config):

@@ -6,7 +6,7 @@ from pathlib import Path
 from audio_files import AUDIO_ENDINGS, is_audio
 from common.config import UserError
 from common.exclude import Exclusions
-from common.runtime import say
+from common.runtime import counted, say
 from common.samples import Faults, data_folder, files_below, readable, short_names, split_of, visible_entries
 from common.scan import Scan
 from copies import exact_copies, near_copies, sound_reader
@@ -59,7 +59,7 @@ def find_recordings(
     found = one_of_each_sound(*read_all(every, faults), faults)
     if not found:
         alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
-        raise UserError(f"--data_dir {data_dir}: none of its {len(every)} recordings can be used{alike}")
+        raise UserError(f"--data_dir {data_dir}: none of its {counted(len(every), 'recording')} can be used{alike}")
     minutes = sum(recording.seconds for recording in found) / 60
     many = "one voice" if len(voices) == 1 else f"{len(voices)} voices: {', '.join(voices)}"
     say(f"recordings: {len(found)}, {minutes:.1f} minutes, of {many}")

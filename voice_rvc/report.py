@@ -8,6 +8,7 @@ import numpy as np
 
 from common.checkpoint import read_json, write_json, write_text
 from common.plots import figure, plot_text, save_figure
+from common.runtime import counted
 from common.samples import BadFile, Faults
 from f0 import F0_HIGH, F0_LOW
 from prepared import PREPARED
@@ -193,15 +194,18 @@ def report_text(report: dict, most: int | None = None) -> str:
         lines.append(f"{name:{width}} {times} {levels} {row['bandwidth'] / 1000:5.1f}  {pitch}")
     if most and len(rows) > most:
         lines.append(f"... and {len(rows) - most} more, in report.txt")
+    words = {"recordings": "recording", "clips": "clip", "left_out": "file"}
+    many = {key: counted(totals[key], word) for key, word in words.items()}
     lines.append(
-        f"{totals['recordings']} recordings, {in_minutes(totals['seconds'])} = {in_minutes(totals['kept'])} kept in "
-        f"{totals['clips']} clips + {in_minutes(totals['silence'])} cut as silence + {in_minutes(totals['refused'])} in pieces "
-        f"too short; {totals['left_out']} files left out ({in_minutes(totals['left_out_seconds'])})"
+        f"{many['recordings']}, {in_minutes(totals['seconds'])} = {in_minutes(totals['kept'])} kept in {many['clips']} + "
+        f"{in_minutes(totals['silence'])} cut as silence + {in_minutes(totals['refused'])} in pieces too short; "
+        f"{many['left_out']} left out ({in_minutes(totals['left_out_seconds'])})"
     )
     for voice in report["voices"]:
         low, median, high = (voice[key] for key in ("f0_low", "f0_median", "f0_high"))
         pitch = f"F0 {low:.0f} to {high:.0f} Hz, median {median:.0f}" if median else "no F0"
-        lines.append(f"voice {voice['name']}: {voice['recordings']} recordings, {voice['minutes']:.1f} minutes, {pitch}")
+        size = f"{counted(voice['recordings'], 'recording')}, {voice['minutes']:.1f} minutes"
+        lines.append(f"voice {voice['name']}: {size}, {pitch}")
     for entry in report["left_out"] if most is None else ():
         lines.append(f"left out: {entry['name']}: {entry['fault']}")
     return "\n".join([*lines, *report["advice"]])

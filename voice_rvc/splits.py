@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from common.runtime import say
+from common.runtime import counted, say
 from common.samples import SPLIT_NAMES, Faults, split_off
 
 HELD_OUT = 5  # one in so many clips, where recordings do not decide
@@ -38,7 +38,7 @@ def hold_out_clips(clips: list, seed: int, where: Path) -> tuple[list, list]:
         if names:
             chosen |= {index for index in own if clips[index].recording in names}
             every = len({clips[index].recording for index in own})
-            said[f"{len(names)} of {every} recordings, chosen by seed {seed}"] += 1
+            said[f"{len(names)} of {counted(every, 'recording')}, chosen by seed {seed}"] += 1
         elif len(own) > 1:
             last = own[-max(1, len(own) // HELD_OUT) :]
             chosen |= set(last)

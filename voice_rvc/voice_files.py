@@ -256,10 +256,10 @@ def check_tensors(path: Path, expected: dict, tensors: dict) -> None:
     if wrong:
         raise UserError(
             f"{path} does not fit the architecture that it seems to have: {shown(wrong[0])} is "
-            f"{found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+            f"{found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
         )
     if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-        raise UserError(f"{path} holds numbers that are not finite: {broken[0]} ({len(broken)} such tensors)")
+        raise UserError(f"{path} holds numbers that are not finite: {broken[0]} ({len(broken)} in all)")
 
 
 # ---- architecture ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
-from common.runtime import process_index, say
+from common.runtime import counted, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import Faults, attempt
 from common.scan import check_files, in_parts
@@ -154,7 +154,7 @@ def labelled_loaders(config, processor, tables):
     }
     if rank == 0:
         faults.report()
-        say(f"data: {facts['name']} ({layout}), {len(train)} training and {len(val)} validation pictures")
+        say(f"data: {facts['name']} ({layout}), {len(train)} training and {counted(len(val), 'validation picture')}")
         say("training pictures of each class: " + ", ".join(f"{name} {counts[name]}" for name in classes))
         if max(counts.values()) > 3 * min(counts.values()) and config.class_weights == "none":
             say("note: the classes are of very different size; --class_weights balanced makes each count the same")

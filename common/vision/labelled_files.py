@@ -74,8 +74,8 @@ def read_dataset(source: Path, seed: int, faults: Faults, scored: bool = False):
         note_shared(splits, faults)
     if "train" in splits and "val" not in splits:
         splits["train"], splits["val"] = split_classes(splits["train"], classes, seed, scored)
-        many = len(splits["val"]), len(splits["val"]) + len(splits["train"])
-        say(f"no validation split in {source}: {many[0]} of {many[1]} pictures, of every class a fifth by seed {seed}, become it")
+        many = f"{len(splits['val'])} of {len(splits['val']) + len(splits['train'])} pictures"
+        say(f"no validation split in {source}: {many}, of every class a fifth by seed {seed}, become it")
     return splits, classes, layout
 
 

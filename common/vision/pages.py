@@ -7,6 +7,7 @@ import numpy as np
 # needs: pillow
 from common.class_metrics import softmax, worst_first
 from common.plots import RIGHT, WRONG, drawn_text, figure, font_file, plot_text, save_figure
+from common.runtime import counted
 from common.vision.pictures import decode
 
 SIDE = 384  # pixels of a picture on a page; photographs of 24 million would take 70 MB each
@@ -41,7 +42,8 @@ def draw_mistakes(dataset, labels, logits, path: Path, count: int = 12) -> None:
     """A page of the most confident mistakes."""
     worst = worst_first(labels, logits)
     which = f"the {count} surest of " if len(worst) > count else ""
-    draw_page(dataset, labels, logits, worst[:count], path, f"{which}{len(worst)} mistakes among {len(labels)} pictures")
+    title = f"{which}{counted(len(worst), 'mistake')} among {counted(len(labels), 'picture')}"
+    draw_page(dataset, labels, logits, worst[:count], path, title)
 
 
 def draw_page(dataset, labels, logits, indices, path: Path, title: str) -> None:

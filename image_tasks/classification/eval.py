@@ -39,7 +39,7 @@ def main(argv=None, method="full", doc=None):
     from common.folders import check_data_dir, eval_places
     from common.plots import draw_calibration
     from common.record import of_split
-    from common.runtime import guard, start_accelerator
+    from common.runtime import counted, guard, start_accelerator
     from common.saved_models import choose_checkpoint
     from common.vision.pages import draw_mistakes
     from common.vision.scoring import predict, save_samples
@@ -67,7 +67,7 @@ def main(argv=None, method="full", doc=None):
         draw_calibration(*calibration(labels, softmax(logits.astype(float))), folder / "calibration.png")
         draw_mistakes(loader.dataset, labels, logits, folder / "mistakes.png")
 
-    print(f"{name}, {config.split} split, {len(labels)} pictures, {len(classes)} classes\n")
+    print(f"{name}, {config.split} split, {counted(len(labels), 'picture')}, {len(classes)} classes\n")
     print(f"{score_table(metrics, len(labels))}\n\n{class_table(labels, logits, classes)}\n")
     print(f"saved {file}, and report and pictures in {folder}")
 

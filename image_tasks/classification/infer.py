@@ -43,7 +43,7 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
     from common.folders import predictions_folder
-    from common.runtime import start_accelerator
+    from common.runtime import counted, start_accelerator
     from common.samples import Faults, short_names
     from common.saved_models import choose_checkpoint
     from common.tables import write_table
@@ -73,7 +73,7 @@ def main(argv=None, method="full", doc=None):
     write_json(root / "predictions.json", results)
     columns = ["file_name", "rank", "class", "probability", "milliseconds"]
     write_table(root / "predictions.csv", columns, answer_rows(results))
-    print(f"{len(results)} pictures, {total / len(results):.1f} ms a picture (model only)")
+    print(f"{counted(len(results), 'picture')}, {total / len(results):.1f} ms a picture (model only)")
     print(f"saved predictions.csv and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
 
 

@@ -14,7 +14,7 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
-from common.runtime import process_index, say
+from common.runtime import counted, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import Faults
 from common.scan import check_files
@@ -252,7 +252,8 @@ def build_loaders(config, processor, tables):
         if missing := [name for name, count in zip(classes, counts, strict=True) if not count]:
             many = f"{len(missing)} of {len(classes)} classes"
             say(f"no training picture has a box of {', '.join(missing[:5])} ({many}): no such object will be found")
-        say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation pictures; boxes: {boxes}")
+        many = f"{len(train)} training and {counted(len(val), 'validation picture')}"
+        say(f"data: {facts['name']} ({data_format}), {many}; boxes: {boxes}")
         say(f"{train.cache.kept + val.cache.kept} of {len(train) + len(val)} decoded pictures stay in memory")
     train_loader = build_loader(
         train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers

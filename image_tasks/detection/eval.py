@@ -36,7 +36,7 @@ def main(argv=None, method="full", doc=None):
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
     from common.record import of_split
-    from common.runtime import guard, start_accelerator
+    from common.runtime import counted, guard, start_accelerator
     from common.saved_models import choose_checkpoint
     from data import load_for_eval
     from metrics import coco_eval, coco_metrics, draw_evaluation, predict, save_samples, shown_from
@@ -62,7 +62,7 @@ def main(argv=None, method="full", doc=None):
             draw_evaluation(scored, classes, folder)
         draw_pages(loader.dataset, found, classes, shown_from(scored), folder / "predictions.png", folder / "worst.png")
 
-    print(f"{name}, {config.split} split, {len(samples)} pictures")
+    print(f"{name}, {config.split} split, {counted(len(samples), 'picture')}")
     for key, value in metrics.items():
         if not isinstance(value, dict):
             print(f"  {key:12} {'absent' if value is None else f'{value:.4f}'}")

@@ -81,7 +81,7 @@ def main(argv=None, method="full", doc=None):
 
     from common.batches import EvalBatches
     from common.folders import predictions_folder
-    from common.runtime import progress_bar, start_accelerator
+    from common.runtime import counted, progress_bar, start_accelerator
     from common.samples import Faults, short_names
     from common.saved_models import choose_checkpoint
     from common.vision.pictures import find_pictures
@@ -118,7 +118,7 @@ def main(argv=None, method="full", doc=None):
                 save_picture(dataset.samples[item["index"]].path, item, origin["classes"], root)
     count = save_answers(dataset, answers, origin["classes"], root)
     took = f"{1000 * seconds / len(dataset):.1f} ms a picture (model only)"
-    print(f"{len(dataset)} pictures, {count} objects with a score of {threshold:.3g} or more, {took}")
+    print(f"{counted(len(dataset), 'picture')}, {counted(count, 'object')} with a score of {threshold:.3g} or more, {took}")
     print(f"saved predictions.json and predictions.csv{', and the pictures,' if config.pictures else ''} in {root}")
 
 

@@ -12,7 +12,7 @@ from common.batches import EpochBatches, EvalBatches, build_loader, seeded
 from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
-from common.runtime import process_index, say
+from common.runtime import counted, process_index, say
 from common.sample_cache import SampleCache, cache_limit, first_readable
 from common.samples import Faults
 from common.scan import check_files
@@ -350,8 +350,8 @@ def build_loaders(config, preprocess: Preprocess, tables):
         for doubt in doubts(train, points.names):
             say(doubt)
         names = ", ".join(points.names[:6]) + (" ..." if len(points.names) > 6 else "")
-        say(f"data: {facts['name']} ({data_format}), {len(train)} training and {len(val)} validation figures")
-        say(f"{len(points.names)} keypoints: {names}; {kept} of {many} decoded pictures stay in memory")
+        say(f"data: {facts['name']} ({data_format}), {len(train)} training and {counted(len(val), 'validation figure')}")
+        say(f"{counted(len(points.names), 'keypoint')}: {names}; {kept} of {many} decoded pictures stay in memory")
     train_loader = build_loader(
         train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
     )

@@ -36,7 +36,7 @@ def main(argv=None, method="full", doc=None):
     from common.checkpoint import write_json
     from common.folders import check_data_dir, eval_places
     from common.record import of_split
-    from common.runtime import guard, start_accelerator
+    from common.runtime import counted, guard, start_accelerator
     from common.saved_models import choose_checkpoint
     from data import Preprocess, load_for_eval
     from metrics import draw_evaluation, pose_metrics, predict, save_samples
@@ -61,7 +61,7 @@ def main(argv=None, method="full", doc=None):
         draw_evaluation(dataset, found, points, folder)
         draw_pages(dataset, found, points, folder / "predictions.png", folder / "worst.png")
 
-    print(f"{name}, {config.split} split, {len(dataset)} figures")
+    print(f"{name}, {config.split} split, {counted(len(dataset), 'figure')}")
     for key, value in metrics.items():
         if not isinstance(value, dict):
             print(f"  {key:18} {'absent' if value is None else f'{value:.4f}'}")

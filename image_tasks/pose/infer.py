@@ -77,7 +77,7 @@ def main(argv=None, method="full", doc=None):
     import torch
 
     from common.folders import predictions_folder
-    from common.runtime import progress_bar, start_accelerator
+    from common.runtime import counted, progress_bar, start_accelerator
     from common.samples import Faults
     from common.saved_models import choose_checkpoint
     from common.vision.pictures import find_pictures
@@ -120,7 +120,8 @@ def main(argv=None, method="full", doc=None):
     if config.pictures:
         draw_pictures(poses, points, root)
     count = sum(bool(found) for found in poses.values())
-    print(f"{count} pictures, {len(results)} figures, {1000 * seconds / count:.1f} ms a picture (model only)")
+    many = f"{counted(count, 'picture')}, {counted(len(results), 'figure')}"
+    print(f"{many}, {1000 * seconds / count:.1f} ms a picture (model only)")
     print(f"saved predictions.json and predictions.csv{', and the pictures,' if config.pictures else ''} in {root}")
 
 

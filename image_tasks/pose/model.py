@@ -312,7 +312,7 @@ def read_head(folder: Path, facts: dict, width: int) -> nn.Module:
     if wrong:
         raise UserError(
             f"{folder / HEAD_FILE} does not fit {KEYPOINT_FILE}: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} such tensors)"
+            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
         )
     head.load_state_dict(tensors)
     return head
