@@ -11,7 +11,7 @@ COUNTED = 10  # steps after the first one, which makes optimizer states and choo
 AT_MOST = 20.0  # seconds that a dry run counts steps, and that its validation takes, about
 UNTIMED = 4  # batches of validation before the timed ones
 PAPERS = 3_000  # bytes of a checkpoint beside its tensors: model card, origin, preprocessing
-HEADER = 130  # bytes that a file spends on a tensor's name, shape and place
+OVERHEAD = 130  # bytes that a file spends on a tensor's name, shape and place
 DRAWING = 4.0  # seconds of plots and pictures at a run's end, beside one more validation
 
 
@@ -170,7 +170,7 @@ def checkpoint_bytes(run) -> dict[str, int]:
     kept = run.bare_models[0]  # others, such as a discriminator, are in the checkpoint to resume from alone
     trains = [p for p in kept.parameters() if p.requires_grad]
     tensors = kept.state_dict() if run.method == "full" else trains
-    return {"best": tensor_bytes(tensors) + len(tensors) * HEADER + PAPERS, "last": tensor_bytes(state_of_run(run)) + PAPERS}
+    return {"best": tensor_bytes(tensors) + len(tensors) * OVERHEAD + PAPERS, "last": tensor_bytes(state_of_run(run)) + PAPERS}
 
 
 def compared(predicted: dict, seconds: float, peak: int, checkpoint: int) -> str:
