@@ -288,12 +288,11 @@ def import_all() -> None:
         importlib.import_module(name)
 
 
-def start_toy(
-    folder: Path, *flags, script: str = "toy_train", env: dict | None = None, group: bool = False, curves: bool = False
-) -> Child:
+def start_toy(folder: Path, *flags, script="toy_train", env: dict | None = None, group=False, curves=False, hook=None) -> Child:
     """toy_train.py (or toy_gan.py) with these flags and its run folder in folder/toy, in a forked process.
 
-    group: in a process group of its own. curves: with curves.png, which takes longer than the training.
+    group: in a process group of its own. curves: with curves.png, which takes longer than the training. hook: is called there
+    before, and may patch what it likes.
     """
     import_all()
     from accelerate.state import AcceleratorState
@@ -310,6 +309,8 @@ def start_toy(
         AcceleratorState._reset_state(reset_partial_state=True)  # another test of this process may have made one
         if not curves:
             plots.draw_curves = lambda *_: None
+        if hook:
+            hook()
         cli(main, ["--output_dir", str(folder), *map(str, flags)])
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -320,5 +321,5 @@ def run_toy(folder: Path, *flags, expect: int = 0, **options) -> str:
     """start_toy, waited for; its output. Any other exit code than the expected one fails the test."""
     child = start_toy(folder, *flags, **options)
     code = child.wait()
-    assert code == expect, f"toy_train.py {flags} ended with {code}, not {expect}\n{child.text}"
+    assert code == expect, f"{flags} ended with {code}, not {expect}\n{child.text}"
     return child.text

@@ -13,13 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toy_gan
-from conftest import import_all, in_child, metrics_of, run_toy, start_toy
+from conftest import metrics_of, run_toy, start_toy
 from safetensors.torch import load_file
 from test_processes import start_two, wait
 
 from common.batches import EpochBatches, seed_everything
 from common.checkpoint import load_state
-from common.config import cli
 from common.optim import build_optimizer
 from common.run import Run
 from common.step import Step, check_own_loss
@@ -33,26 +32,6 @@ def run_dir(folder: Path) -> Path:
 
 def bits(run: Path):
     return (run / "fingerprint.txt").read_text(), metrics_of(run), (run / "checkpoints/best/model.safetensors").read_bytes()
-
-
-def main_in_child(folder: Path, hook, *flags, expect: int = 0) -> str:
-    """toy_gan.py in a forked process, after hook() was called there; its output."""
-    import_all()
-
-    def call():
-        from accelerate.state import AcceleratorState
-
-        from common import plots
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        plots.draw_curves = lambda *_: None
-        hook()
-        cli(toy_gan.main, ["--output_dir", str(folder), *map(str, flags)])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    code, text = in_child(call, log=folder / f"log-{time.monotonic_ns()}.txt")
-    assert code == expect, text
-    return text
 
 
 # ---- what is learnt ----------------------------------------------------------------------------------------------------
@@ -112,7 +91,7 @@ def test_gradients_are_those_of_a_hand_written_loop(tmp_path, accumulate):
         register_optimizer_step_pre_hook(hook)
         torch.set_default_dtype(torch.float64)
 
-    main_in_child(tmp_path, keep_gradients, "--gradient_accumulation_steps", accumulate)
+    run_toy(tmp_path, "--gradient_accumulation_steps", accumulate, hook=keep_gradients, **GAN)
     seen = torch.load(tmp_path / "seen.pt")
     torch.set_default_dtype(torch.float64)
     try:
@@ -249,7 +228,7 @@ def test_a_step_waits_for_the_device_once(tmp_path, accumulate):
         for name in names:
             setattr(torch.Tensor, name, counting(name, getattr(torch.Tensor, name)))
 
-    main_in_child(tmp_path, count_reads, "--gradient_accumulation_steps", accumulate, "--no_average")
+    run_toy(tmp_path, "--gradient_accumulation_steps", accumulate, "--no_average", hook=count_reads, **GAN)
     reads = json.loads((tmp_path / "reads.json").read_text())
     assert reads == [[step, "tolist"] for step in range(3 * math.ceil(16 / accumulate))]
 
@@ -274,7 +253,7 @@ def test_nothing_in_a_step_waits_for_a_cuda_device_but_the_one_read(tmp_path):
         Step.__init__, Step.read = watched, allowed
 
     # The first steps look for what a loop forgot, on the host alone; so all 48 are held to it.
-    main_in_child(tmp_path, forbid_waiting, "--device", "cuda", "--no_average")
+    run_toy(tmp_path, "--device", "cuda", "--no_average", hook=forbid_waiting, **GAN)
     assert len(json.loads((tmp_path / "reads.json").read_text())) == 48
 
 
@@ -403,7 +382,7 @@ def test_nan_in_either_loss_moves_no_weight_after_it(tmp_path, fault, accumulate
         register_optimizer_step_post_hook(hook)
 
     flags = ["--fault", fault, "--gradient_accumulation_steps", accumulate]
-    said = main_in_child(tmp_path, keep_weights, *flags, expect=2)
+    said = run_toy(tmp_path, *flags, hook=keep_weights, expect=2, **GAN)
     name, step = fault.removeprefix("nan_"), re.search(r"at step (\d+), epoch 2", said)[1]
     files = re.search(rf"error: the loss {name} is nan at step {step}, epoch 2; the batch held (.*?);", said)[1].split(", ")
     assert "ring/007.txt" in files and len(files) == 4

@@ -3,44 +3,22 @@
 import json
 import math
 import re
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import toy_train
-from conftest import import_all, in_child, metrics_of, run_toy
+from conftest import metrics_of, run_toy
 from safetensors.torch import load_file
-from test_gan import main_in_child
 
 from common import hub, runtime
 from common.averaging import WeightAverage
 from common.batches import EvalBatches
-from common.config import TrainConfig, UserError, cli
+from common.config import TrainConfig, UserError
 from common.forecast import DRAWING, Forecast, some_batches, tensor_bytes
 from common.out_of_memory import advice, is_out_of_memory, smaller_batch
 
 CPU = torch.device("cpu")
-
-
-def toy_in_child(folder, hook, *flags, expect=0) -> str:
-    """toy_train.py in a forked process, after hook() was called there; its output."""
-    import_all()
-
-    def call():
-        from accelerate.state import AcceleratorState
-
-        from common import plots
-
-        AcceleratorState._reset_state(reset_partial_state=True)
-        plots.draw_curves = lambda *_: None
-        hook()
-        cli(toy_train.main, ["--output_dir", str(folder), *map(str, flags)])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    code, text = in_child(call, log=folder / f"log-{time.monotonic_ns()}.txt")
-    assert code == expect, text
-    return text
 
 
 def summary(folder) -> dict:
@@ -214,7 +192,7 @@ def test_averages_resume_to_the_same_bits(averaged, tmp_path, place):
         toy_train.evaluate = evaluate
 
     hook = kill_at_step_21 if place == "in an epoch" else stop_in_second_evaluation
-    toy_in_child(tmp_path, hook, "--ema_decay", 0.9, expect=130)
+    run_toy(tmp_path, "--ema_decay", 0.9, hook=hook, expect=130)
     run_toy(tmp_path, "--ema_decay", 0.9, "--resume")
     again = tmp_path / "toy" / "full"
     assert (again / "fingerprint.txt").read_text() == (averaged / "fingerprint.txt").read_text()
@@ -226,7 +204,7 @@ def test_averages_resume_to_the_same_bits(averaged, tmp_path, place):
 
 
 def test_of_two_models_the_first_is_averaged(tmp_path):
-    main_in_child(tmp_path, lambda: None, "--ema_decay", 0.9, "--no_average", "--epochs", 1)
+    run_toy(tmp_path, "--ema_decay", 0.9, "--no_average", "--epochs", 1, script="toy_gan")
     from common.checkpoint import load_state
 
     state, _ = load_state(tmp_path / "gan" / "full" / "checkpoints" / "last")
@@ -278,7 +256,7 @@ def test_out_of_memory_in_training_is_one_line_and_the_last_checkpoint_stays(tmp
 
         Run.backward = backward
 
-    text = toy_in_child(tmp_path, full_in_the_second_epoch, expect=2)
+    text = run_toy(tmp_path, hook=full_in_the_second_epoch, expect=2)
     line = text.strip().splitlines()[-1]
     assert line.startswith("error: ") and "--batch_size 2 --gradient_accumulation_steps 2" in line and "Traceback" not in text
     record = summary(tmp_path)
@@ -344,7 +322,7 @@ def test_off_line_nothing_is_trained(tmp_path):
 
 
 def test_the_best_checkpoint_is_uploaded_private_when_the_run_is_done(tmp_path, on_line):
-    text = toy_in_child(tmp_path, check_uploads, "--push_to_hub", "me/x", "--epochs", 1)
+    text = run_toy(tmp_path, "--push_to_hub", "me/x", "--epochs", 1, hook=check_uploads)
     assert "uploaded to https://hub/me/x" in text
     assert "push_to_hub: ''" in (tmp_path / "toy/full/config.yaml").read_text()  # who repeats the run may not want that
 
@@ -364,7 +342,7 @@ def check_uploads():
 
 def test_an_upload_that_fails_costs_nothing(tmp_path, on_line):
     Hub.fault = ConnectionError("the line is dead")
-    text = toy_in_child(tmp_path, lambda: None, "--push_to_hub", "me/x", "--epochs", 1)
+    text = run_toy(tmp_path, "--push_to_hub", "me/x", "--epochs", 1)
     record = summary(tmp_path)
     assert record["status"] == "finished" and "ConnectionError: the line is dead" in record["notes"][0]
     assert "hf upload me/x" in text
@@ -399,7 +377,7 @@ def test_a_compiled_model_keeps_its_names_learns_the_same_and_is_judged_uncompil
         toy_train.evaluate = evaluate
 
     flags = ("--epochs", 2, "--max_steps_per_epoch", 3)
-    toy_in_child(tmp_path / "compiled", front_end, "--compile", *flags)
+    run_toy(tmp_path / "compiled", "--compile", *flags, hook=front_end)
     run_toy(tmp_path / "plain", *flags)
     found, expected = (load_file(tmp_path / name / "toy/full/final.safetensors") for name in ("compiled", "plain"))
     assert found.keys() == expected.keys()
