@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark  # noqa: E402
 
+from benchmark_tasks import TASKS, stack  # noqa: E402
+
 
 def row(**seconds):
     facts = {"parameters": [100, 10], "bytes": [400, 50], "latency": {"unmerged": 0.002, "merged": 0.001}}
@@ -56,7 +58,7 @@ def test_ratios_are_taken_within_each_turn():
 
 
 def test_every_task_of_the_project_has_a_row():
-    assert {ROOT / task["folder"] for task in benchmark.TASKS.values()} == set(FOLDERS)
+    assert {ROOT / task["folder"] for task in TASKS.values()} == set(FOLDERS)
 
 
 @pytest.mark.parametrize("name", ["tasks", "sizes", "variants", "parts"])
@@ -72,11 +74,11 @@ def test_a_page_without_a_place_is_refused(tmp_path):
     assert (tmp_path / "page.md").read_text() == "no marks\n"
 
 
-@pytest.mark.parametrize("task", benchmark.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_each_row_builds_a_model_that_learns_from_its_sample(task):
-    row = benchmark.TASKS[task]
+    row = TASKS[task]
     use_task(ROOT / row["folder"])
     model, heads, sample, loss = row["build"](False)
-    loss(model, benchmark.stack([sample, sample])).backward()
+    loss(model, stack([sample, sample])).backward()
     parts = [p for name, p in model.named_parameters() if is_within(name, heads)]
     assert parts and any(p.grad is not None and p.grad.abs().max() > 0 for p in parts)
