@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import peft_table  # noqa: E402
 
 BEST = {"lora": 1e-2, "ia3": 5e-2, "full": 1e-3}  # where validation accuracy peaks
-RIGHT = {"lora": 18, "ia3": 18, "full": 24, "dora": 12}  # of 24 test pictures
+RIGHT = {"lora": range(18), "ia3": range(6, 24), "full": range(24), "dora": range(12)}  # of 24 test pictures
 
 
 def falls_with_distance(method, rate):
@@ -51,11 +51,11 @@ def calls(monkeypatch):
         else:
             names = sorted(path.name for path in peft_table.Path(given["--data_dir"]).glob("test/*/*.png"))
             method = peft_table.Path(given["--checkpoint"]).parents[1].name.split("_")[0]
-            rows = [{"file": f"{i}_{name}", "label": i % 8, "right": i < RIGHT[method]} for i, name in enumerate(names)]
+            rows = [{"file": f"{i}_{name}", "label": i % 8, "right": i in RIGHT[method]} for i, name in enumerate(names)]
             folder = peft_table.Path(given["--output_dir"])
             record = {"metric": "balanced_accuracy", "rows": rows}
             write_text(folder / "eval_test" / "samples.json", json.dumps(record))
-            found = {"metrics": {"accuracy": RIGHT[method] / len(rows)}, "zero_shot": {"accuracy": 0.47}}
+            found = {"metrics": {"accuracy": len(RIGHT[method]) / len(rows)}, "zero_shot": {"accuracy": 0.47}}
             write_text(folder / "eval_test.json", json.dumps(found))
 
     monkeypatch.setattr(peft_table, "call", call)
@@ -92,8 +92,8 @@ def test_every_method_gets_its_best_rate_and_is_scored_on_test_data(tmp_path, ca
     assert rows["lora"][:2] == ["1,234", "0.06 MB"] and rows["lora"][3] == "0.750 ± 0.000"
     assert rows["zero-shot: the base as it is"][3] == "0.470"
     trained = [flags for script, *flags in calls if script == "train_lora.py" and "lora" in flags]
-    assert [flags[flags.index("--lr") + 1] for flags in trained] == [5e-3, 1e-2, 2e-2, 1e-2, 1e-2], "uphill, then the other seeds"
-    assert {flags[flags.index("--seed") + 1] for flags in trained} == {0, 1, 2}
+    settings = [(flags[flags.index("--lr") + 1], flags[flags.index("--seed") + 1]) for flags in trained]
+    assert settings == [(5e-3, 0), (1e-2, 0), (2e-2, 0), *((1e-2, seed) for seed in (1, 2, 3, 4))], "uphill, then the other seeds"
 
 
 @pytest.mark.parametrize(
@@ -120,17 +120,17 @@ def test_what_is_claimed_is_what_the_intervals_carry(tmp_path, calls):
     assert "Against `full`: better none; worse `lora`, `dora`, `ia3`; no difference shown none." in text
     assert "Of 3 comparisons at 95 %, about 0.15 would" in text
     assert "Best at an end of the list of rates, so that a better one may lie beyond: `ia3`." in text
-    assert rows["ia3"][4:] == ["+0.000 to +0.000", rows["lora"][5]] and rows["lora"][4] == rows["full"][5] == ""
+    assert rows["lora"][4] == rows["full"][5] == ""
+    low, high = map(float, rows["ia3"][4].split(" to "))
+    assert low == -high < -0.1, "as many are right, of others"
     low, high = map(float, rows["dora"][4].split(" to "))
     assert (low + high) / 2 == pytest.approx(-6 / 24, abs=1e-3)
     # A quarter of 24 differs, always the same way: sqrt(0.25 * 0.75 / 24) = 0.088, times 2.07, Student's t of 23. Somewhat more,
     # for the metric is a mean over classes, and draws have more of one and fewer of another.
     assert 2.07 * 0.088 < (high - low) / 2 < 1.2 * 2.07 * 0.088
     # sqrt(0.75 * 0.25 / 24) and / 100
-    assert (
-        "An accuracy of 0.750 has a standard error of 0.0884 by the 24 test pictures" in text
-        and "and of 0.043 by the 100" in text
-    )
+    assert "An accuracy of 0.750 has a standard error of 0.0884 by the 24 test pictures" in text
+    assert "and of 0.043 by the 100 validation pictures" in text
 
 
 def test_runs_that_are_there_are_not_made_again(tmp_path, calls):
