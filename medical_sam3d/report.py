@@ -7,7 +7,7 @@ import numpy as np
 
 from common.checkpoint import write_text
 from common.plots import figure, plot_text, save_figure
-from data import counted
+from common.runtime import counted
 from pages import Shown, draw_planes
 from prepared import Item
 from preparing import known_facts

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.batches import to_device
 from common.checkpoint import write_text
 from common.config import one_line
-from data import counted
+from common.runtime import counted
 from mesh_page import CaseViews, View, html_table, write_page
 from metrics import one_of
 from pages import Shown, draw_planes, draw_scores, worst_median_best

@@ -13,7 +13,7 @@ from conftest import ROOT
 from documents import tracked
 
 sys.path.insert(0, str(ROOT / "scripts"))
-from local_imports import follow_imports  # noqa: E402
+from local_imports import follow_imports, local_path  # noqa: E402
 
 COMMON = sorted((ROOT / "common").rglob("*.py"))
 TASKS = sorted({p.parent for p in [*ROOT.glob("*/train.py"), *ROOT.glob("*/*/train.py")] if "tests" not in p.parts})
@@ -121,6 +121,26 @@ def test_local_imports_have_the_form_that_export_can_follow(path):
             assert isinstance(node, ast.ImportFrom), f"{short(path)}:{node.lineno}: write from {module} import ..."
             assert node.names[0].name != "*", f"{short(path)}:{node.lineno}: a star import"
             assert all(alias.asname is None for alias in node.names), f"{short(path)}:{node.lineno}: an import under another name"
+
+
+def defined_in(path: Path) -> set[str]:
+    """The names that a module's top level makes itself."""
+    names = set()
+    for node in tree(path).body:
+        names |= {node.name} if hasattr(node, "name") else set()
+        targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+        names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+@each(SOURCES)
+def test_a_name_is_imported_from_the_module_that_makes_it(path):
+    """Else nobody guesses where it is, and the module on the way cannot be tidied."""
+    for module, node in imports(path):
+        file = local_path(module, path.parent, ROOT)
+        if file and file not in SCRIPTS:  # eval_lora.py has all that it needs from eval.py
+            strays = {alias.name for alias in node.names} - defined_in(file)
+            assert not strays, f"{short(path)}:{node.lineno}: {module} only imports {strays}"
 
 
 @each([p for p in TASK_FILES if p in SCRIPTS])
