@@ -40,12 +40,12 @@ def model_card(task: str, method: str, described: dict, best: dict, config, devi
         "",
         "| | |",
         "| --- | --- |",
-        f"| base | {spoken(base.get('name'))}, sha256 of its weights `{base.get('sha256')}` |",
+        *base_rows(base),
         f"| data | {spoken(data.get('name'))} ({data.get('format')}), sha256 `{data.get('sha256')}` |",
         f"| samples | {data.get('train')} for training, {data.get('val')} for validation |",
         *left_out,
         *("", "## Measured", "", f"On the {data.get('val')} validation samples, which also chose this epoch:", ""),
-        *metric_table(best),
+        *metric_table({key: value for key, value in best.items() if not key.startswith("train_")}),
         *("", "## Load it", "", *loading(method, str(base.get("name")), code, use)),
         *("", "## Repeat it", "", "```", command(method, config), "```"),
         *("", f"It was made with {versions} on {ran['device']}.", ""),
@@ -55,12 +55,21 @@ def model_card(task: str, method: str, described: dict, best: dict, config, devi
 
 def loading(method: str, base: str, code: str, use: str) -> list[str]:
     """Python that loads it: with the libraries alone where `code` says how, and with this project, which `use` asks."""
-    needs_base = "" if method == "full" else ', base="path/to/the/base"'
+    named = base if is_hub_name(base) else "path/to/the/base"
+    needs_base = "" if method == "full" or base == "demo" else f', base="{named}"'  # the demo's is at hand where this project is
     ours = ["```python", PREDICTOR.format(base=needs_base, use=use).strip(), "```"]
     if not code:
         return ours
-    code = code if is_hub_name(base) else code.replace(f'"{base}"', '"path/to/the/base"')
+    code = code.replace(f'"{base}"', f'"{named}"')
     return ["With the libraries alone:", "", "```python", code.strip(), "```", "", "With this project:", "", *ours]
+
+
+def base_rows(base: dict) -> list[str]:
+    """Two rows of a table: which base it is of, and whose licence holds, which no checkpoint says."""
+    name = str(base.get("name"))
+    where = f"as https://huggingface.co/{name} says it" if is_hub_name(name) else "ask whoever published it"
+    licence = "of LoRA Workshop, with which the base comes" if name == "demo" else f"of the base: {where}"
+    return [f"| base | {spoken(name)}, sha256 of its weights `{base.get('sha256')}` |", f"| licence | {licence} |"]
 
 
 def front_matter(task: str, method: str, base: str, code: str) -> list[str]:

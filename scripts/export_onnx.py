@@ -3,9 +3,10 @@
     python scripts/export_onnx.py outputs/detection/lora --output shapes.onnx
     python scripts/export_onnx.py outputs/clip/full --output dogs.onnx --int8     # and dogs.int8.onnx, measured
 
-An adapter is merged into its base in float32. Beside the file lie a .json of the same name, with all that a program needs to
-use it (preprocessing, classes or keypoints, thresholds, what its inputs are), which the file holds as metadata, too, and a .py
-of a few lines that runs it with onnxruntime, numpy and Pillow alone.
+An adapter is merged into its base in float32; where that would change its answers, it stays beside the weights in the graph, and
+"merged" in the .json says so. Beside the file lie a .json of the same name, with all that a program needs to use it
+(preprocessing, classes or keypoints, thresholds, what its inputs are), which the file holds as metadata, too, and a .py of a few
+lines that runs it with onnxruntime, numpy and Pillow alone.
 """
 
 import json
@@ -23,7 +24,7 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import Threads, UserError, cli, parse  # noqa: E402
-from task_modules import checkpoint_first, task_of  # noqa: E402
+from task_modules import checkpoint_first, is_adapter_beside, task_of  # noqa: E402
 
 OPSET = 18  # of ONNX: the first that has all that the exporter writes; onnxruntime reads it since 1.14
 MOST_BYTES = 2_000_000_000  # of one ONNX file
@@ -119,11 +120,11 @@ def export(config, folder: Path, places: list[Path]) -> None:
     graph = OnnxModel(places[0], task, config.threads, model.config if task == "voice_rvc" else None)
     about = describe(task, model, processor, origin, graph)
     write_facts(places[0], about)
-    trained, lora = load(folder, config.model, merge=False)[0], origin["method"] == "lora"
-    forms = {"adapter": trained, "merged": model, "onnx": graph} if lora else {"model": trained, "onnx": graph}
-    answers = {name: answers_from(form, each) for name, each in forms.items()}
+    forms = {"adapter" if origin["method"] == "lora" else "model": load(folder, config.model, merge=False)[0]}
+    forms |= {"merged": model} if about.get("merged") else {}
+    answers = {name: answers_from(form, each) for name, each in (forms | {"onnx": graph}).items()}
     with torch.inference_mode():
-        check(answers, batches)
+        check(answers, batches, unordered=form.unordered)
     text = example(about, Path(config.output).stem)
     write_text(places[2], text)
     say(f"{task}, opset {OPSET}, {places[0].stat().st_size / 1e6:.2f} MB")
@@ -207,6 +208,8 @@ def describe(task: str, model, processor, origin: dict, graph) -> dict:
         "inputs": graph.asks,
         "outputs": graph.gives,
     }
+    if origin["method"] == "lora":
+        about["merged"] = not is_adapter_beside(model)
     if task == "voice_rvc":
         facts, config = processor.to_json(), processor.config
         known = {key: getattr(config, key) for key in ("sample_rate", "hop", "content_width", "inter_channels", "f0")}
@@ -328,7 +331,7 @@ def measure(graphs: dict, form, batches: list, task: str, processor, data) -> di
 
     name, _ = METRICS[task]
     cost = {"milliseconds": {kind: median_time(graph, batches[0]) for kind, graph in graphs.items()}}
-    check({kind: answers_from(form, graph) for kind, graph in graphs.items()}, batches, float("inf"))
+    check({kind: answers_from(form, graph) for kind, graph in graphs.items()}, batches, float("inf"), form.unordered)
     cost[name] = {kind: score(task, graph, processor, data)[name] for kind, graph in graphs.items()}
     return cost
 

@@ -33,6 +33,7 @@ from task_modules import (  # noqa: E402
     first_batches,
     load,
     open_data,
+    orders_queries,
     place_for,
     score,
     task_of,
@@ -267,7 +268,7 @@ def main(argv=None):
         save_lora(aside, adapted, processor, about, card_of(about, f"{task}, extracted", facts, scores))
         forms = {"in memory": expected, "adapter from disk": load(aside, config.model, merge=False)[0]}
         forms["merged from disk"] = load(aside, config.model)[0]
-        check(answers_of(task, forms), first_batches(task, data), config.tolerance)
+        check(answers_of(task, forms), first_batches(task, data), config.tolerance, orders_queries(task, tuned))
     say(f"{folder_bytes(out):,} bytes, where the full fine-tune has {folder_bytes(folder):,}")
     print(out)
 

@@ -27,6 +27,7 @@ from task_modules import (  # noqa: E402
     checkpoint_first,
     is_adapter_beside,
     load,
+    orders_queries,
     place_for,
     real_batches,
     task_of,
@@ -77,7 +78,7 @@ def main(argv=None):
         if task == "voice_rvc":
             copy_index(folder, aside)
         forms = {"adapter": adapter, "merged": merged, "merged from disk": load(aside)[0]}
-        check(answers_of(task, forms), batches, config.tolerance)
+        check(answers_of(task, forms), batches, config.tolerance, orders_queries(task, merged))
     say(f"{folder_bytes(out):,} bytes, where the adapter has {folder_bytes(folder):,}")
     print(out)
 

@@ -90,9 +90,10 @@ def resizing(about: dict) -> str:
     if len(size) == 2:
         lines.append(f"picture = picture.resize(({size[1]}, {size[0]}), {way})")
     else:
-        limit = f"min({size[0]} / min(width, height), {picture.get('longest')} / max(width, height))"
-        scale = limit if picture.get("longest") else f"{size[0]} / min(width, height)"
-        lines += [f"scale = {scale}", f"picture = picture.resize((round(width * scale), round(height * scale)), {way})"]
+        short = f"min({size[0]}, {picture['longest']} * low / high)" if picture.get("longest") else f"{size[0]}"
+        lines += ["low, high = sorted(picture.size)", f"short = {short}"]
+        lines.append("sides = round(short), int(short * high / low)  # as in training: the longer one is cut off, not rounded")
+        lines.append(f"picture = picture.resize(sides if width < height else sides[::-1], {way})")
     if picture.get("crop"):
         height, width = picture["crop"]
         lines.append(f"left, top = (picture.width - {width}) // 2, (picture.height - {height}) // 2")

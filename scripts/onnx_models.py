@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from common.config import UserError
+from task_modules import orders_queries
 
 EXAMPLE_FRAMES = 10  # of the sound that a voice's graph is recorded with: so short that the decoder works in one piece
 RANDOM = ("rnd", "noise", "phase")  # a voice's inputs that stand for what is drawn at random
@@ -25,7 +26,7 @@ class Form:
     outputs: tuple[str, ...]
     moving: dict[str, dict[int, str]]  # sizes that are not fixed in the graph, by tensor: {dimension: what it is called}
     hop: int = 0  # of a voice
-    unordered: bool = False  # a detector that orders its queries by score
+    unordered: bool = False  # as of parity.check
 
 
 def pictures(model, batch) -> dict:
@@ -94,9 +95,7 @@ def form_of(task: str, model, processor, origin: dict) -> Form:
         if "height" not in Preprocess(processor, origin["image_size"]).size:
             inputs = masked_pictures
             moving = {"pixel_values": {0: "batch", 2: "height", 3: "width"}, "pixel_mask": {0: "batch", 1: "height", 2: "width"}}
-        # enc_score_head, enc_out_class_embed: the heads of a first stage, by whose scores queries are chosen.
-        two_stages = any(part.startswith("enc_") for name, _ in model.named_parameters() for part in name.split("."))
-        return Form(inputs, find, outputs, moving | dict.fromkeys(outputs, batch), unordered=two_stages)
+        return Form(inputs, find, outputs, moving | dict.fromkeys(outputs, batch), unordered=orders_queries(task, model))
     call, outputs = {
         "classification": (classify, ("logits",)),
         "clip": (embed, ("logits", "image_embeds")),
@@ -138,10 +137,9 @@ def turned(inputs: dict) -> dict:
 
 
 def answers_from(form: Form, model) -> Callable:
-    """inputs -> {output: tensor} of a task's model or an OnnxModel, in an order that rounding does not change.
+    """inputs -> {output: tensor} of a task's model or an OnnxModel, for parity.check.
 
-    Detectors of two stages order their queries by score, and of two that score alike either may come first. Scores of keypoints
-    are left out: they jump where the edge of a heatmap's cell is crossed.
+    Scores of keypoints are left out: they jump where the edge of a heatmap's cell is crossed.
     """
 
     def answers(inputs: dict) -> dict:
@@ -149,7 +147,7 @@ def answers_from(form: Form, model) -> Callable:
             found = model.run(**inputs)
         else:
             found = dict(zip(form.outputs, form.call(model, *inputs.values()), strict=True))
-        return {name: t.sort(dim=1).values if form.unordered else t for name, t in found.items() if name != "scores"}
+        return {name: t for name, t in found.items() if name != "scores"}
 
     return answers
 

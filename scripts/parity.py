@@ -1,6 +1,6 @@
 """The gate before a model leaves: each form of it (adapter, merged, read back from disk, ONNX) answers alike on real samples.
 
-    check(task, {"adapter": model, "merged": merged, "onnx": session_answers}, batches)
+    check({"adapter": answer, "merged": merged_answer, "onnx": session_answer}, batches)
 
 prints how far each is from the first, output by output, and raises UserError where one is farther than rounding explains.
 """
@@ -13,19 +13,22 @@ from common.runtime import progress_bar, say
 TOLERANCE = 1e-4  # of an output's largest number; rounding in float32 makes 1e-6 of it, more where layers are many and wide
 
 
-def check(answers: dict[str, Callable], batches: list, tolerance: float = TOLERANCE) -> list[dict]:
+def check(answers: dict[str, Callable], batches: list, tolerance: float = TOLERANCE, unordered: bool = False) -> list[dict]:
     """[{"output", "form", "difference", "largest", "share"}]: how far each form is from the first, printed as a table.
 
     answers: form -> function batch -> {output: tensor}. difference: the largest one, over all batches; largest: the largest
-    number of that output by the first form; share: their ratio. UserError where a share is above `tolerance`, where an output
-    is missing, of another shape or not finite: in one line, with the output and by how much.
+    number of that output by the first form; share: their ratio. unordered: the rows of a sample, outputs (B, rows, ...), may come
+    in any order, but a row stays one over all outputs. UserError where a share is above `tolerance`, where an output is missing,
+    of another shape or not finite: in one line, with the output and by how much.
     """
     first, *others = answers
     found = {}
     for batch in progress_bar(batches, "comparing"):
         truth = finite(answers[first](batch), first)
         for form in others:
-            compare(truth, finite(answers[form](batch), form), first, form, found)
+            other = finite(answers[form](batch), form)
+            check_shapes(truth, other, first, form)
+            compare(truth, in_order_of(truth, other) if unordered else other, form, found)
     rows = [
         {"output": output, "form": form, "difference": gap, "largest": largest, "share": gap / largest if largest else gap}
         for (output, form), (gap, largest) in found.items()
@@ -53,13 +56,32 @@ def finite(outputs: dict, form: str) -> dict:
     return outputs
 
 
-def compare(truth: dict, other: dict, first: str, form: str, found: dict) -> None:
-    """Widens found[output, form] = (largest difference, largest number) by one batch."""
+def check_shapes(truth: dict, other: dict, first: str, form: str) -> None:
+    """UserError unless both have the same outputs, of the same shapes."""
     shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (truth, other)]
     odd = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
     if odd:
         said = [each.get(odd[0], "missing") for each in shapes]
         raise UserError(f"{form} answers otherwise than {first}: {odd[0]} is {said[1]}, not {said[0]}; nothing was saved")
+
+
+def in_order_of(truth: dict, other: dict) -> dict:
+    """The rows of `other`, outputs (B, rows, k), in the order of the truth's: the pairs that are nearest to each other in sum.
+
+    How near: by the largest difference in any of the outputs, each as a share of its largest number.
+    """
+    import torch
+    from scipy.optimize import linear_sum_assignment
+
+    scales = {name: value.abs().max().clamp(min=1e-12) for name, value in truth.items()}
+    rows, others = (torch.cat([each[name] / scale for name, scale in scales.items()], dim=-1) for each in (truth, other))
+    distances = torch.cdist(rows, others, p=float("inf"))  # (B, rows, rows)
+    order = [torch.as_tensor(linear_sum_assignment(matrix)[1]) for matrix in distances]
+    return {name: torch.stack([value[i][places] for i, places in enumerate(order)]) for name, value in other.items()}
+
+
+def compare(truth: dict, other: dict, form: str, found: dict) -> None:
+    """Widens found[output, form] = (largest difference, largest number) by one batch."""
     for name, value in truth.items():
         gap, largest = found.get((name, form), (0.0, 0.0))
         if value.numel():

@@ -193,7 +193,7 @@ def is_adapter_beside(model) -> bool:
 
 def card_of(origin: dict, title: str, facts: dict[str, str], measured: dict[str, float] | None = None) -> str:
     """A model card for what a script made of a checkpoint: what it is (facts), its metric by form, and how it is loaded."""
-    from common.card import ON_A_PICTURE, front_matter, loading, spoken
+    from common.card import ON_A_PICTURE, base_rows, front_matter, loading, spoken
 
     enter_task(origin["task"])
     base = origin["base"]["name"]
@@ -206,7 +206,7 @@ def card_of(origin: dict, title: str, facts: dict[str, str], measured: dict[str,
 
         how = {"code": plain_code(origin), "use": ON_A_PICTURE}
     lines = [*front_matter(origin["task"], origin["method"], base, how["code"]), f"# {title}", "", "| | |", "| --- | --- |"]
-    lines += [f"| base | {spoken(base)}, sha256 of its weights `{origin['base']['sha256']}` |"]
+    lines += base_rows(origin["base"])
     lines += [f"| {key} | {spoken(value)} |" for key, value in facts.items()]
     if measured:
         lines += ["", "## Measured", "", f"| model | {METRICS[origin['task']][0]} |", "| --- | ---: |"]
@@ -248,8 +248,8 @@ def outputs(task: str, model, batch) -> dict:
     """{name: tensor} of what a model in eval mode says of a batch, before it is turned into boxes, sounds or meshes.
 
     The same for the same weights: nothing in it is drawn at random. Images: logits (B, K). Detection: logits (B, Q, K) and
-    pred_boxes (B, Q, 4), in order of size where the model chooses and orders its queries itself. Pose: keypoints (B, K, 2) and
-    heatmaps (B, K, h, w). Voice: wave, the samples of all clips in one row. Medical: sdf, deform and weights of M cubes.
+    pred_boxes (B, Q, 4); their order, see orders_queries. Pose: keypoints (B, K, 2) and heatmaps (B, K, h, w). Voice: wave, the
+    samples of all clips in one row. Medical: sdf, deform and weights of M cubes.
     """
     import torch
 
@@ -260,7 +260,8 @@ def outputs(task: str, model, batch) -> dict:
         if task in ("classification", "clip"):
             return {"logits": model(pixel_values=batch["pixel_values"]).logits}
         if task == "detection":
-            return boxes_of(model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"]))
+            found = model(pixel_values=batch["pixel_values"], pixel_mask=batch["pixel_mask"])
+            return {"logits": found.logits, "pred_boxes": found.pred_boxes}
         if task == "pose":
             coords, _, heatmaps = model(batch["pixel_values"])  # scores are left out: they jump where a cell's edge is crossed
             return {"keypoints": coords} | ({} if heatmaps is None else {"heatmaps": heatmaps})
@@ -277,11 +278,10 @@ def answers_of(task: str, models: dict) -> dict:
     return {name: partial(outputs, task, model) for name, model in models.items()}
 
 
-def boxes_of(found) -> dict:
-    """Logits and boxes of a DETR-family model's output, in an order that rounding does not change.
+def orders_queries(task: str, model) -> bool:
+    """Whether it is a detector of two stages, which orders its queries by the score that the first (enc_score_head ...) gives.
 
-    Those with two stages order their queries by score, and of two that score alike either may come first.
+    Of two that score alike rounding says which comes first, so the rows of two models are compared in any order.
     """
-    chosen = any(key.startswith("enc_") and value is not None for key, value in found.items())
-    parts = {"logits": found.logits, "pred_boxes": found.pred_boxes}
-    return {name: part.sort(dim=1).values for name, part in parts.items()} if chosen else parts
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    return task == "detection" and any(part.startswith("enc_") for part in parts)

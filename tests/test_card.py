@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 
-from common.card import command
+from common.card import base_rows, command, loading
 from common.config import LoraTrainConfig, parse, setting
 
 
@@ -38,3 +38,13 @@ def test_patterns_and_odd_words_reach_the_script_as_they_are():
 def test_places_of_one_machine_are_not_told():
     run, again = repeated("--data_dir", "/home/me/dogs", "--output_dir", "/home/me/out", "--threads", "2", "--save_steps", "7")
     assert again == dataclasses.replace(run, data_dir="path/to/dogs", output_dir="", threads=0, save_steps=0)
+
+
+def test_a_card_says_whose_licence_holds_and_where_the_base_is_taken_from():
+    for name, licence, code in (
+        ("owner/base", "https://huggingface.co/owner/base", 'folder", base="owner/base")'),
+        ("demo", "of LoRA Workshop", 'folder")'),
+        ("/home/me/base", "ask whoever published it", 'folder", base="path/to/the/base")'),
+    ):
+        text = "\n".join([*base_rows({"name": name, "sha256": "0"}), *loading("lora", name, f'from_pretrained("{name}")', "")])
+        assert licence in text and code in text and "/home" not in text

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -106,10 +107,14 @@ def check_answers(task, folders):
             assert list(ask(lambda name: asked(task, shared, model=name), jobs)) == [alone[name] for name in jobs]
     assert all(torch.equal(before[key], t) for key, t in shared.base[0].state_dict().items())
     check_memory(shared, folders)
-    beside = of_task.Predictor(folders["head"], device="cpu", merge=False)
-    beside.add(folders["narrow"], "narrow")
-    expected = asked(task, of_task.Predictor(folders["narrow"], device="cpu", merge=False))
-    assert asked(task, beside, model="narrow") == expected and asked(task, beside) == alone["head"]
+    beside = of_task.Predictor(folders["narrow"], device="cpu", merge=False)
+    own, expected = [weakref.ref(tensor) for tensor in beside.model.parameters()], asked(task, beside)
+    with ThreadPoolExecutor(2) as pool:
+        answers = pool.submit(lambda: [asked(task, beside) for _ in range(2)])
+        pool.submit(beside.add, folders["head"], "head").result()
+        assert answers.result() == [expected] * 2
+    assert asked(task, beside, model="head") == alone["head"] and asked(task, beside) == expected
+    assert not any(tensor() is not None for tensor in own)  # the first one's copy of the base is gone, not only unused
 
 
 def check_memory(shared, folders):
@@ -137,21 +142,30 @@ def check_refusals(task, folders, scratch):
 
     shared = Predictor(folders[""], device="cpu")
     first = asked(task, shared)
+    moved = folders[""].rename(scratch / "moved")  # from which it is read again when a second one comes
+    with pytest.raises(UserError, match="there is no folder"):
+        shared.add(folders["narrow"], "b")
+    assert asked(task, shared) == first
+    moved.rename(folders[""])
     whole = variant("whole", "model.safetensors", method="full")
     for wrong, name, told in (
         (whole, "b", f"{whole} is a whole model: only adapters share a base; make a Predictor of its own"),
         (variant("other", base={"name": "some/base", "sha256": "0"}), "b", r"adapter for another base \(some/base, not demo\)"),
         (variant("weather", task="weather"), "b", "is a checkpoint of weather"),
-        (folders["narrow"], "", "the name '' is taken"),
+        (folders["narrow"], "", "the name '' is taken, or none"),
+        (folders["narrow"], ["b"], "each adapter needs one of its own"),
+        (variant("labels", classes=["one"]), "b", "does not fit this base: .*classifier.weight"),
         (scratch / "nowhere", "b", "there is no folder"),
     ):
         with pytest.raises(UserError, match=told):
             shared.add(wrong, name)
-    with pytest.raises(UserError, match="there is no model 'b'; added were: none"):
-        asked(task, shared, model="b")
-    shared.add(folders["narrow"], "b")
-    with pytest.raises(UserError, match="the name 'b' is taken"):
-        shared.add(folders["head"], "b")
+    for name in ("b", ["b"], None):
+        with pytest.raises(UserError, match="there is no model .*; added were: none"):
+            asked(task, shared, model=name)
+    with ThreadPoolExecutor(2) as pool:  # of two who want one name at once, one gets it
+        jobs = [pool.submit(shared.add, folders[which], "b") for which in ("narrow", "head")]
+        refused = [str(job.exception()) for job in jobs if job.exception()]
+    assert len(refused) == 1 and "the name 'b' is taken" in refused[0]
     assert asked(task, shared) == first
 
 

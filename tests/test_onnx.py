@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import soundfile
@@ -94,12 +95,31 @@ def test_the_file_itself_says_what_a_program_needs(task):
     found, origin = exported(task), read(trained(task, "lora").best / "origin.json")
     inside = {key: json.loads(text) for key, text in found.session.get_modelmeta().custom_metadata_map.items()}
     assert inside == found.about
-    assert inside["task"] == task.name and inside["method"] == "lora" and inside["base"] == origin["base"]
+    assert inside["task"] == task.name and inside["method"] == "lora" and inside["base"] == origin["base"] and inside["merged"]
     assert inside["inputs"] == {each.name: each.shape for each in found.session.get_inputs()}
     if task.name in ("classification", "detection", "clip"):
         assert inside["classes"] == origin["classes"]
     if task.name == "detection":
         assert inside["threshold"] == origin.get("threshold", 0.5)
+
+
+def test_an_adapter_that_stays_beside_the_weights_is_not_called_merged(tmp_path):
+    task, out = TASKS["classification"], tmp_path / "beside.onnx"
+    words = list(map(str, flags(task, out)))
+
+    def run():
+        sys.path.append(str(SCRIPTS))
+        import export_onnx
+        from common import peft_adapters
+
+        peft_adapters.keeps_answers = lambda *_: False  # as where a layer computes with another weight than it holds
+        export_onnx.main(words)
+
+    said = in_task(task, run)
+    assert "logits, onnx" in said and "logits, merged" not in said
+    assert read(out.with_suffix(".json"))["merged"] is False
+    names = [each.name for each in onnx.load(str(out)).graph.initializer]
+    assert any("lora_A" in name for name in names)
 
 
 @pytest.mark.parametrize("task", chosen(*MEASURED), ids=str)
@@ -161,6 +181,60 @@ def test_the_lines_beside_a_graph_say_of_a_picture_what_the_project_says(task, t
         np.testing.assert_allclose([float(value) for value in line[1:]], row[1:], atol=tolerance)
 
 
+def save_detr(folder, data) -> None:
+    """A DETR as facebook's is, small and random, which takes pictures of any size, as a full run on this data leaves it."""
+    import torch
+    import transformers
+
+    import model as of_task
+    from common.saved_models import save_model
+
+    torch.manual_seed(0)
+    backbone = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    small = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 8, "use_timm_backbone": False}
+    detr = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=backbone, **small)).eval()
+    classes = [each["name"] for each in read(data / "annotations" / "instances_val.json")["categories"]]
+    detr = of_task.with_class_head(detr, classes)
+    for parameter in detr.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)  # queries that differ
+    config = SimpleNamespace(data_dir=str(data), batch_size=4, seed=0, image_size=0, data_format="coco")
+    origin = of_task.origin("full", detr, {"name": "some/detr", "sha256": "0"}, config)
+    processor = transformers.DetrImageProcessor(size={"shortest_edge": 60, "longest_edge": 80})
+    save_model(folder, detr, processor, origin)
+
+
+@pytest.mark.slow
+def test_a_detector_that_takes_any_size_has_a_mask_and_finds_by_the_lines_what_it_finds_here(tmp_path):
+    task, data, out = TASKS["detection"], small_data(TASKS["detection"]), tmp_path / "any.onnx"
+    photos = [tmp_path / f"{width}.png" for width in (151, 70)]
+    source = Image.open(min((data / "val").rglob("*.png"))).convert("RGB")
+    for photo, size in zip(photos, ((151, 110), (70, 107)), strict=True):  # lying and standing, longer than it may be or not
+        source.resize(size).save(photo)
+
+    def run():
+        sys.path.append(str(SCRIPTS))
+        import export_onnx
+
+        save_detr(tmp_path / "best", data)
+        export_onnx.main([str(tmp_path / "best"), "--output", str(out)])
+        from predictor import Predictor
+
+        print("\n" + json.dumps(Predictor(tmp_path / "best", device="cpu").predict_batch(photos, threshold=0.0, nms=1)))
+
+    expected = json.loads(in_task(task, run).splitlines()[-1])
+    about = read(out.with_suffix(".json"))
+    assert about["inputs"]["pixel_values"] == ["batch", 3, "height", "width"] and "pixel_mask" in about["inputs"]
+    out.with_suffix(".json").write_text(json.dumps(about | {"threshold": 0}))
+    for photo, found in zip(photos, expected, strict=True):
+        said = max((line.split() for line in by_lines(out, photo)), key=lambda line: float(line[1]))
+        assert said[0] == found[0]["class"]
+        np.testing.assert_allclose([float(value) for value in said[1:]], [found[0]["score"], *found[0]["box"]], atol=1.0)
+
+
 def voice_of(checkpoint, folder):
     """The wave that the model itself makes of the files and the numbers that the lines beside its graph use."""
     import torch
@@ -206,6 +280,7 @@ def test_the_lines_beside_a_voice_make_the_sound_that_the_model_makes(tmp_path):
 def test_a_graph_that_answers_otherwise_leaves_no_file(tmp_path):
     task = TASKS["classification"]
     out = tmp_path / "new" / "model.onnx"
+    words = list(map(str, flags(task, out)))
 
     def run():
         sys.path.append(str(SCRIPTS))
@@ -224,7 +299,7 @@ def test_a_graph_that_answers_otherwise_leaves_no_file(tmp_path):
 
         export_onnx.record = record
         with pytest.raises(export_onnx.UserError, match="onnx answers otherwise than .*logits"):
-            export_onnx.main(list(map(str, flags(task, out))))
+            export_onnx.main(words)
 
     in_task(task, run)
     assert not list(out.parent.iterdir())
