@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from common.config import UserError
+from common.runtime import counted
 from common.samples import Faults, read_text, readable
 
 LARGEST_LIST = 2**24  # bytes; some 200,000 paths
@@ -24,6 +25,7 @@ class Exclusions:
         self.entries = {listed_place(self.root / line): line for line in read_list(file)} if file else {}
         self.found = set()  # places that were some sample's
         self.told = set()  # paths that faults knows of
+        self.kept = 0  # samples that are not listed
 
     def __contains__(self, path) -> bool:
         """Whether a file, or a folder that it lies in, is listed."""
@@ -44,10 +46,17 @@ class Exclusions:
             elif path not in self.told:
                 self.told.add(path)
                 faults.add(f"excluded by {self.name}", readable(os.path.relpath(path, self.root)))
+        self.kept += len(kept)
         return kept
 
     def note_strangers(self, faults: Faults) -> None:
-        """Notes the lines that stood for no sample: a slip of the pen, or the list of other data."""
+        """Notes the lines that stood for no sample: a slip of the pen, or the list of other data.
+
+        UserError where none of the samples that went through leave_out was kept.
+        """
+        if self.told and not self.kept:
+            every = len(self.told)
+            raise UserError(f"--exclude: {self.name} lists {every} of the {counted(every, 'file')} there: nothing is left to use")
         for place, line in self.entries.items():
             if place not in self.found:
                 faults.note(f"line of {self.name} that is no sample of this data", line[:200])

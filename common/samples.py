@@ -59,6 +59,10 @@ class Faults:
     def counts(self) -> dict[str, int]:
         return {fault: len(places) for fault, places in sorted(self.found.items())}
 
+    def reason(self) -> str:
+        """What an error that nothing is left goes on with: the fault, where all have the same one; else nothing."""
+        return f", all for one reason: {next(iter(self.found))}" if len(self.found) == 1 else ""
+
     def report(self) -> None:
         for what, table in (("left out", self.found), ("note", self.notes)):
             for fault, places in sorted(table.items()):

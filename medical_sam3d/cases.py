@@ -82,8 +82,8 @@ def find_cases(folder, faults: Faults, organs: str = "", excluded: Exclusions | 
     note_missing_organs(found, cases, faults)
     cases = choose_organs(cases, organs)
     if not cases:
-        alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
-        alike = f"; names do not say which mask is of which image: expected {LAYOUTS}" if MASK_ALONE in faults.found else alike
+        unclear = f"; names do not say which mask is of which image: expected {LAYOUTS}"
+        alike = unclear if MASK_ALONE in faults.found else faults.reason()
         raise UserError(f"--data_dir {folder}: none of its {counted(len(found), 'case')} can be used{alike}")
     patients = len({case.patient for case in cases})
     many = f"{counted(len(cases), 'case')} of {counted(patients, 'patient')}"

@@ -57,10 +57,15 @@ def test_a_line_is_a_file_or_a_folder_and_all_else_stays(tmp_path):
 
 
 def test_lines_that_stand_for_nothing_are_said(tmp_path):
-    left, faults = kept(tmp_path, "a.jpg\nb.jpg\n/etc/passwd\n../../x\n" + "y" * 5000 + "\n", "b.jpg")
-    assert left == [] and faults.counts() == {"excluded by bad.txt": 1}
+    left, faults = kept(tmp_path, "a.jpg\nb.jpg\n/etc/passwd\n../../x\n" + "y" * 5000 + "\n", "b.jpg", "c.jpg")
+    assert left == ["c.jpg"] and faults.counts() == {"excluded by bad.txt": 1}
     (strangers,) = faults.notes.values()
     assert strangers == ["a.jpg", "/etc/passwd", "../../x", "y" * 200]
+
+
+def test_a_list_of_all_there_is_is_said_to_be_one(tmp_path):
+    with pytest.raises(UserError, match="^--exclude: bad.txt lists 2 of the 2 files there: nothing is left to use$"):
+        kept(tmp_path, "a.jpg\nb.jpg\n", "a.jpg", "b.jpg")
 
 
 def test_a_figure_more_in_a_picture_is_no_picture_more(tmp_path):

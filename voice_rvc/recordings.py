@@ -58,8 +58,7 @@ def find_recordings(
     every = [Recording(*facts) for facts in zip(files, names, rows, splits, strict=True)]
     found = one_of_each_sound(*read_all(every, faults), faults)
     if not found:
-        alike = f", all for one reason: {next(iter(faults.found))}" if len(faults.found) == 1 else ""
-        raise UserError(f"--data_dir {data_dir}: none of its {counted(len(every), 'recording')} can be used{alike}")
+        raise UserError(f"--data_dir {data_dir}: none of its {counted(len(every), 'recording')} can be used{faults.reason()}")
     minutes = sum(recording.seconds for recording in found) / 60
     many = "one voice" if len(voices) == 1 else f"{len(voices)} voices: {', '.join(voices)}"
     say(f"recordings: {len(found)}, {minutes:.1f} minutes, of {many}")

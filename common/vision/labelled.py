@@ -107,7 +107,7 @@ def load_pictures(
     load = partial(load_resized, preprocess)
     good, cache = check_files(samples, picture_reader(), measure, load, faults, cache_bytes, f"{text} pictures", whole)
     if not good:
-        raise UserError(f"the {text} data has no picture that can be used")
+        raise UserError(f"the {text} data has no picture that can be used{faults.reason()}")
     return [samples[number] for number in good], cache
 
 

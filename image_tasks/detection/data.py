@@ -272,7 +272,8 @@ def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Fa
     if outside + beyond > max(2, every / 5):
         say(f"{outside + beyond} of {every} {split} boxes reach beyond their pictures: are they {BOX_FORMATS}?")
     if not samples:
-        raise UserError(f"{'--input' if split == 'input' else f'the {split} split'} has no picture that can be used")
+        where = "--input" if split == "input" else f"the {split} split"
+        raise UserError(f"{where} has no picture that can be used{faults.reason()}")
     if tiny:
         size = " x ".join(str(side) for side in preprocess.size.values())
         say(

@@ -388,7 +388,8 @@ def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Fa
             "expected pixels of just these pictures, or fractions from 0 to 1"
         )
     if not samples:
-        raise UserError(f"{'--input' if split == 'input' else f'the {split} split'} has no figure that can be used")
+        where = "--input" if split == "input" else f"the {split} split"
+        raise UserError(f"{where} has no figure that can be used{faults.reason()}")
     return samples, cache
 
 
