@@ -1,14 +1,16 @@
 """Device, precision and processes; what is printed; what the machine gives; signals that stop a run."""
 
+import importlib
 import io
 import os
 import platform
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager, redirect_stdout, suppress
 
-from common.config import VERSION, UserError
+from common.config import VERSION, UserError, one_line
 
 EVERY = 30  # seconds between two lines of progress, where there is no terminal
 
@@ -229,6 +231,28 @@ def peak_memory(device) -> dict:
 
         cpu = psutil.Process().memory_info().peak_wset
     return {"cpu": cpu, "gpu": torch.cuda.max_memory_allocated() if device.type == "cuda" else None}
+
+
+def import_fault(module: str, pip: str = "") -> str:
+    """Why a package that few need cannot be imported, to go on after "needs"; "" where it can. pip: what installs it.
+
+    Tried, not looked up: one that is there may lack another, or its library may not fit this machine.
+    """
+    package = module.partition(".")[0]
+    name = package.replace("_", "-")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name in (module, package):
+            return f"{name}, which is not installed: pip install {pip or name}"
+        lacking = '"setuptools<81"' if error.name == "pkg_resources" else error.name
+        return f"{name}, and that {error.name}, which is not installed: pip install {lacking}"
+    except Exception as error:  # whatever a broken package raises
+        fault = f"{type(error).__name__}: {one_line(error)[:150]}"
+        return f"{name}, which is broken here ({fault}): pip install --force-reinstall {pip or name}"
+    return ""
 
 
 def versions_of(*packages: str) -> dict[str, str | None]:

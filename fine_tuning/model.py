@@ -13,7 +13,7 @@ from common.bases import base_source, describe_base, load_pretrained
 from common.config import UserError
 from common.lora import is_within
 from common.lora_targets import choose_targets
-from common.runtime import quiet, say
+from common.runtime import import_fault, quiet, say
 from common.saved_models import TRAINED_PART, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture, trained_shape
 
@@ -266,12 +266,9 @@ def quantized(model: ClipClassifier, quantize: str, device, method: str = "lora"
         return model
     if method not in ("lora", "dora", "rslora"):
         raise UserError(f"--quantize 4bit goes with --peft_method lora, dora and rslora, not with {method}")
-    try:
-        bnb = importlib.import_module("bitsandbytes.nn")  # not in requirements.txt: it is of use on a GPU alone
-    except ImportError:
-        raise UserError(
-            "--quantize 4bit needs the package bitsandbytes: pip install bitsandbytes; or leave --quantize out"
-        ) from None
+    if fault := import_fault("bitsandbytes.nn"):  # not in requirements.txt: it is of use on a GPU alone
+        raise UserError(f"--quantize 4bit needs {fault}; or leave --quantize out")
+    bnb = importlib.import_module("bitsandbytes.nn")
     if torch.device(device).type != "cuda":
         raise UserError(f"--quantize 4bit needs an NVIDIA GPU, and this run is on {device}; leave --quantize out")
     for name, layer in list(model.tower.named_modules()):

@@ -25,10 +25,10 @@ ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_di
 sys.path.insert(0, str(ROOT))
 
 from common.config import Count, Range, UserError, cli, parse, project_root  # noqa: E402
-from common.runtime import counted  # noqa: E402
+from common.runtime import counted, import_fault  # noqa: E402
 from task_modules import FOLDERS  # noqa: E402
 
-MISSING = 'the page needs gradio, which is not installed: pip install "gradio>=6,<7"'
+GRADIO = '"gradio>=6,<7"'
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".aac", ".webm")
 VOLUMES = (".nii", ".nii.gz")
@@ -286,10 +286,10 @@ def main(argv=None):
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "uploads")
     desk = Desk(config, folder)
     try:
-        try:
-            import gradio
-        except ImportError:
-            raise UserError(MISSING) from None
+        if fault := import_fault("gradio", GRADIO):
+            raise UserError(f"the page needs {fault}")
+        import gradio
+
         runs, faults = find_runs(desk.runs_dir)
         for fault in faults:
             print(f"left out: {fault}")

@@ -591,7 +591,7 @@ def test_four_bits_need_bitsandbytes_and_a_gpu(monkeypatch):
     for name in ("bitsandbytes", "bitsandbytes.nn"):
         monkeypatch.setitem(sys.modules, name, None)  # not installed
     assert quantized(model, "none", "cpu") is model
-    with pytest.raises(UserError, match="--quantize 4bit needs the package bitsandbytes: pip install bitsandbytes") as caught:
+    with pytest.raises(UserError, match="4bit needs bitsandbytes, which is not installed: pip install bitsandbytes") as caught:
         quantized(model, "4bit", "cpu")
     one_line(caught)
     for name in ("bitsandbytes", "bitsandbytes.nn"):

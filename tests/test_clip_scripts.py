@@ -273,7 +273,7 @@ def test_training_errors_are_one_line_and_exit_code_two(tmp_path):
             return one_line(call(ROW, script, *data, *args, expect=2))
 
     told = fails("train_lora.py", "--quantize", "4bit")
-    assert "--quantize 4bit needs the package bitsandbytes: pip install bitsandbytes" in told
+    assert "--quantize 4bit needs bitsandbytes, which is not installed: pip install bitsandbytes" in told
     assert "--prompts: every sentence needs {label}" in fails("train.py", "--prompts", "a photo of a dog")
     odd = tmp_path / "odd"
     odd.mkdir()

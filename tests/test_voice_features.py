@@ -119,6 +119,20 @@ def test_a_tracker_that_is_not_there_is_named(monkeypatch):
         choose_f0("rmvpe")
 
 
+def test_a_pitch_tracker_that_is_broken_is_not_called_missing(monkeypatch, tmp_path, capsys):
+    (tmp_path / "broken_tracker.py").write_text("raise OSError('libgomp.so.1: cannot open\\nshared object file')")
+    (tmp_path / "half_a_tracker.py").write_text("import no_such_part")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(__import__("f0").PACKAGES, "swift", "broken_tracker")
+    monkeypatch.setitem(__import__("f0").PACKAGES, "crepe", "half_a_tracker")
+    with pytest.raises(UserError, match=r"broken-tracker, which is broken here \(OSError: libgomp.so.1: cannot open shared"):
+        choose_f0("swift")
+    with pytest.raises(UserError, match="needs half-a-tracker, and that no_such_part, which is not installed: pip"):
+        choose_f0("crepe")
+    assert choose_f0("auto") == choose_f0("auto") != "swift"
+    assert capsys.readouterr().out.count("goes without swift, which needs broken-tracker, which is broken here") == 1
+
+
 def test_coarse_pitch_counts_as_the_pitch_embedding_does():
     mel = 1127 * np.log(1 + np.array([50, 220, 1100]) / 700)
     steps = np.rint(1 + 254 * (mel - mel[0]) / (mel[2] - mel[0]))

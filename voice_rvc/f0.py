@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 
 from common.config import UserError
+from common.runtime import import_fault, say
 from compiled import from_librosa
 
 RATE_16K = 16000  # Hz: what pitch trackers and content models hear
@@ -46,24 +47,33 @@ def package_of(method: str):
 
 
 def is_there(method: str) -> bool:
-    """Whether a method's package can be imported: tried, not looked up, since pyworld fails where setuptools is new."""
-    try:
-        return package_of(method) is not None
-    except Exception:
-        return False
+    """Whether a method can be used."""
+    return not import_fault(PACKAGES[method])
 
 
 def choose_f0(name: str) -> str:
-    """The method to use: name itself, or for "auto" the best that is there. UserError where its package cannot be imported."""
+    """The method to use: name itself, or for "auto" the best that is there. UserError where its package cannot be imported.
+
+    Of a better one that "auto" passes over because its package is broken it is said why; one that nobody installed is no news.
+    """
     if name == "auto":
-        return next(method for method in BEST_FIRST if is_there(method))
+        for method in BEST_FIRST:
+            reason = import_fault(PACKAGES[method])
+            if not reason:
+                return method
+            if not reason.startswith(f"{PACKAGES[method].replace('_', '-')}, which is not installed"):
+                say_once(f"--f0_method auto goes without {method}, which needs {reason}")
+        raise UserError(f"--f0_method auto: none can be used; {method} needs {reason}")
     if name not in PACKAGES:
         raise UserError(f"--f0_method {name}: there is {', '.join(F0_METHODS)}")
-    if not is_there(name):
-        package = PACKAGES[name].replace("_", "-")
-        more = ' "setuptools<81"' if package == "pyworld" else ""
-        raise UserError(f"--f0_method {name} needs {package}, which is not there: pip install {package}{more}, or take auto")
+    if reason := import_fault(PACKAGES[name]):
+        raise UserError(f"--f0_method {name} needs {reason}, or take auto")
     return name
+
+
+@cache
+def say_once(text: str) -> None:
+    say(text)
 
 
 def extract_f0(wave: np.ndarray, method: str, low: float = F0_LOW, high: float = F0_HIGH, loudest: float | None = None):
