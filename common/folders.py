@@ -273,6 +273,15 @@ def check_data_dir(named: str, origin: dict) -> None:
         raise UserError(f"--data_dir: there is no folder (or CSV file) {place}{why}")
 
 
+def check_place(flag: str, folder: Path) -> None:
+    """UserError, before any work is done for it, where a folder is not there and cannot be made, or cannot be written to."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{flag}: {there} is a file, and a folder is wanted there")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: nothing may be written to the folder {there}; choose another")
+
+
 def eval_places(config) -> tuple[Path, Path]:
     """(file of the numbers, folder of reports and pictures) for an evaluation: below --output_dir, or in the run's folder."""
     checkpoint = Path(config.checkpoint).expanduser()

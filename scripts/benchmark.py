@@ -38,6 +38,7 @@ from benchmark_tasks import (  # noqa: E402
     write_adapter_of,
 )
 from common.config import BatchSizeOrZero, Count, UserError, cli, parse  # noqa: E402
+from common.folders import check_place  # noqa: E402
 
 MEASURED = "<!-- measured: begin -->"  # where the tables go
 MEASURED_END = "<!-- measured: end -->"
@@ -400,19 +401,26 @@ def more_tables(named: list[tuple[str, dict]]) -> list[str]:
     return blocks
 
 
-def write_page(page: Path, made: str) -> None:
+def around_tables(page: Path) -> tuple[str, str]:
+    """(what stands above the tables of a page, what below). UserError where it has no place for them, or cannot be written."""
+    check_place("--page", page.parent)
     text = page.read_text(encoding="utf-8") if page.is_file() else f"{MEASURED}\n{MEASURED_END}\n"
     if text.count(MEASURED) != 1 or text.count(MEASURED_END) != 1:
         raise UserError(f"{page} has no place for the tables: it needs the lines {MEASURED} and {MEASURED_END}")
-    head, rest = text.split(MEASURED)
-    page.write_text(f"{head}{MEASURED}\n{made}\n{MEASURED_END}{rest.split(MEASURED_END)[1]}", encoding="utf-8")
+    return text.split(MEASURED)[0], text.split(MEASURED_END)[1]
+
+
+def write_page(page: Path, made: str) -> None:
+    above, below = around_tables(page)
+    page.write_text(f"{above}{MEASURED}\n{made}\n{MEASURED_END}{below}", encoding="utf-8")
 
 
 def main(argv=None):
     config = parse(BenchmarkConfig, argv)
     if config.job:
         return work(json.loads(config.job))
-    file, rows = Path(config.json).expanduser(), []
+    file, page, rows = Path(config.json).expanduser(), Path(config.page).expanduser(), []
+    around_tables(page)
     file.parent.mkdir(parents=True, exist_ok=True)
     for row in measure_all(config):
         rows.append(row)
@@ -425,7 +433,7 @@ def main(argv=None):
         f"and alpha are the scripts' own, dropout is 0; last blocks: {LAST_K['real']} (demo: {LAST_K['demo']}). torch "
         f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}."
     )
-    write_page(Path(config.page).expanduser(), made)
+    write_page(page, made)
     print(f"{made}\nsaved in {config.page} and {file}")
 
 

@@ -61,8 +61,11 @@ def main(argv=None):
     if not folder.exists():
         raise UserError(f"there is no folder (or CSV file) {folder}")
     for place in (config.report, config.quarantine, config.pictures):
-        if place and not Path(place).expanduser().absolute().parent.is_dir():
-            raise UserError(f"there is no folder {Path(place).expanduser().absolute().parent} to write {place} into")
+        path = Path(place).expanduser().absolute()
+        if place and not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent} to write {place} into")
+        if place and path.is_dir():
+            raise UserError(f"{place} is a folder: name a file to write")
     task = recognise(folder) if config.task == "auto" else config.task
     enter_task(task)
     findings = check(task, folder, config)

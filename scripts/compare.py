@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.checkpoint import read_json, write_json, write_text  # noqa: E402
 from common.config import UserError, cli, project_root  # noqa: E402
+from common.folders import check_place  # noqa: E402
 from compare_runs import (  # noqa: E402
     differences,
     facts,
@@ -389,6 +390,10 @@ def main(argv=None):
         raise UserError("--train needs --task or --all, which say what to train")
     if (args.sweep_lr or args.data_dir) and not args.train:
         raise UserError("--sweep_lr and --data_dir say how to train: give --train, too")
+    if output_dir:
+        check_place("--output_dir", output_dir)
+    if args.results:
+        check_place("--results", args.results.expanduser().parent)
     if args.train:
         from task_modules import FOLDERS
 

@@ -126,14 +126,18 @@ def by_value(full: dict, lora: dict, record: dict) -> dict:
 
 def show_disagreements(config: DisagreementsConfig) -> Path:
     """Writes disagreements.json and what it names; the folder of them. This process is the runs' task's from then on."""
+    from common.folders import check_data_dir, check_place
+
     runs = {method: Path(getattr(config, method)).expanduser().absolute() for method in LABELS}
     found = {method: task_of(run) for method, run in runs.items()}
     task, other = (origin["task"] for _, origin in found.values())
     if task != other:
         raise UserError(f"{runs['full']} is of {task} and {runs['lora']} of {other}: they have no sample in common")
+    folder = Path(config.output_dir).expanduser() if config.output_dir else runs["full"].parent / "compare"
+    check_place("--output_dir", folder)
+    check_data_dir(config.data_dir, found["full"][1])
     split, records = same_samples(runs, config.split, METRICS[task][0])
     chosen = most_different(records, config.most)
-    folder = Path(config.output_dir).expanduser() if config.output_dir else runs["full"].parent / "compare"
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("disagreement_*"):  # of a call before
         shutil.rmtree(path) if path.is_dir() else path.unlink()

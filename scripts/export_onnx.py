@@ -1,7 +1,7 @@
 """Writes a finished run as an ONNX file, compares it with the model on real samples, and only then gives it its name.
 
-    python scripts/export_onnx.py outputs/detection/lora --output shapes.onnx
-    python scripts/export_onnx.py outputs/clip/full --output dogs.onnx --int8     # and dogs.int8.onnx, measured
+    python scripts/export_onnx.py outputs/detection/lora --output outputs/shapes.onnx
+    python scripts/export_onnx.py outputs/clip/full --output outputs/dogs.onnx --int8     # and dogs.int8.onnx, measured
 
 An adapter is merged into its base in float32; where that would change its answers, it stays beside the weights in the graph, and
 "merged" in the .json says so. Beside the file lie a .json of the same name, with all that a program needs to use it
@@ -53,12 +53,16 @@ class ExportConfig:
 
 
 def main(argv=None):
+    from common.folders import check_data_dir
+
     config = parse(ExportConfig, checkpoint_first(argv))
     files = output_files(config)
     needs("onnx", "onnxruntime")
     folder, origin = task_of(config.checkpoint)
     if reason := CANNOT.get(origin["task"]):
         raise UserError(f"{origin['task']}: {reason}")
+    check_data_dir(config.data_dir, origin)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{files[0].name}.", dir=files[0].parent) as aside:
         places = [Path(aside) / file.name for file in files]
         export(config, folder, places)
@@ -70,6 +74,8 @@ def main(argv=None):
 
 def output_files(config) -> list[Path]:
     """The files to be written: .onnx, .json and .py, with --int8 a second .onnx and .json. UserError where one is there."""
+    from common.folders import check_place
+
     if not config.checkpoint or not config.output:
         raise UserError("name a run and a file: python scripts/export_onnx.py outputs/<task>/lora --output model.onnx")
     out = Path(config.output).expanduser()
@@ -81,10 +87,7 @@ def output_files(config) -> list[Path]:
     for file in files:
         if file.is_dir() or (file.exists() and not config.overwrite):
             raise UserError(f"{file} is there already" + ("" if file.is_dir() else "; --overwrite replaces it"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {out}: {error}") from None
+    check_place("--output", out.parent)
     return files
 
 

@@ -227,6 +227,7 @@ def main(argv=None):
         raise UserError("name a full run: python scripts/extract_lora.py outputs/<task>/full")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import atomic_folder, folder_bytes
+    from common.folders import check_data_dir
     from common.runtime import say
     from common.saved_models import save_lora
     from low_rank import deltas
@@ -236,6 +237,7 @@ def main(argv=None):
         raise UserError(f"{folder} is no full fine-tune but of the method {origin['method']}: there is nothing to extract")
     ending = f"e{config.energy:g}" if config.energy else f"r{config.rank}"
     out, task = place_for(config.output_dir, folder, ending, config.overwrite), origin["task"]
+    check_data_dir(config.data_dir, origin)
     tuned, processor, origin = load(folder)
     base, whole = base_below(folder, origin, tuned, config.model)
 

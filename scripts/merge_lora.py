@@ -58,6 +58,7 @@ def main(argv=None):
         raise UserError("name a LoRA run: python scripts/merge_lora.py outputs/<task>/lora")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import atomic_folder, folder_bytes
+    from common.folders import check_data_dir
     from common.runtime import say
     from common.saved_models import save_model
 
@@ -65,6 +66,7 @@ def main(argv=None):
     if origin["method"] == "full":
         raise UserError(f"{folder} is a full fine-tune: it is a plain model already, with nothing to merge")
     out, task = place_for(config.output_dir, folder, "merged", config.overwrite), origin["task"]
+    check_data_dir(config.data_dir, origin)
     adapter, processor, origin = load(folder, config.model, merge=False)
     merged, _, _ = load(folder, config.model, merge=True)
     if is_adapter_beside(merged):

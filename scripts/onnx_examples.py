@@ -14,7 +14,7 @@ session = onnxruntime.InferenceSession(str(file.with_suffix(".onnx")), providers
 '''
 PICTURE = """picture = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
 $resize
-pixels = (np.asarray(picture, np.float32)[:, :, $channels] / 255 - about["picture"]["mean"]) / about["picture"]["std"]
+pixels = (np.asarray(picture, np.float32)$channels / 255 - about["picture"]["mean"]) / about["picture"]["std"]
 pixels = pixels.transpose(2, 0, 1)[None].astype(np.float32)  # (1, 3, height, width)
 """
 CLASSES = """
@@ -73,7 +73,7 @@ def example(about: dict, stem: str) -> str:
         return start + Template(VOICE).substitute(width=about["content_width"], inter=about["inter_channels"], hop=about["hop"])
     what = {"detection": "Objects", "pose": "Keypoints"}.get(task, "Classes") + " of a picture"
     start = Template(START).substitute(what=what, stem=stem, given="photo.jpg", extra="\nfrom PIL import Image, ImageOps")
-    channels = "::-1" if about["picture"]["channels"] == "BGR" else ":"
+    channels = "[:, :, ::-1]" if about["picture"]["channels"] == "BGR" else ""
     picture = Template(PICTURE).substitute(resize=resizing(about), channels=channels)
     scores = SOFTMAX if about.get("no_object") else SIGMOID
     body = {"detection": BOXES, "pose": POINTS}.get(task, CLASSES)

@@ -127,6 +127,7 @@ def measure_rank_curve(config: RankCurveConfig) -> dict:
 
     UserError where the runs are not of one task and base, or where the adapter cannot be merged.
     """
+    from common.folders import check_data_dir
     from common.runtime import quiet
 
     runs = {method: Path(getattr(config, method)).expanduser().absolute() for method in LABELS}
@@ -139,6 +140,7 @@ def measure_rank_curve(config: RankCurveConfig) -> dict:
         raise UserError(f"expected a full run and one with an adapter, got {methods}")
     task, (metric, higher) = full["task"], METRICS[full["task"]]
     split = same_samples(runs, config.split, metric)[0]
+    check_data_dir(config.data_dir, full)
     with quiet():
         models = {method: load(folder, device=config.device)[0] for method, (folder, _) in found.items()}
         base, processor, _ = load(lora_folder, merge=False, device=config.device)
@@ -205,13 +207,16 @@ def draw_ranks(curve: dict, path: Path) -> None:
 
 
 def main(argv=None):
+    from common.folders import check_place
+
     config = parse(RankCurveConfig, argv)
     if config.threads:
         import torch
 
         torch.set_num_threads(config.threads)
-    curve = measure_rank_curve(config)
     folder = Path(config.output_dir).expanduser() if config.output_dir else Path(config.full).expanduser().parent / "compare"
+    check_place("--output_dir", folder)
+    curve = measure_rank_curve(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "rank_curve.json", curve)
     draw_ranks(curve, folder / "rank_curve.png")

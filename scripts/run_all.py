@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.checkpoint import write_json  # noqa: E402
 from common.config import Rate, Threads, UserError, cli, one_line, parse, project_root, range_of  # noqa: E402
-from common.folders import other_setting, read_record  # noqa: E402
+from common.folders import check_place, other_setting, read_record  # noqa: E402
 from common.runtime import Interrupted, StopSignals, counted, in_time, progress_bar  # noqa: E402
 from task_modules import FOLDERS  # noqa: E402
 
@@ -131,6 +131,7 @@ def wanted_runs(tasks, seeds, methods, runs_dir="", data_dirs=None, extra=(), th
     UserError for a task, method, folder or flag that there is not.
     """
     root = Path(runs_dir).expanduser().resolve() if runs_dir else project_root() / "outputs"
+    check_place("--runs_dir", root)
     places = check_names(tasks, methods, data_dirs or {}, extra)
     for task in tasks:
         for method in methods:  # flags that a script does not know are found before any other has run for an hour

@@ -33,6 +33,7 @@ def export(checkpoint: str, out: Path, base: str = "", full: bool = False, overw
     base: where an adapter's base is, if not under its recorded name. full: with the posterior encoder.
     """
     from common.checkpoint import atomic_file
+    from common.folders import check_place
     from common.lora import adapted_layers
     from model import load_checkpoint
 
@@ -43,6 +44,7 @@ def export(checkpoint: str, out: Path, base: str = "", full: bool = False, overw
         raise UserError(f"{out} is a folder; name a file that is not there yet")
     if out.exists() and not overwrite:
         raise UserError(f"{out} is there already; --overwrite replaces it")
+    check_place(str(out), out.parent)
     model, voice, _ = load_checkpoint(checkpoint, base)
     if adapted_layers(model):
         raise UserError(f"the adapter in {checkpoint} cannot be merged into its base, and these files hold whole weights alone")

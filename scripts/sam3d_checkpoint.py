@@ -30,6 +30,7 @@ def export(checkpoint: str, out: Path, base: str = "", overwrite: bool = False) 
 
     base: where an adapter's base is, if not under its recorded name.
     """
+    from common.folders import check_place
     from common.lora import adapted_layers
     from decoder import write_decoder
     from model import load_checkpoint
@@ -42,6 +43,7 @@ def export(checkpoint: str, out: Path, base: str = "", overwrite: bool = False) 
     files = [out.with_suffix(".json"), out]
     if there := [file for file in files if file.exists() and not overwrite]:
         raise UserError(f"{there[0]} is there already; --overwrite replaces it")
+    check_place(str(out), out.parent)
     model, _, _ = load_checkpoint(checkpoint, base)
     if adapted_layers(model):
         raise UserError(f"the adapter in {checkpoint} cannot be merged into its base, and these files hold whole weights alone")

@@ -219,6 +219,7 @@ def place_for(named: str, folder: Path, ending: str, overwrite: bool) -> Path:
 
     UserError where that holds anything; with --overwrite, anything but a checkpoint, which alone is replaced.
     """
+    from common.folders import check_place
     from common.saved_models import ORIGIN
 
     run = folder.parents[1] if folder.parent.name == "checkpoints" else folder
@@ -232,6 +233,7 @@ def place_for(named: str, folder: Path, ending: str, overwrite: bool) -> Path:
         raise UserError(f"--output_dir {out} holds the checkpoint itself: name another place")
     if folder.resolve() in out.resolve().parents:
         raise UserError(f"--output_dir {out} lies in the checkpoint itself, which is then whole no more: name another place")
+    check_place("--output_dir", out)
     return out
 
 

@@ -43,6 +43,16 @@ def test_the_newest_run_of_either_kind_is_taken(tmp_path, monkeypatch):
     assert newest_best("toy", "lora") == head
 
 
+def test_a_place_where_no_folder_can_be_is_found_before_anything_is_done_for_it(tmp_path):
+    (tmp_path / "notes").touch()
+    for place in (tmp_path, tmp_path / "new" / "folder"):
+        folders.check_place("--output_dir", place)
+    for place in (tmp_path / "notes", tmp_path / "notes" / "new" / "folder"):
+        with pytest.raises(UserError, match="^--output_dir: .*notes is a file, and a folder is wanted there$"):
+            folders.check_place("--output_dir", place)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
 def test_results_go_beside_the_checkpoint_or_where_they_are_wanted(tmp_path, monkeypatch):
     config = SimpleNamespace(checkpoint=str(tmp_path / "run" / "checkpoints" / "best"), output_dir="", split="val")
     assert eval_places(config) == (tmp_path / "run" / "eval.json", tmp_path / "run" / "eval_val")

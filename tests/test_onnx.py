@@ -319,6 +319,7 @@ def test_what_cannot_be_written_or_read_is_said_first(tmp_path):
         (["--checkpoint", tmp_path, "--output", tmp_path / "a.pt"], "must end in .onnx"),
         (["--checkpoint", tmp_path, "--output", tmp_path / "there.onnx"], "there.json is there already"),
         (["--checkpoint", tmp_path / "no", "--output", tmp_path / "a.onnx"], "there is no folder"),
+        (["--checkpoint", tmp_path, "--output", tmp_path / "there.json" / "x" / "a.onnx"], "--output: .*there.json is a file"),
     ):
         with pytest.raises(UserError, match=reason):
             main(list(map(str, args)))
