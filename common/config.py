@@ -59,7 +59,8 @@ class Range:
         return self.low <= value <= self.high or (self.or_zero and value == 0)  # never NaN
 
     def __str__(self) -> str:
-        return f"{'0, or ' if self.or_zero else ''}{self.low:.7g} to {self.high:.7g}"
+        low, high = (str(int(end)) if float(end).is_integer() else f"{end:.7g}" for end in (self.low, self.high))
+        return f"{'0, or ' if self.or_zero else ''}{low} to {high}"
 
 
 Count = Annotated[int, Range(1, 10**6)]

@@ -20,6 +20,7 @@ from common.config import (
     VERSION,
     Count,
     LoadConfig,
+    Range,
     TrainConfig,
     UserError,
     cli,
@@ -301,6 +302,11 @@ def test_a_setting_of_the_other_script_is_told_from_a_slip(tmp_path, capsys):
         with pytest.raises(SystemExit):
             parse(cls, [flag])
         assert capsys.readouterr().err == f"error: {words}; --help lists the settings\n"
+
+
+def test_ranges_are_shown_as_they_are_written():
+    told = {str(Range(0, 2**32 - 1)), str(Range(16, 4096, or_zero=True)), str(Range(1e-9, 10)), str(Range(0, 0.95))}
+    assert told == {"0 to 4294967295", "0, or 16 to 4096", "1e-09 to 10", "0 to 0.95"}
 
 
 def test_version_names_the_project_and_its_libraries(capsys):
