@@ -99,7 +99,7 @@ class TrainConfig:
     lr: Rate = 1e-4  # peak learning rate, reached after the warm-up, then down to zero by a cosine
     weight_decay: Annotated[float, Range(0, 10)] = 1e-4  # pulls matrices towards zero; biases and norms are left alone
     lr_head: RateOrZero = rare(1e-3)  # least peak rate of a head with new weights, which has the longest way to go; 0: lr
-    warmup_steps: Warmup = 0.1  # from zero to lr, since early gradients are large and noisy: below 1 a share of all steps
+    warmup_steps: Warmup = 0.1  # from zero to lr: below 1 a share of all steps, else a number of them
     max_grad_norm: Annotated[float, Range(0, 10**6)] = 1.0  # gradients longer than this are scaled down to it; 0: never
     patience: CountOrZero = rare(0)  # stop after this many epochs without a new best; 0: never
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # arithmetic of the forward pass; what trains stays fp32
@@ -126,7 +126,7 @@ class LoraTrainConfig(TrainConfig):
     lora_r: Annotated[int, Range(0, 4096)] = 8  # rank: the width of the bottleneck; 0 trains the head alone
     lora_alpha: Annotated[int, Range(1, 65536)] = 16  # the update is scaled by lora_alpha / lora_r
     lora_dropout: Annotated[float, Range(0, 0.95)] = 0.0  # dropout in front of the adapters, against overfitting; slower
-    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
+    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regex
     lora_last_k: CountOrZero = 0  # adapters in the last K blocks alone: no backward pass before them; 0: all
     frozen_dtype: Literal["fp32", "bf16"] = "fp32"  # bf16: frozen weights in half the memory; with --precision bf16
 

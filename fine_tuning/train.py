@@ -4,7 +4,7 @@
     python train.py --data_dir ../data/dogs          # openai/clip-vit-base-patch32 on what prepare_dog_dataset.py made
 
 Trains every weight of the image tower, and the classifier.
-Leaves outputs/clip/full/: the model (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+Leaves outputs/clip/full/: the model (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
 import sys
@@ -21,7 +21,7 @@ from common.config import Range, TrainConfig, cli, parse, setting  # noqa: E402
 
 @dataclass
 class Config(TrainConfig):
-    model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: any CLIP or SigLIP by hub name, a folder, or demo
+    model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: a CLIP or SigLIP by hub name, local folder, or demo
     head: Literal["auto", "zero_shot", "random"] = "auto"  # the classifier's start; auto: zero_shot if the base can read texts
     prompts: str = setting(
         "a photo of a {label}, a type of dog|a close-up photo of a {label}, a dog|a photo of the dog breed {label}",
@@ -34,8 +34,8 @@ class Config(TrainConfig):
     mixup: Annotated[float, Range(0, 100)] = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     lr_head: float = 1e-4  # least peak rate of a random head, whose input is long (scale 100); a zero-shot head learns at lr
     weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
     lr: float = setting(1e-5, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
@@ -68,7 +68,8 @@ def main(argv=None):
     )
 
     with Run(config, task="clip", method="full") as run:
-        tables = read_tables(config.data_dir, config.seed, config.exclude)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        tables = read_tables(config.data_dir, config.seed, config.exclude)
         tower, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
@@ -79,8 +80,8 @@ def main(argv=None):
         freeze_unused(model, answer)
         groups = layer_groups(model, config.lr, config.layer_decay)
         start_from(config.start_from, model)
-        about = origin("full", classes, model, base_facts, config)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
+        about = origin(run.method, model, base_facts, config)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
         # 2. Train; keep the model with the best validation accuracy, every class counting the same.
@@ -96,7 +97,7 @@ def main(argv=None):
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, device=run.device)
                 draw_results(best, val_loader.dataset, run.folder)
         run.finish()

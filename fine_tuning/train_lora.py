@@ -4,7 +4,7 @@
     python train_lora.py --data_dir ../data/dogs          # openai/clip-vit-base-patch32 on what prepare_dog_dataset.py made
 
 Trains low-rank adapters in the layers that --lora_targets names, and the classifier; all else stays frozen.
-Leaves outputs/clip/lora/: the adapter (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+Leaves outputs/clip/lora/: the adapter (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
 import sys
@@ -21,7 +21,7 @@ from common.config import LoraTrainConfig, Range, cli, parse, setting  # noqa: E
 
 @dataclass
 class Config(LoraTrainConfig):
-    model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: any CLIP or SigLIP by hub name, a folder, or demo
+    model: str = setting("openai/clip-vit-base-patch32", demo="demo")  # base: a CLIP or SigLIP by hub name, local folder, or demo
     head: Literal["auto", "zero_shot", "random"] = "auto"  # the classifier's start; auto: zero_shot if the base can read texts
     prompts: str = setting(
         "a photo of a {label}, a type of dog|a close-up photo of a {label}, a dog|a photo of the dog breed {label}",
@@ -34,8 +34,8 @@ class Config(LoraTrainConfig):
     mixup: Annotated[float, Range(0, 100)] = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     lr_head: float = 1e-4  # least peak rate of a random head, whose input is long (scale 100); a zero-shot head learns at lr
     weight_decay: float = 0.01  # pulls matrices towards zero; biases and norms are left alone
     lr: float = setting(5e-4, demo=5e-3)  # few weights move, so many times the step of train.py
@@ -43,7 +43,7 @@ class Config(LoraTrainConfig):
     lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
     lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
     lora_dropout: float = 0.1  # dropout in front of the adapters, in LoRA and its kin; against overfitting
-    lora_targets: str = "qv"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
+    lora_targets: str = "qv"  # qv, all-linear, all (convolutions, too), or a regex
     quantize: Literal["none", "4bit"] = "none"  # 4bit: QLoRA, the frozen weights in an eighth of the memory; NVIDIA GPUs only
 
 
@@ -76,7 +76,8 @@ def main(argv=None):
     )
 
     with Run(config, task="clip", method=config.peft_method if config.lora_r else "head") as run:
-        tables = read_tables(config.data_dir, config.seed, config.exclude)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        tables = read_tables(config.data_dir, config.seed, config.exclude)
         tower, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
@@ -90,7 +91,7 @@ def main(argv=None):
         model = add_adapter(model, adapter, (HEAD,), frozen_dtype=config.frozen_dtype)
         describe_trainable(model, config.peft_method)
         start_from(config.start_from, model)
-        about = origin("lora" if config.lora_r else "head", classes, model, base_facts, config)
+        about = origin("lora" if config.lora_r else "head", model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 
@@ -107,7 +108,7 @@ def main(argv=None):
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
                 draw_results(best, val_loader.dataset, run.folder)
         run.finish()

@@ -26,7 +26,7 @@ class EvalConfig(LoadConfig):
     data_dir: str = ""  # folder of volumes and masks; empty: the data that the checkpoint was trained on
     exclude: str = ""  # text file of samples to leave out; empty: on the data of the training, that of the training
     split: Literal["train", "val", "test"] = "val"  # which part of the data
-    organs: str = ""  # names, such as liver,spleen; empty: those that the model was trained on
+    organs: str = ""  # names of organs, with commas between them; empty: those that the model was trained on
     every: Annotated[int, Range(1, 100, or_zero=True)] = 0  # the model sees each n-th slice of a mask; 0: as in training
     tolerance: Annotated[float, Range(0.01, 100)] = 2.0  # mm, within which a surface counts as right in NSD
     latents: Literal["given", "optimise"] = "given"  # optimise: also score latents fitted to the truth, an upper bound

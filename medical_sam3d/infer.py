@@ -34,7 +34,7 @@ VOLUME_COLUMNS = ("case", "organ", "mask_label", "input_ml", "observed_ml", "mes
 class InferConfig(LoadConfig):
     input: str = ""  # a mask, masks as a glob in quotes, or a folder: of masks, of one case, or of a whole data set
     image: str = ""  # the scan of --input, where that is one mask; of a data set it is found
-    organs: str = ""  # names or labels of the organs to make, with commas between them; empty: all
+    organs: str = ""  # names or labels of organs, with commas between them; empty: all
     every: Annotated[int, Range(1, 100)] | Literal["auto"] = "auto"  # look at each n-th slice alone; auto: as the mask was drawn
     formats: str = "ply,nii"  # of ply, stl, glb (meshes) and nii (a mask), with commas between them
     space: Literal["ras", "lps"] = "ras"  # of the meshes; their headers say it

@@ -25,10 +25,10 @@ from common.config import CountOrZero, Range, TrainConfig, cli, parse, setting  
 class Config(TrainConfig):
     model: str = setting(
         "facebook/sam-3d-objects/checkpoints/slat_decoder_mesh.ckpt", demo="demo"
-    )  # base: a file, a folder, demo
-    organs: str = ""  # names of the organs to learn, with commas between them; empty: all that the masks hold
+    )  # base: a decoder's file, local folder, or demo
+    organs: str = ""  # names of organs, with commas between them; empty: all that the masks hold
     modality: Literal["auto", "ct", "mr"] = "auto"  # CT: a window of HU; MR: percentiles; auto: as the data says
-    every: CountOrZero = 0  # the model sees each n-th slice of a mask, at a random phase; 0: as its base was trained; 1: all
+    every: Annotated[int, Range(1, 100, or_zero=True)] = 0  # the model sees each n-th slice of a mask; 0: as its base did; 1: all
     crop: CountOrZero = 0  # train on blocks of at most so many active cells, which bounds memory; 0: whole organs
     augment: bool = True  # turn, scale and shift the cube around the organ
     latents_dir: str = ""  # latents of the official pipeline, a .npz for each organ; empty: the encoder makes them
@@ -61,7 +61,7 @@ def main(argv=None):
         run.describe(base=base_facts, data=data_facts)
 
         # 1. The base. Every weight of the decoder trains.
-        about = origin("full", base_facts, config)
+        about = origin(run.method, base_facts, config)
         model = freeze_encoder(model)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)

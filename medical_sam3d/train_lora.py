@@ -4,9 +4,9 @@
     python train_lora.py --data_dir ~/Totalsegmentator_dataset --organs kidney_left,kidney_right --model demo
     python train_lora.py --data_dir ~/Task04_Hippocampus --model slat_decoder_mesh.ckpt --crop 400    # the official weights
 
-Trains low-rank adapters in the layers that model.py names, and the decoder's output layer; all else stays frozen, but for the
-encoder of a base that has none. Leaves outputs/medical_sam3d/lora/: the adapter (checkpoints/best/), curves.png, predictions/
-(meshes of held-out organs over their true masks), metrics.jsonl, summary.json.
+Trains low-rank adapters in the layers that --lora_targets names, and the decoder's output layer; all else stays frozen, but
+for the encoder of a base that has none. Leaves outputs/medical_sam3d/lora/: the adapter (checkpoints/best/), curves.png,
+predictions/ (meshes of held-out organs over their true masks), metrics.jsonl, summary.json.
 """
 
 import sys
@@ -25,10 +25,10 @@ from common.config import CountOrZero, LoraTrainConfig, Range, cli, parse, setti
 class Config(LoraTrainConfig):
     model: str = setting(
         "facebook/sam-3d-objects/checkpoints/slat_decoder_mesh.ckpt", demo="demo"
-    )  # base: a file, a folder, demo
-    organs: str = ""  # names of the organs to learn, with commas between them; empty: all that the masks hold
+    )  # base: a decoder's file, local folder, or demo
+    organs: str = ""  # names of organs, with commas between them; empty: all that the masks hold
     modality: Literal["auto", "ct", "mr"] = "auto"  # CT: a window of HU; MR: percentiles; auto: as the data says
-    every: CountOrZero = 0  # the model sees each n-th slice of a mask, at a random phase; 0: as its base was trained; 1: all
+    every: Annotated[int, Range(1, 100, or_zero=True)] = 0  # the model sees each n-th slice of a mask; 0: as its base did; 1: all
     crop: CountOrZero = 0  # train on blocks of at most so many active cells, which bounds memory; 0: whole organs
     augment: bool = True  # turn, scale and shift the cube around the organ
     latents_dir: str = ""  # latents of the official pipeline, a .npz for each organ; empty: the encoder makes them

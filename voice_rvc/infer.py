@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import LoadConfig, Range, Share, UserError, cli, parse  # noqa: E402
+from common.config import CountOrZero, LoadConfig, Range, Share, UserError, cli, parse  # noqa: E402
 
 
 @dataclass
@@ -26,12 +26,12 @@ class InferConfig(LoadConfig):
     checkpoint: str = ""  # folder of a trained voice, a .pth of RVC or Applio, or adapters of one base: a,b; empty: newest
     input: str = ""  # a recording, a folder of recordings, or a glob in quotes
     pitch: Annotated[float, Range(-48, 48)] | Literal["auto"] = "auto"  # semitones up; auto: to the voice's median F0; songs: 0
-    speaker_id: Annotated[int, Range(0, 10**6)] = 0  # whose voice, of a checkpoint with several: row of its speakers
+    speaker_id: CountOrZero = 0  # whose voice, of a checkpoint with several: row of its speakers
     index: str = ""  # faiss index of the voice's content (RVC's added_*.index); empty: voice.index of the run, where it has one
     index_rate: Share | None = None  # share of the index's content, 0 to 1; empty: 0.5 with an index, 0 without
     protect: Annotated[float, Range(0, 0.5)] = 0.33  # of that share, what breath and consonants take; 0.5: all of it
     volume_envelope: Share = 1.0  # 1: loudness of the voice, 0: of the recording
-    f0_method: Literal["", "auto", "swift", "harvest", "dio", "pyin", "crepe"] = ""  # pitch tracker; empty: as in training
+    f0_method: Literal["", "auto", "harvest", "dio", "pyin", "swift", "crepe"] = ""  # pitch tracker; empty: as in training
     content: str = ""  # where the voice's content model is, if not under its name: hubert:<folder>
     format: Literal["wav", "flac"] = "wav"  # of the results
     output_dir: str = ""  # where the results go; empty: a new outputs/voice_rvc/predictions/<method>/<number>

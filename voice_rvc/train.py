@@ -23,7 +23,7 @@ from common.config import Rate, TrainConfig, cli, parse, setting  # noqa: E402
 
 @dataclass
 class Config(TrainConfig):
-    model: str = setting("lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth", demo="demo")  # base: a .pth, a folder, demo
+    model: str = setting("lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth", demo="demo")  # base: .pth, local folder, or demo
     discriminator: str = ""  # its weights; empty: those beside the base (f0D40k.pth), else new ones
     content: str = ""  # features of what is said: hubert:<name or folder>, or dsp; empty: those that the base was trained on
     f0_method: Literal["auto", "harvest", "dio", "pyin", "swift", "crepe"] = "auto"  # pitch tracker; auto: the best that is there
@@ -33,10 +33,10 @@ class Config(TrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded clips in memory, up to a quarter of what is free
     epochs: int = setting(100, demo=40)  # passes over the training data
     batch_size: int = 4  # clips per process and backward pass
-    lr: float = setting(1e-4, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
     lr_disc: Rate = 1e-4  # of the discriminator, whose every weight moves
     max_grad_norm: float = 1000.0  # the mel loss counts 45 times, so norms of hundreds are common; only explosions are cut
     patience: int = setting(25, demo=0)  # a voice that trains too long sounds robotic: stop after so many epochs without gain
+    lr: float = setting(1e-4, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
 
 
 def main(argv=None):
@@ -71,7 +71,7 @@ def main(argv=None):
 
         # 1. The base, with rows for these speakers. Every weight trains.
         model = with_voices(base, voice)
-        about = origin("full", model, base_facts, config, voice)
+        about = origin(run.method, model, base_facts, config, voice)
         start_from(config.start_from, model)
         run.describe(parameters=count_parameters(model))  # of what is kept, without the discriminator's
         steps = run.total_steps(train_loader)
@@ -105,7 +105,7 @@ def main(argv=None):
 
         # 3. What it sounds like with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, device=run.device)
                 draw_results(best, val_loader.dataset, run.folder)
             with run.guard("voice.index"):

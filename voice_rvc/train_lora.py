@@ -4,9 +4,10 @@
     python train_lora.py --data_dir ~/voice --model pretrained_v2/f0G40k.pth      # ten minutes of a voice, any audio format
     torchrun --nproc_per_node 4 train_lora.py --data_dir ~/voice --model pretrained_v2/f0G40k.pth
 
-Trains low-rank adapters in the layers that model.py names, and the speakers' rows; all else stays frozen. The discriminator,
-which no conversion needs, trains whole. Leaves outputs/voice_rvc/lora/: the adapter (checkpoints/best/), voice.index, curves.png,
-plots/, predictions/ (what the held-out recordings sound like before, at best and at the end), metrics.jsonl, summary.json.
+Trains low-rank adapters in the layers that --lora_targets names, and the speakers' rows; all else stays frozen. The
+discriminator, which no conversion needs, trains whole. Leaves outputs/voice_rvc/lora/: the adapter (checkpoints/best/),
+voice.index, curves.png, plots/, predictions/ (what the held-out recordings sound like before, at best and at the end),
+metrics.jsonl, summary.json.
 """
 
 import sys
@@ -23,7 +24,7 @@ from common.config import LoraTrainConfig, Rate, cli, parse, setting  # noqa: E4
 
 @dataclass
 class Config(LoraTrainConfig):
-    model: str = setting("lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth", demo="demo")  # base: a .pth, a folder, demo
+    model: str = setting("lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth", demo="demo")  # base: .pth, local folder, or demo
     discriminator: str = ""  # its weights; empty: those beside the base (f0D40k.pth), else new ones
     content: str = ""  # features of what is said: hubert:<name or folder>, or dsp; empty: those that the base was trained on
     f0_method: Literal["auto", "harvest", "dio", "pyin", "swift", "crepe"] = "auto"  # pitch tracker; auto: the best that is there
@@ -33,13 +34,13 @@ class Config(LoraTrainConfig):
     cache: Literal["auto", "off"] = "auto"  # keep decoded clips in memory, up to a quarter of what is free
     epochs: int = setting(100, demo=40)  # passes over the training data
     batch_size: int = 4  # clips per process and backward pass
-    lr: float = setting(1e-3, demo=8e-3)  # few weights move, so several times the step of train.py
     lr_disc: Rate = 1e-4  # of the discriminator, whose every weight moves
     max_grad_norm: float = 1000.0  # the mel loss counts 45 times, so norms of hundreds are common; only explosions are cut
     patience: int = setting(25, demo=0)  # a voice that trains too long sounds robotic: stop after so many epochs without gain
+    lr: float = setting(1e-3, demo=8e-3)  # few weights move, so several times the step of train.py
     lora_r: int = 8  # rank: the width of the bottleneck; 0 trains the speakers' rows alone
     lora_rank_pattern: str = ""  # other ranks for some layers, such as ups=12,resblocks=4
-    lora_targets: str = setting("default", demo="all")  # decoder, default, attention, all (model.py), or a regular expression
+    lora_targets: str = setting("default", demo="all")  # decoder, default, attention, all (model.py), or a regex
 
 
 def main(argv=None):
@@ -110,7 +111,7 @@ def main(argv=None):
 
         # 3. What it sounds like with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
                 draw_results(best, val_loader.dataset, run.folder)
             with run.guard("voice.index"):

@@ -4,8 +4,8 @@
     python train.py --data_dir ~/pictures            # google/vit-base-patch16-224 on your train/<class>/*.jpg
     torchrun --nproc_per_node 4 train.py --data_dir ~/pictures
 
-Trains every weight.
-Leaves outputs/classification/full/: the model (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+Trains every weight. Leaves
+outputs/classification/full/: the model (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
 import sys
@@ -30,8 +30,8 @@ class Config(TrainConfig):
     mixup: Annotated[float, Range(0, 100)] = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     lr: float = setting(1e-4, demo=1e-3)  # every weight moves, so a fraction of the step of train_lora.py
 
 
@@ -52,7 +52,8 @@ def main(argv=None):
     from model import answer, load_base, load_checkpoint, origin, plain_code, start_from, with_classes
 
     with Run(config, task="classification", method="full") as run:
-        tables = read_tables(config.data_dir, config.seed, config.exclude)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        tables = read_tables(config.data_dir, config.seed, config.exclude)
         base, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
@@ -61,7 +62,7 @@ def main(argv=None):
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes)
         freeze_unused(model, answer)
-        about = origin("full", model, base_facts, config)
+        about = origin(run.method, model, base_facts, config)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
@@ -79,7 +80,7 @@ def main(argv=None):
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, device=run.device)
                 draw_results(best, val_loader.dataset, run.folder)
         run.finish()

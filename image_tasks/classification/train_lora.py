@@ -4,8 +4,8 @@
     python train_lora.py --data_dir ~/pictures            # google/vit-base-patch16-224 on your train/<class>/*.jpg
     torchrun --nproc_per_node 4 train_lora.py --data_dir ~/pictures
 
-Trains low-rank adapters in the layers that --lora_targets names, and a new head; all else stays frozen.
-Leaves outputs/classification/lora/: the adapter (checkpoints/best/), plots/, curves.png, predictions/, summary.json.
+Trains low-rank adapters in the layers that --lora_targets names, and the head; all else stays frozen. Leaves
+outputs/classification/lora/: the adapter (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
 import sys
@@ -30,12 +30,12 @@ class Config(LoraTrainConfig):
     mixup: Annotated[float, Range(0, 100)] = 0.0  # blend training pictures in pairs, shares from Beta(mixup, mixup); 0: never
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(10, demo=15)  # passes over the training data
-    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     batch_size: int = 32  # pictures per process and backward pass
+    warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
     lr: float = setting(5e-4, demo=1e-2)  # few weights move, so several times the step of train.py
     lora_r: int = setting(16, demo=8)  # rank: the width of the bottleneck; 0 trains the head alone (a linear probe)
     lora_alpha: int = setting(32, demo=16)  # the update is scaled by lora_alpha / lora_r
-    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
+    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regex
 
 
 def main(argv=None):
@@ -56,7 +56,8 @@ def main(argv=None):
     from model import class_layers, load_base, load_checkpoint, lora_targets, origin, plain_code, start_from, with_classes
 
     with Run(config, task="classification", method="lora" if config.lora_r else "head") as run:
-        tables = read_tables(config.data_dir, config.seed, config.exclude)  # before a base is fetched: the path may be wrong
+        # Before a base is fetched: the path may be wrong.
+        tables = read_tables(config.data_dir, config.seed, config.exclude)
         base, processor, base_facts = load_base(config.model)
         train_loader, val_loader, classes, data_facts = build_loaders(config, processor, tables)
         run.describe(base=base_facts, data=data_facts)
@@ -65,14 +66,13 @@ def main(argv=None):
         # 1. The base, frozen: W x becomes W x + (alpha / r) B A x in the target layers. The head trains whole.
         model = with_classes(base, classes)
         about = origin(run.method, model, base_facts, config)
-        head = class_layers(model)
         lora = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=lora_targets(model, config.lora_targets, config.lora_last_k, config.lora_r),
         )
-        model = add_adapter(model, lora, head, frozen_dtype=config.frozen_dtype)
+        model = add_adapter(model, lora, class_layers(model), frozen_dtype=config.frozen_dtype)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
@@ -90,7 +90,7 @@ def main(argv=None):
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
                 draw_results(best, val_loader.dataset, run.folder)
         run.finish()

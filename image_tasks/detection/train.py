@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 train.py --data_dir ~/boxes
 
 Trains every weight, the convolutional backbone at a lower rate than the transformer.
-Leaves outputs/detection/full/: the model (checkpoints/best/), curves.png, predictions/, metrics.jsonl, summary.json.
+Leaves outputs/detection/full/: the model (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
 import sys
@@ -24,15 +24,15 @@ from common.config import PictureSize, Rate, TrainConfig, cli, parse, setting  #
 class Config(TrainConfig):
     model: str = setting("facebook/detr-resnet-50", demo="demo")  # base: hub name, local folder, or demo
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: PictureSize = 0  # resize pictures to N x N pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # the model sees pictures of N x N pixels; 0: as the base was trained
     augment: bool = True  # random flip, crop and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
-    lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
-    lr_backbone: Rate = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
     warmup_steps: float = setting(0.2, demo=50)  # a detector needs a long rise to lr; below 1 it is a share of all steps
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
+    lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
+    lr_backbone: Rate = setting(5e-6, demo=2e-3)  # DETR trains its backbone at a tenth; the small base needs no care
 
 
 def main(argv=None):
@@ -70,10 +70,10 @@ def main(argv=None):
         # 1. The base with a head for these classes. Every weight trains.
         model = with_classes(base, classes, data_facts["most_boxes"])
         freeze_unused(model, lesson)
-        about = origin("full", model, base_facts, config)
+        about = origin(run.method, model, base_facts, config)
         groups = backbone_groups(model, config.lr, config.lr_backbone)
         start_from(config.start_from, model)
-        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, model.new_layers)
+        optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler, find_unused=denoises(model))
 
         # 2. Train; keep the model with the best validation mAP.

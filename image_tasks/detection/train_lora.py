@@ -4,8 +4,8 @@
     python train_lora.py --data_dir ~/boxes               # facebook/detr-resnet-50 on your COCO, VOC or YOLO folder
     torchrun --nproc_per_node 4 train_lora.py --data_dir ~/boxes
 
-Trains low-rank adapters in the layers that model.py names, and the class and box heads; all else stays frozen.
-Leaves outputs/detection/lora/: the adapter (checkpoints/best/), curves.png, predictions/, metrics.jsonl, summary.json.
+Trains low-rank adapters in the layers that --lora_targets names, and the class and box heads; all else stays frozen.
+Leaves outputs/detection/lora/: the adapter (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
 import sys
@@ -24,17 +24,17 @@ from common.config import LoraTrainConfig, PictureSize, cli, parse, setting  # n
 class Config(LoraTrainConfig):
     model: str = setting("facebook/detr-resnet-50", demo="demo")  # base: hub name, local folder, or demo
     data_format: Literal["auto", "coco", "voc", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: PictureSize = 0  # resize pictures to N x N pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # the model sees pictures of N x N pixels; 0: as the base was trained
     augment: bool = True  # random flip, crop and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=8)  # passes over the training data
     batch_size: int = setting(8, demo=16)  # pictures per process and backward pass
-    lr: float = setting(2e-4, demo=8e-3)  # few weights move, so several times the step of train.py
     warmup_steps: float = setting(0.2, demo=50)  # a detector needs a long rise to lr; below 1 it is a share of all steps
     max_grad_norm: float = setting(0.1, demo=1.0)  # DETR's own 0.1; the small base learns faster with 1
-    lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone, to see what the adapters add
+    lr: float = setting(2e-4, demo=8e-3)  # few weights move, so several times the step of train.py
+    lora_r: int = setting(8, demo=6)  # rank: the width of the bottleneck; 0 trains the heads alone
     lora_alpha: int = 16  # the update is scaled by lora_alpha / lora_r
-    lora_targets: str = setting("all-linear", demo="all")  # qv, all-linear, all (convolutions, too), or a pattern for layer names
+    lora_targets: str = setting("all-linear", demo="all")  # qv, all-linear, all (convolutions, too), or a regex
 
 
 def main(argv=None):

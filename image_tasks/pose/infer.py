@@ -27,7 +27,7 @@ class InferConfig(LoadConfig):
     box_threshold: Share = 0.5  # boxes with a lower score are left alone
     threshold: Share = 0.2  # keypoints with a lower score are not drawn; all are saved
     pictures: bool = True  # save each picture with its figures drawn
-    batch_size: BatchSize = 1  # figures at a time
+    batch_size: BatchSize = 1  # figures at a time; more is faster on a GPU
     output_dir: str = ""  # where the results go; empty: a new outputs/pose/predictions/<method>/<number>
 
 

@@ -25,13 +25,13 @@ class Config(TrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name, local folder, or demo
     head: Literal["heatmap", "regression"] = "heatmap"  # heatmaps are more exact; regression is smaller and faster
     data_format: Literal["auto", "coco", "csv", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: PictureSize = 0  # side of the square that the model sees, in pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # the model sees pictures of N x N pixels; 0: as the base was trained
     augment: bool = True  # random turn, size, place, mirroring and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=25)  # passes over the training data
     batch_size: int = setting(32, demo=16)  # figures per process and backward pass
-    lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
     warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
+    lr: float = setting(5e-5, demo=2e-3)  # every weight moves, so a fraction of the step of train_lora.py
 
 
 def main(argv=None):
@@ -67,7 +67,7 @@ def main(argv=None):
         # 1. The base with a head for these keypoints. Every weight trains.
         model = with_head(base, points, config.head, size)
         freeze_unused(model, answer)
-        about = origin("full", model, base_facts, config)
+        about = origin(run.method, model, base_facts, config)
         start_from(config.start_from, model)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
@@ -85,7 +85,7 @@ def main(argv=None):
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, device=run.device)
                 draw_results(best, val_loader.dataset, points, run.folder)
         run.finish()

@@ -4,7 +4,7 @@
     python train_lora.py --data_dir ~/points              # google/vit-base-patch16-224 on your COCO keypoints, CSV or YOLO
     torchrun --nproc_per_node 4 train_lora.py --data_dir ~/points --model usyd-community/vitpose-base-simple
 
-Trains low-rank adapters in the layers that model.py names, and the keypoint head; all else stays frozen.
+Trains low-rank adapters in the layers that --lora_targets names, and the keypoint head; all else stays frozen.
 Leaves outputs/pose/lora/: the adapter (checkpoints/best/), curves.png, plots/, predictions/, metrics.jsonl, summary.json.
 """
 
@@ -25,16 +25,16 @@ class Config(LoraTrainConfig):
     model: str = setting("google/vit-base-patch16-224", demo="demo")  # base: hub name, local folder, or demo
     head: Literal["heatmap", "regression"] = "heatmap"  # heatmaps are more exact; regression is smaller and faster
     data_format: Literal["auto", "coco", "csv", "yolo"] = "auto"  # layout of data_dir; auto looks what is there
-    image_size: PictureSize = 0  # side of the square that the model sees, in pixels; 0: as the base was trained
+    image_size: PictureSize = 0  # the model sees pictures of N x N pixels; 0: as the base was trained
     augment: bool = True  # random turn, size, place, mirroring and colour in training; never in evaluation
     cache: Literal["auto", "off"] = "auto"  # keep decoded pictures in memory, up to a quarter of what is free
     epochs: int = setting(30, demo=25)  # passes over the training data
     batch_size: int = setting(32, demo=16)  # figures per process and backward pass
-    lr: float = setting(2e-4, demo=5e-3)  # few weights move, so several times the step of train.py
     warmup_steps: float = setting(0.1, demo=20)  # from zero to lr: below 1 a share of all steps, else a number of them
-    lora_r: int = 16  # rank: the width of the bottleneck; 0 trains the head alone, to see what the adapters add
+    lr: float = setting(2e-4, demo=5e-3)  # few weights move, so several times the step of train.py
+    lora_r: int = 16  # rank: the width of the bottleneck; 0 trains the head alone
     lora_alpha: int = 32  # the update is scaled by lora_alpha / lora_r
-    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regular expression of layer names
+    lora_targets: str = "all-linear"  # qv, all-linear, all (convolutions, too), or a regex
 
 
 def main(argv=None):
@@ -97,7 +97,7 @@ def main(argv=None):
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
-            with run.guard("the plots"):
+            with run.guard("the pictures"):
                 best, _, _ = load_checkpoint(run.best, base=config.model, device=run.device)
                 draw_results(best, val_loader.dataset, points, run.folder)
         run.finish()
