@@ -6,6 +6,7 @@ import signal
 from contextlib import contextmanager
 
 from common.config import UserError
+from common.runtime import process_index
 
 
 def number_from(*key) -> int:
@@ -149,6 +150,11 @@ def build_loader(dataset, batch_sampler, collate, num_workers: int = 0):
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def eval_loader(dataset, collate, batch_size: int, num_workers: int = 0, shapes: list | None = None):
+    """A loader of evaluation, this process's share of it. shapes: keys for EvalBatches; None: any samples may share a batch."""
+    return build_loader(dataset, EvalBatches(shapes or [0] * len(dataset), batch_size, *process_index()), collate, num_workers)
 
 
 def whole_batches(dataset, collate, batch_size: int, shapes: list | None = None):

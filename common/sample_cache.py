@@ -1,4 +1,4 @@
-"""A cache of samples in memory, loaded as they are used; what takes the place of one that cannot be read; free memory."""
+"""A cache of samples in memory, loaded as they are used, and data sets over one; stand-ins for bad files; free memory."""
 
 import math
 import mmap
@@ -100,6 +100,26 @@ class SampleCache:
 
     def __getstate__(self):
         return {**self.__dict__, "memory": None}  # for a worker that is not forked
+
+
+class CachedSamples:
+    """What every data set here has: samples that are read through self.cache, a SampleCache, and asked for by (epoch, index).
+
+    For torch it is a map-style data set. The run is told what turns out to be bad (see Run.batches).
+    """
+
+    def place(self, index: int) -> int:
+        """Of a sample in the cache."""
+        return index
+
+    def new_faults(self) -> list[tuple[str, str]]:
+        """See SampleCache."""
+        return self.cache.new_faults()
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        """The items of a batch: a DataLoader asks for them at once, so that what is new can be loaded on all cores."""
+        self.cache.fill(self.place(index) for _, index in keys)
+        return [self[key] for key in keys]
 
 
 def first_readable(dataset, read, index: int, *key):

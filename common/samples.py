@@ -56,6 +56,12 @@ class Faults:
         fault, _, detail = error.partition(", ")
         self.add(fault, f"{name} ({detail})" if detail else name)
 
+    def take(self, other: "Faults") -> None:
+        """Adds what another found."""
+        for mine, theirs in ((self.found, other.found), (self.notes, other.notes)):
+            for what, places in theirs.items():
+                mine[what] += places
+
     def counts(self) -> dict[str, int]:
         return {fault: len(places) for fault, places in sorted(self.found.items())}
 
@@ -280,6 +286,13 @@ def hold_out(samples: list, names: list[str], seed: int, where: Path, what: str 
     many = len({name for name, mine in zip(names, chosen, strict=True) if mine})
     say(f"no validation split in {where}: {many} of {every} training {what}, chosen by seed {seed}, become it")
     return train, val
+
+
+def samples_of(splits: dict[str, list], split: str, where) -> list:
+    """The samples of one split of the data in `where`. UserError, which names the others, where there is no such split."""
+    if split not in splits:
+        raise UserError(f"{where} has no {split} split; it has {', '.join(splits) or 'nothing that can be used'}")
+    return splits[split]
 
 
 def note_shared(splits: dict[str, list], faults: Faults) -> None:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from cases import Case, find_cases, plain_name
-from common.batches import EpochBatches, EvalBatches, build_loader, number_from
+from common.batches import EpochBatches, build_loader, eval_loader, number_from
 from common.config import UserError
 from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
 from common.runtime import counted, from_main, process_index, say
-from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import SPLIT_NAMES, Faults, attempt, data_folder, hold_out
+from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
+from common.samples import SPLIT_NAMES, Faults, attempt, data_folder, hold_out, samples_of
 from common.scan import in_parts
 from latents import Latents, find_latents, latents_folder, read_latents
 from observe import Observed, observe
@@ -88,9 +88,7 @@ def read_items(found: FoundOrgans, modality: str = "auto", workers: int = 0) -> 
 
     items, faults = from_main(make)
     say(f"prepared organs are in {folder}")
-    for table, new in ((found.faults.found, faults.found), (found.faults.notes, faults.notes)):
-        for fault, places in new.items():
-            table[fault] += places
+    found.faults.take(faults)
     return items
 
 
@@ -133,7 +131,7 @@ class ThickView(NamedTuple):
     path: Path
 
 
-class OrganData(torch.utils.data.Dataset):
+class OrganData(CachedSamples):
     """Item (epoch, index) -> an organ as the model gets it, and the truth: see `draw`.
 
     In epoch 0, evaluation, an organ is seen at a phase of its own, in a cube that nothing moves. In others phase, cube and crop
@@ -158,18 +156,18 @@ class OrganData(torch.utils.data.Dataset):
         self.facts = [known_facts(item.path.parent, item.path.stem) for item in items]
         shapes = [tuple(facts["shape"]) for facts in self.facts]
         stacks = [(2 + (facts["modality"] is not None), *shape) for facts, shape in zip(self.facts, shapes, strict=True)]
-        self.organs = SampleCache(items, load_stack, stacks, limit, "float16")
+        self.cache = SampleCache(items, load_stack, stacks, limit, "float16")
         phases = [range(self.every) if training else [self.phase(number, self.every)] for number in range(len(items))]
         views = [ThickView(number, phase, item.path) for number, item in enumerate(items) for phase in phases[number]]
         self.places = {view[:2]: place for place, view in enumerate(views)}
-        self.views = SampleCache(views, self.load_view, [shapes[v.number] for v in views], limit - self.organs.bytes, "float16")
+        self.views = SampleCache(views, self.load_view, [shapes[v.number] for v in views], limit - self.cache.bytes, "float16")
 
     def only(self, numbers: list[int]) -> "OrganData":
         """Some of the organs, with what is in memory of them."""
         part, new = copy.copy(self), {number: place for place, number in enumerate(numbers)}
         part.items, part.facts = ([values[number] for number in numbers] for values in (self.items, self.facts))
         views = [(place, view) for place, view in enumerate(self.views.items) if view.number in new]
-        part.organs, part.views = self.organs.only(numbers), self.views.only([place for place, _ in views])
+        part.cache, part.views = self.cache.only(numbers), self.views.only([place for place, _ in views])
         part.places = {(new[view.number], view.phase): place for place, (_, view) in enumerate(views)}
         return part
 
@@ -182,15 +180,15 @@ class OrganData(torch.utils.data.Dataset):
     @property
     def bytes(self) -> int:
         """Of memory that is set aside."""
-        return self.organs.bytes + self.views.bytes
+        return self.cache.bytes + self.views.bytes
 
     def new_faults(self) -> list[tuple[str, str]]:
         names = {str(item.path): item.name for item in self.items}  # a file's own name is a hash
-        return [(names[path], fault) for path, fault in dict.fromkeys(self.organs.new_faults() + self.views.new_faults())]
+        return [(names[path], fault) for path, fault in dict.fromkeys(self.cache.new_faults() + self.views.new_faults())]
 
     def organ(self, index: int) -> Organ:
         """BadFile where its file is damaged or gone."""
-        stack, facts = self.organs[index].astype(np.float32), self.facts[index]
+        stack, facts = self.cache[index].astype(np.float32), self.facts[index]
         affine = np.array(facts["affine"], np.float64).reshape(4, 4)
         image = stack[2] if len(stack) > 2 else None
         return Organ(stack[0] > 0, stack[1], image, affine, facts["thick_axis"], facts["notes"])
@@ -228,11 +226,6 @@ class OrganData(torch.utils.data.Dataset):
             frame = self.processor.frame_of(seen, organ.affine)
             frame = augmented(frame, rng) if epoch and self.augment else frame
         return self.processor.sample(organ, seen, frame, self.crop if epoch else 0, rng, latents), organ
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
-        """The items of a batch: a DataLoader asks for them at once, so that what is new can be read on all cores."""
-        self.organs.fill(index for _, index in keys)
-        return [self[key] for key in keys]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
@@ -309,14 +302,13 @@ def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
     limit, faults = cache_limit(config.cache), found.faults
     with faults:
         splits = split_items(read_items(found, config.modality, config.num_workers), found.seed, found.folder, faults)
-        if "train" not in splits:
-            raise UserError(f"{found.name} has no training split; it has {', '.join(splits)}")
-        learnt = sorted({item.organ for item in splits["train"]})
+        train = samples_of(splits, "train", found.name)
+        learnt = sorted({item.organ for item in train})
         processor = replace(processor, organs=learnt)
         latents_dir = latents_folder(config.latents_dir, processor)
         val = OrganData(splits["val"], processor, latents_dir, limit // 4)
         draws = {"seed": config.seed, "augment": config.augment, "crop": config.crop}
-        train = OrganData(splits["train"], processor, latents_dir, limit - val.bytes, training=True, **draws)
+        train = OrganData(train, processor, latents_dir, limit - val.bytes, training=True, **draws)
         val, val_covered = look_through(val, faults, len(val), "validation")
         train, covered = look_through(train, faults, LOOKED_AT, "training")
         if not len(train) or not len(val):
@@ -330,12 +322,7 @@ def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
             say(f"batches of {batch_size}, not {config.batch_size}: there are no more training organs")
     batches = EpochBatches(len(train), batch_size, config.seed, rank, world)
     train_loader = build_loader(train, batches, collate, config.num_workers)
-    return train_loader, eval_loader(val, config.batch_size, config.num_workers), processor, facts
-
-
-def eval_loader(data: OrganData, batch_size: int, num_workers: int = 0):
-    """A sample is the same in any batch, so they are taken as they come."""
-    return build_loader(data, EvalBatches([0] * len(data), batch_size, *process_index()), collate, num_workers)
+    return train_loader, eval_loader(val, collate, config.batch_size, config.num_workers), processor, facts
 
 
 def data_facts(found: FoundOrgans, train: OrganData, val: OrganData, covered: list[float]) -> dict:
@@ -364,7 +351,7 @@ def tell(facts: dict, train: OrganData, val: OrganData) -> None:
         say(f"validated on, but in no training patient: {', '.join(strange[:5])}")
     share = facts["coverage"]
     little = " which is little: latents in another cube, thicker slices than the model knows?" if share < LEAST_COVERAGE else ""
-    kept = train.organs.kept + val.organs.kept
+    kept = train.cache.kept + val.cache.kept
     say(f"active cells hold {share:.1%} of the true surface{little}; {kept} of {len(train) + len(val)} organs stay in memory")
 
 
@@ -391,9 +378,7 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
     with found.faults:
         items = read_items(found, origin.get("modality", "auto"), config.num_workers)
         splits = split_items(items, found.seed, found.folder, found.faults, config.split)
-        if config.split not in splits:
-            raise UserError(f"{found.name} has no {config.split} split; it has {', '.join(splits)}")
-        data = OrganData(splits[config.split], processor, latents_dir, cache_limit("auto"))
+        data = OrganData(samples_of(splits, config.split, found.name), processor, latents_dir, cache_limit("auto"))
         data, _ = look_through(data, found.faults, len(data), config.split)
         if not len(data):
             raise UserError(f"{found.name}: no organ of the {config.split} split can be used")
@@ -401,4 +386,4 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
         found.faults.report()
         if strange := sorted({item.organ for item in data.items} - set(processor.organs)):
             say(f"the model has not learnt {', '.join(strange[:5])}{' and others' if len(strange) > 5 else ''}")
-    return eval_loader(data, config.batch_size or origin["batch_size"], config.num_workers), found.name
+    return eval_loader(data, collate, config.batch_size or origin["batch_size"], config.num_workers), found.name

@@ -21,7 +21,7 @@ from common.class_metrics import (
 from common.plots import draw_calibration
 from common.samples import Faults
 from common.vision import pages
-from common.vision.labelled import LabelledPictures, Sample, eval_loader, load_pictures
+from common.vision.labelled import LabelledPictures, Sample, collate, eval_loader, load_pictures
 from common.vision.pages import draw_answer, draw_mistakes, draw_page, draw_some, thumbnail
 from common.vision.preprocess import ClassifierPreprocess
 from common.vision.scoring import evaluate, logits_of, predict
@@ -186,7 +186,7 @@ def mixed(tmp_path_factory):
 
 def test_predictions_do_not_depend_on_the_batch_size(mixed):
     model, dataset = mixed
-    (labels, one), (again, many) = (predict(model.train(), eval_loader(dataset, size)) for size in (1, 7))
+    (labels, one), (again, many) = (predict(model.train(), eval_loader(dataset, collate, size)) for size in (1, 7))
     assert labels.tolist() == again.tolist() == [sample.label for sample in dataset.samples]
     np.testing.assert_allclose(one, many, atol=1e-5)
     assert one.shape == (11, 3) and np.ptp(one, axis=0).min() > 1e-2 and not model.training
@@ -194,7 +194,7 @@ def test_predictions_do_not_depend_on_the_batch_size(mixed):
     with torch.no_grad():
         alone = model(pixel_values=dataset[(0, index)]["pixels"][None]).logits[0].numpy()
     np.testing.assert_allclose(one[index], alone, atol=1e-5)
-    left, right = (evaluate(model, eval_loader(dataset, size), CLASSES) for size in (1, 7))
+    left, right = (evaluate(model, eval_loader(dataset, collate, size), CLASSES) for size in (1, 7))
     assert left["accuracy"] == right["accuracy"] and left["val_loss"] == pytest.approx(right["val_loss"], abs=1e-5)
     without_loader = logits_of(model, dataset)
     assert without_loader[0].tolist() == labels.tolist()
@@ -206,7 +206,7 @@ def test_predictions_do_not_depend_on_the_batch_size(mixed):
 
 def test_pictures_of_answers_can_be_drawn_and_read(mixed, tmp_path):
     model, dataset = mixed
-    labels, logits = predict(model, eval_loader(dataset, 4))
+    labels, logits = predict(model, eval_loader(dataset, collate, 4))
     draw_calibration(*calibration(labels, softmax(logits.astype(float))), tmp_path / "calibration.png")
     draw_some(dataset, labels, logits, tmp_path / "page.png")
     draw_mistakes(dataset, labels, logits_for(labels, 3), tmp_path / "none.png")

@@ -21,7 +21,7 @@ from boxes import make_sample  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from common.vision.pairs import covered, write_labels  # noqa: E402
-from data import DetectionData, Preprocess, check_samples, eval_loader  # noqa: E402
+from data import DetectionData, Preprocess, check_samples, collate, eval_loader  # noqa: E402
 from formats import read_dataset  # noqa: E402
 from metrics import (  # noqa: E402
     best_f1,
@@ -245,7 +245,8 @@ def mixed(tmp_path_factory):
 
 def loader_of(mixed, batch_size):
     _, _, samples, cache, preprocess = mixed
-    return eval_loader(DetectionData(samples, preprocess, cache), batch_size)
+    dataset = DetectionData(samples, preprocess, cache)
+    return eval_loader(dataset, collate, batch_size, shapes=dataset.shapes)
 
 
 def test_metrics_do_not_depend_on_the_batch_size(mixed):

@@ -16,7 +16,7 @@ TASK = POSE
 use_task(TASK)
 
 from common.samples import Faults  # noqa: E402
-from data import PoseData, Preprocess, check_samples, eval_loader  # noqa: E402
+from data import PoseData, Preprocess, check_samples, collate, eval_loader  # noqa: E402
 from formats import read_dataset  # noqa: E402
 from keypoints import KeypointSet, Sample  # noqa: E402
 from metrics import (  # noqa: E402
@@ -235,12 +235,12 @@ def answered(tmp_path_factory):
 
 def test_metrics_do_not_depend_on_the_batch_size(answered):
     model, dataset = answered
-    found = {size: predict(model, eval_loader(dataset, size)) for size in (1, 4)}
+    found = {size: predict(model, eval_loader(dataset, collate, size)) for size in (1, 4)}
     one, many = found[1][0], found[4][0]
     assert [item["index"] for item in one] == [item["index"] for item in many] == list(range(11))
     for a, b in zip(one, many, strict=True):
         assert np.abs(a["points"] - b["points"]).max() < 1e-3 and np.abs(a["scores"] - b["scores"]).max() < 1e-5
-    metrics = [evaluate(model, eval_loader(dataset, size), POINTS) for size in (1, 4)]
+    metrics = [evaluate(model, eval_loader(dataset, collate, size), POINTS) for size in (1, 4)]
     for key, value in metrics[0].items():
         if not isinstance(value, dict):
             assert value == pytest.approx(metrics[1][key], rel=1e-4), key
@@ -249,7 +249,7 @@ def test_metrics_do_not_depend_on_the_batch_size(answered):
 
 def test_answers_are_in_pixels_of_the_original_and_the_loss_is_that_of_training(answered):
     model, dataset = answered
-    found, loss = predict(model, eval_loader(dataset, 4))
+    found, loss = predict(model, eval_loader(dataset, collate, 4))
     batch = [dataset[(0, i)] for i in range(11)]
     pixels, target, visible = (torch.stack([item[key] for item in batch]) for key in ("pixel_values", "target", "visible"))
     with torch.no_grad():
@@ -322,7 +322,7 @@ def test_pages_and_plots_are_readable_pngs(answered, tmp_path):
     model, dataset = answered
     names = ["$left$ _hand", "\u732b", "x" * 200, "d", "e"]  # a formula, a letter that the font lacks, no room
     points = KeypointSet(names, [(0, 1)], [], [0.05] * 5, True)
-    found, _ = predict(model, eval_loader(dataset, 4))
+    found, _ = predict(model, eval_loader(dataset, collate, 4))
     draw_pages(dataset, found, points, tmp_path / "page.png", tmp_path / "worst.png")
     draw_results(model, dataset, points, tmp_path)
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))

@@ -642,7 +642,7 @@ def test_the_predictor_finds_what_infer_finds_in_boxes_and_in_whole_pictures(ada
     from PIL import Image
 
     from common.samples import Faults
-    from data import Preprocess, eval_loader, figures_only
+    from data import Preprocess, collate, eval_loader, figures_only
     from metrics import detect
 
     framed = []
@@ -653,7 +653,7 @@ def test_the_predictor_finds_what_infer_finds_in_boxes_and_in_whole_pictures(ada
     predictor = Predictor(adapter, device="cpu", merge=False)
     processor = load_checkpoint(adapter)[1]
     dataset = figures_only(framed, Preprocess(processor, predictor.model.facts["input_size"]), POINTS, Faults())
-    expected = [item for items in detect(predictor.model, eval_loader(dataset, 1)) for item in items]
+    expected = [item for items in detect(predictor.model, eval_loader(dataset, collate, 1)) for item in items]
     images = [framed[0][0], Image.open(framed[1][0]), np.array(Image.open(framed[2][0]))]
     together = predictor.predict_batch(images, [box for _, box, _ in framed], batch_size=2)
     for found, answer in zip(expected, together, strict=True):

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from common.batches import EvalBatches, LengthBatches, build_loader, seeded
+from common.batches import LengthBatches, build_loader, eval_loader, seeded
 from common.config import UserError
 from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
 from common.runtime import counted, from_main, in_time, process_index, say
-from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import Faults, attempt, data_folder
+from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
+from common.samples import Faults, attempt, data_folder, samples_of
 from common.scan import in_parts
 from content import hubert_folder
 from experiments import Unfit, is_experiment, read_experiment, slices_as_recordings
@@ -133,16 +133,14 @@ def prepare_once(found: Found, recordings: list[Recording], speakers: list[str],
 
     clips, faults = from_main(make)
     say(f"prepared clips are in {folder}")
-    for table, new in ((found.faults.found, faults.found), (found.faults.notes, faults.notes)):
-        for fault, places in new.items():
-            table[fault] += places
+    found.faults.take(faults)
     return clips
 
 
 # ---- what the model gets ---------------------------------------------------------------------------------------------
 
 
-class VoiceData(torch.utils.data.Dataset):
+class VoiceData(CachedSamples):
     """Item (epoch, index) -> a whole clip, T frames of 10 ms: {"wave" (T, hop), "phone" (T, C), "f0" (T,) Hz, 0 unvoiced,
     "pitch" (T,) 1..255, "spec" (T, F), "noise" (T, inter), "source" (S, hop), "start" (), "sid", "index"}.
 
@@ -160,13 +158,10 @@ class VoiceData(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         return self.clips[index].name
 
-    def new_faults(self) -> list[tuple[str, str]]:
-        return self.cache.new_faults()
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
-        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
-        self.cache.fill(index for _, index in keys)
-        return [self[key] for key in keys]
+    @property
+    def lengths(self) -> list[int]:
+        """In frames. Clips of one length share a batch of evaluation, so that nothing is padded."""
+        return [clip.frames for clip in self.clips]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
@@ -255,9 +250,8 @@ def build_loaders(config, voice, found: Found):
     with faults:
         clips, speakers, layout = read_clips(found, voice, bool(config.content))
         splits = split_clips(clips, config.seed, found.folder, faults)
-        if "train" not in splits:
-            raise UserError(f"{found.name} has no training split; it has {', '.join(splits) or 'no clip that can be used'}")
-        train, train_cache, train_facts = check_clips(splits["train"], voice, faults, limit, "training")
+        train = samples_of(splits, "train", found.name)
+        train, train_cache, train_facts = check_clips(train, voice, faults, limit, "training")
         val, val_cache, val_facts = check_clips(splits["val"], voice, faults, limit - train_cache.bytes, "validation")
         if not train or not val:
             raise UserError(f"{found.name}: no clip is left to {'validate' if train else 'train'} on")
@@ -281,9 +275,10 @@ def build_loaders(config, voice, found: Found):
         if batch_size < config.batch_size:
             say(f"batches of {batch_size}, not {config.batch_size}: there are no more training clips")
     train_data = VoiceData(train, train_cache, voice, config.seed)
-    batches = LengthBatches([clip.frames for clip in train], batch_size, config.seed, rank, world)
+    batches = LengthBatches(train_data.lengths, batch_size, config.seed, rank, world)
     train_loader = build_loader(train_data, batches, collate, config.num_workers)
-    val_loader = eval_loader(VoiceData(val, val_cache, voice), config.batch_size, config.num_workers)
+    val_data = VoiceData(val, val_cache, voice)
+    val_loader = eval_loader(val_data, collate, config.batch_size, config.num_workers, val_data.lengths)
     return train_loader, val_loader, voice, facts
 
 
@@ -354,14 +349,14 @@ def load_for_eval(config, voice, origin: dict):
         places = speaker_places(speakers, voice, found.name)
         clips = [replace(clip, speaker=places[clip.speaker]) for clip in clips]
         splits = split_clips(clips, origin["seed"], found.folder, found.faults)
-        if config.split not in splits:
-            raise UserError(f"{found.name} has no {config.split} split; it has {', '.join(splits) or 'no clip that can be used'}")
-        clips, cache, _ = check_clips(splits[config.split], voice, found.faults, cache_limit("auto"), config.split)
+        clips = samples_of(splits, config.split, found.name)
+        clips, cache, _ = check_clips(clips, voice, found.faults, cache_limit("auto"), config.split)
         if not clips:
             raise UserError(f"{found.name}: no clip of the {config.split} split can be used")
     if process_index()[0] == 0:
         found.faults.report()
-    loader = eval_loader(VoiceData(clips, cache, voice), config.batch_size or origin["batch_size"], config.num_workers)
+    data = VoiceData(clips, cache, voice)
+    loader = eval_loader(data, collate, config.batch_size or origin["batch_size"], config.num_workers, data.lengths)
     return loader, found.name
 
 
@@ -374,9 +369,3 @@ def speaker_places(speakers: list[str], voice, where: str) -> list[int]:
         told, there = (", ".join(names[:5]) for names in (strange, known))
         raise UserError(f"{where} has speakers whom the voice does not know, {told}; it knows {there}")
     return [known.index(name) for name in speakers]
-
-
-def eval_loader(dataset: VoiceData, batch_size: int, num_workers: int = 0):
-    """Clips of one length share a batch, so that nothing is padded."""
-    batches = EvalBatches([clip.frames for clip in dataset.clips], batch_size, *process_index())
-    return build_loader(dataset, batches, collate, num_workers)

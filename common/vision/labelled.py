@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.batches import EpochBatches, EvalBatches, build_loader, seeded
+from common.batches import EpochBatches, build_loader, eval_loader, seeded
 from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
 from common.runtime import counted, process_index, say
-from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import Faults, attempt
+from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
+from common.samples import Faults, attempt, samples_of
 from common.scan import check_files, in_parts
 from common.vision.labelled_files import Sample, read_dataset
 from common.vision.pictures import decode, header_size, picture_reader
@@ -23,7 +23,7 @@ from common.vision.preprocess import ClassifierPreprocess
 # ---- what a model gets -------------------------------------------------------------------------------------------------
 
 
-class LabelledPictures(torch.utils.data.Dataset):
+class LabelledPictures(CachedSamples):
     """Item (epoch, index) -> {"pixels": (3, h, w) float, "target": (K,) share of each class, "index": index}.
 
     With an augmentation, the item is a function of (seed, epoch, index): workers, resumed runs and the other script of the
@@ -40,18 +40,10 @@ class LabelledPictures(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         return str(self.samples[index].path)
 
-    def new_faults(self) -> list[tuple[str, str]]:
-        return self.cache.new_faults()
-
     def resized(self, index: int, *key) -> tuple[torch.Tensor, int]:
         """(picture, class) of a sample, or of what takes its place; key: see first_readable."""
         chosen, pixels = first_readable(self, self.cache.__getitem__, index, *key)
         return torch.from_numpy(pixels), self.samples[chosen].label
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
-        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
-        self.cache.fill(index for _, index in keys)
-        return [self[key] for key in keys]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
@@ -163,7 +155,7 @@ def labelled_loaders(config, processor, tables):
     batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
     train_loader = build_loader(train_data, batches, collate, config.num_workers)
     val_data = LabelledPictures(val, classes, preprocess, val_cache)
-    return train_loader, eval_loader(val_data, config.batch_size, config.num_workers), classes, facts
+    return train_loader, eval_loader(val_data, collate, config.batch_size, config.num_workers), classes, facts
 
 
 def classes_without_pictures(samples: list[Sample], classes: list[str], preprocess: ClassifierPreprocess) -> list[str]:
@@ -207,23 +199,19 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
         )
         hint = "" if strange else "; --subset scores data that lacks some classes"
         raise UserError(f"{data_dir or 'the demo data'} has other classes than the checkpoint: {only}{hint}")
-    if config.split not in splits:
-        raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
+    samples = samples_of(splits, config.split, data_dir or "the demo data")
     if missing:
         faults.note("class of which this data has no picture", ", ".join(missing))
     number_of = {name: number for number, name in enumerate(classes)}
-    for sample in splits[config.split]:
+    for sample in samples:
         sample.label = number_of[names[sample.label]]
     preprocess = ClassifierPreprocess(processor)
     with faults:
-        samples, cache = load_pictures(splits[config.split], preprocess, faults, cache_limit("auto"), config.split)
+        samples, cache = load_pictures(samples, preprocess, faults, cache_limit("auto"), config.split)
     faults.report()
     dataset = LabelledPictures(samples, classes, preprocess, cache)
-    return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), classes, data_dir or "demo"
-
-
-def eval_loader(dataset: LabelledPictures, batch_size: int, num_workers: int = 0):
-    return build_loader(dataset, EvalBatches([0] * len(dataset), batch_size, *process_index()), collate, num_workers)
+    loader = eval_loader(dataset, collate, config.batch_size or origin["batch_size"], config.num_workers)
+    return loader, classes, data_dir or "demo"
 
 
 def data_sha256(train: list[Sample], val: list[Sample], classes: list[str]) -> str:

@@ -8,15 +8,15 @@ import numpy as np
 import torch
 
 from boxes import Sample, make_sample
-from common.batches import EpochBatches, EvalBatches, build_loader, seeded
+from common.batches import EpochBatches, build_loader, eval_loader, seeded
 
 # needs: torchvision
 from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
 from common.runtime import counted, process_index, say
-from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import Faults
+from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
+from common.samples import Faults, samples_of
 from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
@@ -66,7 +66,7 @@ class Preprocess:
         return (tensor.float() / 255 - self.mean) / self.std
 
 
-class DetectionData(torch.utils.data.Dataset):
+class DetectionData(CachedSamples):
     """Item (epoch, index) -> {"pixels": (3, h, w) float, "target": dict of what transformers calls a label}.
 
     With augment, the item is a function of (seed, epoch, index): workers and resumed runs see the same pixels. Where a
@@ -83,17 +83,10 @@ class DetectionData(torch.utils.data.Dataset):
     def name(self, index: int) -> str:
         return str(self.samples[index].path)
 
-    def shape(self, index: int) -> tuple[int, int]:
-        width, height = self.samples[index].size
-        return self.preprocess.target_size(height, width)
-
-    def new_faults(self) -> list[tuple[str, str]]:
-        return self.cache.new_faults()
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
-        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
-        self.cache.fill(index for _, index in keys)
-        return [self[key] for key in keys]
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) of each picture as the model sees it."""
+        return [self.preprocess.target_size(height, width) for width, height in (sample.size for sample in self.samples)]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         from torchvision import tv_tensors
@@ -255,10 +248,10 @@ def build_loaders(config, processor, tables):
         many = f"{len(train)} training and {counted(len(val), 'validation picture')}"
         say(f"data: {facts['name']} ({data_format}), {many}; boxes: {boxes}")
         say(f"{train.cache.kept + val.cache.kept} of {len(train) + len(val)} decoded pictures stay in memory")
-    train_loader = build_loader(
-        train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
-    )
-    return train_loader, eval_loader(val, config.batch_size, config.num_workers), classes, facts
+    batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
+    train_loader = build_loader(train, batches, collate, config.num_workers)
+    val_loader = eval_loader(val, collate, config.batch_size, config.num_workers, val.shapes)
+    return train_loader, val_loader, classes, facts
 
 
 def usable(split: str, samples: list[Sample], preprocess: Preprocess, faults: Faults, limit: int, whole=True):
@@ -292,8 +285,7 @@ def load_for_eval(config, processor, origin: dict):
     data_dir = chosen["data_dir"]
     exclude = exclude_for_eval(config, origin)
     splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False, exclude=exclude)
-    if config.split not in splits:
-        raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
+    samples = samples_of(splits, config.split, data_dir or "the demo data")
     strange = [name for name in classes if name not in origin["classes"]]
     if strange:
         raise UserError(
@@ -301,26 +293,20 @@ def load_for_eval(config, processor, origin: dict):
             f"it knows {', '.join(origin['classes'])}"
         )
     index = np.array([origin["classes"].index(name) for name in classes])
-    for sample in splits[config.split]:
+    for sample in samples:
         sample.labels = index[sample.labels]
     preprocess = Preprocess(processor, origin["image_size"])
     with faults:
-        dataset = DetectionData(*usable(config.split, splits[config.split], preprocess, faults, cache_limit("auto")))
+        dataset = DetectionData(*usable(config.split, samples, preprocess, faults, cache_limit("auto")))
     faults.report()
-    batch_size = config.batch_size or origin["batch_size"]
-    return eval_loader(dataset, batch_size, config.num_workers), origin["classes"], data_dir or "demo"
+    loader = eval_loader(dataset, collate, config.batch_size or origin["batch_size"], config.num_workers, dataset.shapes)
+    return loader, origin["classes"], data_dir or "demo"
 
 
 def pictures_only(paths: list[Path], preprocess: Preprocess, faults: Faults):
     """The pictures as a data set without boxes; those that cannot be decoded are left out and named."""
     with faults:
         return DetectionData(*usable("input", [make_sample(p, None, []) for p in paths], preprocess, faults, cache_limit("auto")))
-
-
-def eval_loader(dataset: DetectionData, batch_size: int, num_workers: int = 0):
-    rank, world = process_index()
-    shapes = [dataset.shape(i) for i in range(len(dataset))]
-    return build_loader(dataset, EvalBatches(shapes, batch_size, rank, world), collate, num_workers)
 
 
 def data_sha256(train: list[Sample], val: list[Sample], classes: list[str]) -> str:

@@ -99,10 +99,10 @@ def main(argv=None, method="full", doc=None):
     faults.report()
     root, names = predictions_folder(config, origin), short_names([sample.path for sample in dataset.samples])
 
-    answers, seconds, shapes = {}, 0.0, [dataset.shape(i) for i in range(len(dataset))]
+    answers, seconds = {}, 0.0
     width = min(60, max(map(len, names)))
     print(f"{'picture':{width}} {'ms':>8}  objects")
-    for keys in progress_bar(EvalBatches(shapes, config.batch_size), "detecting"):
+    for keys in progress_bar(EvalBatches(dataset.shapes, config.batch_size), "detecting"):
         batch = collate([dataset[key] for key in keys])
         began = time.perf_counter()
         (found,) = detect(model, processor, [batch], with_loss=False)

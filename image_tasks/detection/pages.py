@@ -135,8 +135,7 @@ def draw_pages(dataset, found: list[dict], classes: list[str], threshold: float,
 
 def draw_results(model, processor, dataset, classes: list[str], folder: Path) -> None:
     """What a run leaves of its best model on the validation data: samples.json, plots/, predictions/validation.png."""
-    shapes = [dataset.shape(i) for i in range(len(dataset))]
-    batches = whole_batches(dataset, collate, 8, shapes)
+    batches = whole_batches(dataset, collate, 8, dataset.shapes)
     found = [item for items in detect(model, processor, batches, with_loss=False) for item in items]
     found = sorted(found, key=lambda item: item["index"])
     scored = coco_eval(dataset.samples, found, classes)

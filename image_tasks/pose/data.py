@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.batches import EpochBatches, EvalBatches, build_loader, seeded
+from common.batches import EpochBatches, build_loader, eval_loader, seeded
 from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
 from common.runtime import counted, process_index, say
-from common.sample_cache import SampleCache, cache_limit, first_readable
-from common.samples import Faults
+from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
+from common.samples import Faults, samples_of
 from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
@@ -137,7 +137,7 @@ def load_shrunk(picture: Picture) -> np.ndarray:
     return shrink(decode(picture.path, picture.size), picture.shrunk)
 
 
-class PoseData(torch.utils.data.Dataset):
+class PoseData(CachedSamples):
     """Item (epoch, index) -> {"pixel_values" (3, h, w), "target" (K, 2), "visible" (K,), "back" (2, 3), "index"}.
 
     target: fractions of the input, 0 at the first pixel's centre and 1 at the last's; visible: keypoints that are labelled, in
@@ -169,21 +169,13 @@ class PoseData(torch.utils.data.Dataset):
             return sample.box, PADDING
         return np.array([0.0, 0.0, *self.pictures[sample.path].size]), 1.0
 
-    def new_faults(self) -> list[tuple[str, str]]:
-        return self.cache.new_faults()
-
-    def number(self, index: int) -> int:
+    def place(self, index: int) -> int:
         """Of the figure's picture in the cache."""
         return self.pictures[self.samples[index].path].number
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
-        """The items of a batch: a DataLoader asks for them at once, so that what is new can be decoded on all cores."""
-        self.cache.fill(self.number(index) for _, index in keys)
-        return [self[key] for key in keys]
-
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
-        chosen, pixels = first_readable(self, lambda figure: self.cache[self.number(figure)], index, self.seed, epoch)
+        chosen, pixels = first_readable(self, lambda figure: self.cache[self.place(figure)], index, self.seed, epoch)
         sample, size = self.samples[chosen], self.preprocess.size
         picture, (box, padding) = self.pictures[sample.path], self.box(chosen)
         points, labelled, change, colours = sample.points, sample.labelled, {}, None
@@ -352,10 +344,9 @@ def build_loaders(config, preprocess: Preprocess, tables):
         names = ", ".join(points.names[:6]) + (" ..." if len(points.names) > 6 else "")
         say(f"data: {facts['name']} ({data_format}), {len(train)} training and {counted(len(val), 'validation figure')}")
         say(f"{counted(len(points.names), 'keypoint')}: {names}; {kept} of {many} decoded pictures stay in memory")
-    train_loader = build_loader(
-        train, EpochBatches(len(train), config.batch_size, config.seed, rank, world), collate, config.num_workers
-    )
-    return train_loader, eval_loader(val, config.batch_size, config.num_workers), points, facts
+    batches = EpochBatches(len(train), config.batch_size, config.seed, rank, world)
+    train_loader = build_loader(train, batches, collate, config.num_workers)
+    return train_loader, eval_loader(val, collate, config.batch_size, config.num_workers), points, facts
 
 
 def doubts(data: PoseData, names: list[str]) -> list[str]:
@@ -402,17 +393,17 @@ def load_for_eval(config, preprocess: Preprocess, known: dict, origin: dict):
     data_dir = chosen["data_dir"]
     exclude = exclude_for_eval(config, origin)
     splits, points, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False, exclude=exclude)
-    if config.split not in splits:
-        raise UserError(f"{data_dir or 'the demo data'} has no {config.split} split; it has {', '.join(splits)}")
+    samples = samples_of(splits, config.split, data_dir or "the demo data")
     both_named = points.named and known["named"]
     if len(points.names) != len(known["names"]) or (both_named and points.names != known["names"]):
         theirs, ours = (f"{len(names)} ({', '.join(names[:5])} ...)" for names in (points.names, known["names"]))
         raise UserError(f"{data_dir or 'the demo data'} has other keypoints, {theirs}, than the checkpoint, {ours}")
     with faults:
-        found = usable(config.split, splits[config.split], preprocess, faults, cache_limit("auto"))
+        found = usable(config.split, samples, preprocess, faults, cache_limit("auto"))
     faults.report()
     dataset = PoseData(*found, preprocess, points)
-    return eval_loader(dataset, config.batch_size or origin["batch_size"], config.num_workers), points, data_dir or "demo"
+    loader = eval_loader(dataset, collate, config.batch_size or origin["batch_size"], config.num_workers)
+    return loader, points, data_dir or "demo"
 
 
 def figures_only(framed, preprocess: Preprocess, points: KeypointSet, faults: Faults) -> PoseData:
@@ -429,11 +420,6 @@ def figures_only(framed, preprocess: Preprocess, points: KeypointSet, faults: Fa
 def collate(items: list[dict]) -> dict:
     """Items -> their tensors stacked; index (B,)."""
     return {key: torch.stack([torch.as_tensor(item[key]) for item in items]) for key in items[0]}
-
-
-def eval_loader(dataset: PoseData, batch_size: int, num_workers: int = 0):
-    rank, world = process_index()
-    return build_loader(dataset, EvalBatches([0] * len(dataset), batch_size, rank, world), collate, num_workers)
 
 
 def data_sha256(train: list[Sample], val: list[Sample], names: list[str]) -> str:

@@ -76,12 +76,13 @@ def main(argv=None, method="full", doc=None):
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 
+    from common.batches import eval_loader
     from common.folders import predictions_folder
     from common.runtime import counted, progress_bar, start_accelerator
     from common.samples import Faults
     from common.saved_models import choose_checkpoint
     from common.vision.pictures import find_pictures
-    from data import Preprocess, eval_loader, figures_only
+    from data import Preprocess, collate, figures_only
     from figure_boxes import place_boxes
     from keypoints import KeypointSet
     from metrics import detect
@@ -100,7 +101,7 @@ def main(argv=None, method="full", doc=None):
 
     poses, results, seconds = {path: [] for path in pictures}, [], 0.0
     number_of = {path: number for number, path in enumerate(pictures, start=1)}
-    for batch in progress_bar(eval_loader(dataset, config.batch_size), "looking"):
+    for batch in progress_bar(eval_loader(dataset, collate, config.batch_size), "looking"):
         began = time.perf_counter()
         (found,) = detect(model, [batch])
         if accelerator.device.type == "cuda":
