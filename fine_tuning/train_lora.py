@@ -63,17 +63,16 @@ def main(argv=None):
     from metrics import draw_results
     from model import (
         HEAD,
-        adapter_config,
         describe_trainable,
         load_base,
         load_checkpoint,
         lora_targets,
         origin,
         plain_code,
-        quantized,
         start_from,
         with_head,
     )
+    from peft_methods import adapter_config, quantized
 
     with Run(config, task="clip", method=config.peft_method if config.lora_r else "head") as run:
         # Before a base is fetched: the path may be wrong.

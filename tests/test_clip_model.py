@@ -25,7 +25,6 @@ from common.saved_models import save_lora, save_model  # noqa: E402
 from model import (  # noqa: E402
     SCALE,
     ClipClassifier,
-    adapter_config,
     describe_trainable,
     label_words,
     layer_groups,
@@ -33,11 +32,11 @@ from model import (  # noqa: E402
     load_checkpoint,
     lora_targets,
     origin,
-    quantized,
     with_head,
     zero_shot_model,
     zero_shot_rows,
 )
+from peft_methods import adapter_config, quantized  # noqa: E402
 
 KINDS = ("clip", "siglip")
 METHODS = ("lora", "dora", "rslora", "pissa", "olora", "ia3", "loha", "lokr")

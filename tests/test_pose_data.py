@@ -20,19 +20,8 @@ from common.batches import EpochBatches, build_loader, seeded  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from common.vision.pictures import decode  # noqa: E402
-from data import (  # noqa: E402
-    PADDING,
-    Preprocess,
-    build_loaders,
-    check_samples,
-    collate,
-    crop_matrix,
-    extent,
-    figures_only,
-    load_for_eval,
-    random_change,
-    read_tables,
-)
+from crops import PADDING, crop_matrix, extent, random_change  # noqa: E402
+from data import Preprocess, build_loaders, check_samples, collate, figures_only, load_for_eval, read_tables  # noqa: E402
 from figure_boxes import place_boxes  # noqa: E402
 from formats import read_dataset  # noqa: E402
 from keypoints import UNIFORM_SIGMA, flip_pairs_from_names  # noqa: E402

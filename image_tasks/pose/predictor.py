@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 from common.adapters_on_base import AdaptersOnBase  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.vision.pictures import as_list, as_pixels  # noqa: E402
-from data import PADDING, Preprocess, crop_matrix, cut_out, fits, inverse, move, shrink, shrink_factor  # noqa: E402
+from crops import PADDING, crop_matrix, cut_out, fits, inverse, move, shrink, shrink_factor  # noqa: E402
+from data import Preprocess  # noqa: E402
 from model import answer, load_base, load_checkpoint  # noqa: E402
 
 
