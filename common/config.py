@@ -337,7 +337,8 @@ def parse(cls, argv=None, doc: str | None = None):
 
     Each dataclass field becomes `--name_with_underscores` (dashes work too; booleans also as `--no_name`). A default
     made by `setting(real, demo)` takes its demo value when the base is the demo: with `--model demo`, or with neither
-    --data_dir nor --model. With --start_from and no --model the base is that of the checkpoint.
+    --data_dir nor --model. With --start_from and no --model the base is that of the checkpoint. A field without a default must
+    be given, and not be empty.
     doc: the help's text, if not the docstring of the module that has the dataclass.
     """
     module = sys.modules[cls.__module__]
@@ -346,9 +347,9 @@ def parse(cls, argv=None, doc: str | None = None):
     given = vars(parser.parse_args(argv))
     path = given.pop("config", None)
     given = {**(read_yaml(Path(path), kinds, parser.twin) if path else {}), **given}
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in given]
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and given.get(f.name, "") == ""]
     if missing:
-        parser.error(f"--{missing[0]} is needed")
+        parser.error(f"--{missing[0]} is needed: {field_comments(cls)[missing[0]]}")
     if given.get("start_from") and not given.get("model"):
         given["model"] = base_of(Path(given["start_from"]).expanduser())
     demo = given["model"] == "demo" if given.get("model") else not given.get("data_dir")

@@ -3,8 +3,8 @@
     python infer.py --input photo.jpg                        # or a folder, or a glob in quotes: "shots/*.png"
     python infer.py --input shots/ --checkpoint ~/runs/full/checkpoints/best --top_k 3 --pictures
 
-Leaves predictions.txt and predictions.json, and the pictures on request, in outputs/clip/predictions/<method>/<number>/, a
-new folder each time. To classify from a program of your own, see predictor.py.
+Leaves predictions.json and predictions.txt, and the pictures on request, in a new folder each time:
+outputs/clip/predictions/<method>/<number>/.
 """
 
 import sys
@@ -18,9 +18,9 @@ sys.path.insert(0, str(ROOT))
 from common.config import BatchSize, Count, LoadConfig, UserError, cli, parse  # noqa: E402
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferConfig(LoadConfig):
-    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    input: str  # a picture, a folder of pictures, or a glob in quotes
     top_k: Count = 5  # so many classes for each picture, the most probable first
     pictures: bool = False  # save each picture with its classes beside it
     batch_size: BatchSize = 1  # pictures at a time; more is faster on a GPU
@@ -29,8 +29,6 @@ class InferConfig(LoadConfig):
 
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
-    if not config.input:
-        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json, write_text
     from common.folders import predictions_folder
@@ -63,7 +61,7 @@ def main(argv=None, method="full", doc=None):
     write_text(root / "predictions.txt", "\n".join(lines) + "\n")
     print("\n".join(lines[:60]) + ("\n..." if len(lines) > 60 else ""))
     print(f"{counted(len(results), 'picture')}, {total / len(results):.1f} ms a picture (model only)")
-    print(f"saved predictions.txt and predictions.json{' and the pictures' if config.pictures else ''} in {root}")
+    print(f"saved predictions.json and predictions.txt{', and the pictures,' if config.pictures else ''} in {root}")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ MOST_DRAWN = 12  # organs in the picture of a case
 VOLUME_COLUMNS = ("case", "organ", "mask_label", "input_ml", "observed_ml", "mesh_ml", "remarks")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferConfig(LoadConfig):
-    input: str = ""  # a mask, masks as a glob in quotes, or a folder: of masks, of one case, or of a whole data set
+    input: str  # a mask, masks as a glob in quotes, or a folder: of masks, of one case, or of a whole data set
     image: str = ""  # the scan of --input, where that is one mask; of a data set it is found
     organs: str = ""  # names or labels of organs, with commas between them; empty: all
     every: Annotated[int, Range(1, 100)] | Literal["auto"] = "auto"  # look at each n-th slice alone; auto: as the mask was drawn
@@ -282,8 +282,6 @@ def chosen_formats(text: str) -> list[str]:
 
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
-    if not config.input:
-        raise UserError("--input is needed: a mask, masks as a glob in quotes, or a folder of them")
     formats = chosen_formats(config.formats)
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.folders import predictions_folder

@@ -161,9 +161,10 @@ def test_needed_setting(capsys):
     class Needs:
         input: str  # what to read
 
-    with pytest.raises(SystemExit):
-        parse(Needs, [])
-    assert "--input" in capsys.readouterr().err
+    for flags in ([], ["--input", ""]):  # as by `--input "$FILES"` where nobody has set it
+        with pytest.raises(SystemExit):
+            parse(Needs, flags)
+        assert "--input is needed: what to read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT))
 from common.config import CountOrZero, LoadConfig, Range, Share, UserError, cli, parse  # noqa: E402
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferConfig(LoadConfig):
     checkpoint: str = ""  # folder of a trained voice, a .pth of RVC or Applio, or adapters of one base: a,b; empty: newest
-    input: str = ""  # a recording, a folder of recordings, or a glob in quotes
+    input: str  # a recording, a folder of recordings, or a glob in quotes
     pitch: Annotated[float, Range(-48, 48)] | Literal["auto"] = "auto"  # semitones up; auto: to the voice's median F0; songs: 0
     speaker_id: CountOrZero = 0  # whose voice, of a checkpoint with several: row of its speakers
     index: str = ""  # faiss index of the voice's content (RVC's added_*.index); empty: voice.index of the run, where it has one
@@ -124,8 +124,6 @@ def convert_all(predictor, names: list[str], sounds: list[Path], root: Path, end
 
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
-    if not config.input:
-        raise UserError("--input is needed: a recording, a folder of recordings, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     from common.checkpoint import write_json
     from common.folders import predictions_folder

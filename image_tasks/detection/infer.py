@@ -18,12 +18,12 @@ from typing import Literal
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import BatchSize, LoadConfig, Share, UserError, cli, parse  # noqa: E402
+from common.config import BatchSize, LoadConfig, Share, cli, parse  # noqa: E402
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferConfig(LoadConfig):
-    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    input: str  # a picture, a folder of pictures, or a glob in quotes
     threshold: Share | Literal["best"] = 0.5  # boxes with a lower score are left out; best: where F1 was best in validation
     nms: Share = 0.7  # of two boxes of a class that overlap by a larger IoU, the surer one stays; 1: both. eval scores both
     pictures: bool = True  # save each picture with its boxes drawn
@@ -74,8 +74,6 @@ def save_answers(dataset, answers: dict[int, dict], classes: list[str], folder: 
 
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
-    if not config.input:
-        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 

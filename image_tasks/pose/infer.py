@@ -17,12 +17,12 @@ from pathlib import Path
 ROOT = next((p for p in Path(__file__).resolve().parents if (p / "common").is_dir()), Path.cwd())
 sys.path.insert(0, str(ROOT))
 
-from common.config import BatchSize, LoadConfig, Share, UserError, cli, parse  # noqa: E402
+from common.config import BatchSize, LoadConfig, Share, cli, parse  # noqa: E402
 
 
-@dataclass
+@dataclass(kw_only=True)
 class InferConfig(LoadConfig):
-    input: str = ""  # a picture, a folder of pictures, or a glob in quotes
+    input: str  # a picture, a folder of pictures, or a glob in quotes
     boxes: str = ""  # boxes around figures: COCO detection results or annotations (JSON), or CSV; empty: the whole picture
     box_threshold: Share = 0.5  # boxes with a lower score are left alone
     threshold: Share = 0.2  # keypoints with a lower score are not drawn; all are saved
@@ -71,8 +71,6 @@ def save_tables(results: list[dict], points, folder: Path) -> None:
 
 def main(argv=None, method="full", doc=None):
     config = parse(InferConfig, argv, doc)
-    if not config.input:
-        raise UserError("--input is needed: a picture, a folder of pictures, or a glob in quotes")
     # Heavy imports wait until the flags are read, so that --help answers at once.
     import torch
 
