@@ -212,8 +212,8 @@ def test_a_base_head_of_another_number_kind_or_name(tmp_path, capsys):
         (POINTS, "heatmap", True, ""),
         (keypoints(5), "heatmap", True, ""),  # numbers stand in for names
         (other, "heatmap", True, "note: the base's head is used.*it calls them nose, left_hand"),
-        (keypoints(4), "heatmap", False, "new heatmap head for 4 keypoints: the base's is a heatmap head for 5"),
-        (POINTS, "regression", False, "new regression head for 5 keypoints: the base's is a heatmap head for 5"),
+        (keypoints(4), "heatmap", False, "head for 4 keypoints: a new heatmap head, since the base's is a heatmap head for 5"),
+        (POINTS, "regression", False, "head for 5 keypoints: a new regression head, since the base's is a heatmap head for 5"),
     ):
         model = with_head(base, points, kind, size)
         text = capsys.readouterr().out

@@ -148,6 +148,7 @@ def labelled_loaders(config, processor, tables):
         faults.report()
         say(f"data: {facts['name']} ({layout}), {len(train)} training and {counted(len(val), 'validation picture')}")
         say("training pictures of each class: " + ", ".join(f"{name} {counts[name]}" for name in classes))
+        say(f"{train_cache.kept + val_cache.kept} of {len(train) + len(val)} decoded pictures stay in memory")
         if max(counts.values()) > 3 * min(counts.values()) and config.class_weights == "none":
             say("note: the classes are of very different size; --class_weights balanced makes each count the same")
     augmentation = make_augmentation(config, preprocess)

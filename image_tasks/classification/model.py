@@ -92,7 +92,7 @@ def with_classes(base, classes: list[str]):
     model = with_class_head(base, classes)
     if known != classes:
         how = "rows of the base, by name" if set(classes) <= set(known) else "new weights"
-        say(f"head ({', '.join(class_layers(model))}) for {len(classes)} classes: {how}")
+        say(f"head for {len(classes)} classes: {how} ({', '.join(class_layers(model))})")
     return model
 
 

@@ -98,7 +98,7 @@ def with_classes(base, classes: list[str], most_boxes: int = 0):
     if known_classes(base) != classes:
         new = [c for c, row in zip(classes, matching_rows(base, classes), strict=True) if row is None]
         say(
-            f"class head for {len(classes)} classes, {len(classes) - len(new)} of them copied by name"
+            f"head for {len(classes)} classes: {len(classes) - len(new)} rows of the base, by name"
             + (f"; new: {', '.join(new[:5])}{' ...' if len(new) > 5 else ''}" if new else "")
         )
     return model

@@ -253,7 +253,7 @@ def with_head(base: KeypointModel, points: KeypointSet, head: str, size: tuple[i
     if own != head or len(base.facts["names"]) != count:
         why = "the base has none" if own is None else f"the base's is a {own} head for {len(base.facts['names'])}"
         module, beta = new_head(head, base.backbone.config.hidden_size, count), NEW_BETA
-        say(f"new {head} head for {count} keypoints: {why}")
+        say(f"head for {count} keypoints: a new {head} head, since {why}")
     elif points.named and base.facts["names"] != points.names and own == head:
         theirs = ", ".join(base.facts["names"][:5])
         say(f"note: the base's head is used, since it has {count} keypoints, too; it calls them {theirs} ...")
