@@ -44,13 +44,19 @@ class Tuned:
 class AdaptersOnBase:
     """A checkpoint, and adapters beside it that share its base. Threads may share it; they take turns."""
 
-    def __init__(self, checkpoint, base: str, device, merge: bool, load_base, load_checkpoint, answer):
-        """load_base, load_checkpoint, answer: of the task's model.py. The others: as of the task's Predictor."""
+    model_functions = ()  # load_base, load_checkpoint and answer of the task's model.py, which its Predictor names
+
+    def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
+        """checkpoint: a folder that train.py or train_lora.py left: a run, or its checkpoints/best.
+
+        base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
+        into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
+        """
         self.device, self.merge = torch.device(choose_device(device)), merge
-        self.load_base, self.load_checkpoint, self.answer = load_base, load_checkpoint, answer
+        self.load_base, self.load_checkpoint, self.answer = self.model_functions
         self.base_name, self.base, self.placed = base, None, {}
         self.lock, self.current = threading.Lock(), ""
-        self.model, processor, self.origin = load_checkpoint(checkpoint, base, merge, self.device)
+        self.model, processor, self.origin = self.load_checkpoint(checkpoint, base, merge, self.device)
         align_tensors(self.model)
         self.known = {"": self.tuned(best_of(Path(checkpoint).expanduser()), self.model, processor, self.origin)}
 

@@ -36,13 +36,7 @@ from volumes import to_ras  # noqa: E402
 class Predictor(AdaptersOnBase):
     """A checkpoint that makes meshes in RAS mm of masks. Threads may share it; they take turns."""
 
-    def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
-        """checkpoint: a folder that train.py or train_lora.py left: a run, or its checkpoints/best.
-
-        base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
-        into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
-        """
-        super().__init__(checkpoint, base, device, merge, load_base, load_checkpoint, answer)
+    model_functions = load_base, load_checkpoint, answer
 
     def details(self, model, processor, origin):
         """How images were scaled in a checkpoint's training: ct, mr, or auto, by what is known of each."""

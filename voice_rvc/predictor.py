@@ -34,6 +34,8 @@ from voice_index import index_of, read_index  # noqa: E402
 class Predictor(AdaptersOnBase):
     """A checkpoint that converts speech: audio files of any format, or waves. Threads may share it; they take turns."""
 
+    model_functions = load_base, load_checkpoint, answer
+
     def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True, content: str = ""):
         """checkpoint: a folder that train.py or train_lora.py left (checkpoints/best), or a voice of RVC or Applio (.pth).
 
@@ -41,7 +43,7 @@ class Predictor(AdaptersOnBase):
         into the weights. content: where the content model is, if not under its recorded name: hubert:<folder>. UserError, in
         one line, where checkpoint and base are damaged or do not belong together.
         """
-        super().__init__(checkpoint, base, device, merge, load_base, load_checkpoint, answer)
+        super().__init__(checkpoint, base, device, merge)
         self.content, self.contents, self.indexes = content, {}, {}
 
     def predict(self, source, voice: str = "", pitch="auto", model: str = "", **settings) -> tuple[np.ndarray, int]:

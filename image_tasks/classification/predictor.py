@@ -25,10 +25,4 @@ from model import answer, load_base, load_checkpoint  # noqa: E402
 class Predictor(ClassPredictor):
     """A checkpoint that gives class probabilities for pictures: paths, PIL images, or uint8 arrays (H, W, 3) in RGB."""
 
-    def __init__(self, checkpoint, base: str = "", device: str = "auto", merge: bool = True):
-        """checkpoint: a folder that train.py or train_lora.py left (checkpoints/best).
-
-        base: where an adapter's base is, if not under its recorded name. device: auto, cpu, cuda, mps. merge: add the adapter
-        into the weights. UserError, in one line, where checkpoint and base are damaged or do not belong together.
-        """
-        super().__init__(checkpoint, base, device, merge, load_base, load_checkpoint, answer)
+    model_functions = load_base, load_checkpoint, answer
