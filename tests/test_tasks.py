@@ -25,6 +25,7 @@ from tasks import (
     call,
     demo,
     digests,
+    in_task,
     is_drawn,
     one_fast,
     one_line,
@@ -66,6 +67,27 @@ def test_help_answers_at_once_and_explains_every_setting(task, script):
     assert len(settings) > 8
     for setting in settings:  # the flags, two spaces or a new line, the comment; a default alone explains nothing
         assert re.match(r"--.*?(\s{2,}|\n\s+)[^(\s]", setting), setting
+
+
+@pytest.mark.parametrize("task", ROWS, ids=str)
+def test_the_settings_for_real_work_are_good_for_both_scripts_and_name_those_of_one(task):
+    def check():
+        import train
+        import train_lora
+
+        from common.config import convert, field_kinds, parse
+
+        for cls in (train.Config, train_lora.Config):
+            parse(cls, ["--config", str(task.folder / "config.yaml")])
+        kinds = field_kinds(train_lora.Config)
+        assert named == kinds.keys() - field_kinds(train.Config).keys()
+        for name, value in re.findall(r"(\w+) \(([^)]*)\)", told):
+            assert convert(kinds[name], value) == getattr(train_lora.Config, name), name
+
+    text = " ".join(re.findall(r"^# (.*)", (task.folder / "config.yaml").read_text(), re.MULTILINE))
+    told = re.search(r"train_lora.py alone knows ([^;]*?)(;|\.$)", text)[1]
+    named = set(re.sub(r" \(.*?\)|, | and ", " ", told).split())
+    in_task(task, check)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
