@@ -11,8 +11,8 @@ from torch import nn
 
 from common.checkpoint import fingerprint, read_json
 from common.config import UserError
-from common.lora import is_finite
 from common.runtime import say
+from common.tensor_files import is_finite
 
 FETCH_REMEDY = "give --model a local folder, or --model demo for the small base that comes along"
 # What a base's settings may ask for before it is built, more than any model that is fine-tuned here has.

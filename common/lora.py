@@ -31,6 +31,7 @@ from common.lora_layers import (
     weight_home,
 )
 from common.runtime import counted, say
+from common.tensor_files import is_finite
 
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # what PEFT puts before the names of a model's layers
@@ -105,11 +106,6 @@ def register_lora_layer(base_type: type, lora_type: type) -> type:
 
 
 # On and off a model ------------------------------------------------------------------------------------------------------
-
-
-def is_finite(tensor) -> bool:
-    """Whether all numbers of a tensor of any type are finite (torch cannot say it of 8-bit floats)."""
-    return bool((tensor.float() if tensor.is_floating_point() else tensor).isfinite().all())
 
 
 def is_within(name: str, parts) -> bool:

@@ -25,6 +25,7 @@ from common.lora import (
     remove_lora,
 )
 from common.runtime import say
+from common.tensor_files import load_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Keys of PEFT's adapter_config.json that are read here, or that change nothing in what an adapter computes.
@@ -135,9 +136,6 @@ def put_adapter(model, config: dict, tensors: dict, strict: bool) -> list[str]:
 
 def read_adapter(folder: Path) -> tuple[dict, dict]:
     """(adapter_config.json, tensors by their names in the model). UserError unless it is plain LoRA."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config = read_json(folder / ADAPTER_CONFIG)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise UserError(f"{folder / ADAPTER_CONFIG} is not of a LoRA adapter")
@@ -147,10 +145,7 @@ def read_adapter(folder: Path) -> tuple[dict, dict]:
     odd += [key for key in ("target_modules", "exclude_modules", "modules_to_save") if not is_names(config.get(key))]
     if odd:
         raise UserError(f"{folder / ADAPTER_CONFIG} asks for more than plain LoRA: {odd[0]} is {config[odd[0]]!r}")
-    try:
-        tensors = load_file(folder / ADAPTER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
+    tensors = load_tensors(folder / ADAPTER_FILE)
     return config, {name.removeprefix(ADAPTER_PREFIX): tensor for name, tensor in tensors.items()}
 
 

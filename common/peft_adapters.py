@@ -17,10 +17,11 @@ from torch import nn
 from common.checkpoint import read_json
 from common.config import UserError, shown
 from common.fast_lora import conv_pays, lora_conv, lora_linear
-from common.lora import ADAPTER_FILE, is_finite, is_within, replace_modules
+from common.lora import ADAPTER_FILE, is_within, replace_modules
 from common.lora_files import HARMLESS_STARTS, plain_names
 from common.lora_targets import CONVOLUTIONS
 from common.runtime import say
+from common.tensor_files import is_finite, load_tensors, misfit, shapes_of
 from common.trial import keeps_answers
 
 SPLIT_STARTS = ("pissa", "olora")  # of init_lora_weights: A and B start as a part of the base's weights, which keep the rest
@@ -282,15 +283,10 @@ def load_adapter_files(model, folder: Path, whole=()):
     UserError unless every tensor of the file finds its place and every place gets its tensor.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     with in_names_of_today(folder, model) as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns of missing tensors; here they are an error, below
-        try:
-            saved = load_file(place / ADAPTER_FILE)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder / ADAPTER_FILE} cannot be read: {error}") from None
+        saved = load_tensors(place / ADAPTER_FILE)
         if broken := sorted(name for name, tensor in saved.items() if not is_finite(tensor)):
             raise UserError(f"{folder / ADAPTER_FILE}: numbers that are not finite in {broken[0]} ({len(broken)} in all)")
         check_adapter_config(place, saved)
@@ -305,12 +301,7 @@ def load_adapter_files(model, folder: Path, whole=()):
         for name, p in parameters
         if is_within(name, whole) and not any(part in peft_copies for part in name.split("."))
     }
-    expected |= {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
-    shapes = {name: tuple(t.shape) for name, t in saved.items()}
-    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-    if wrong:
-        raise UserError(
-            f"{folder / ADAPTER_FILE} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
-        )
+    expected |= shapes_of(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if wrong := misfit(expected, saved):
+        raise UserError(f"{folder / ADAPTER_FILE} does not fit this base: {wrong}")
     return with_fast_layers(model).eval()

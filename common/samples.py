@@ -288,7 +288,7 @@ def hold_out(samples: list, names: list[str], seed: int, where: Path, what: str 
     return train, val
 
 
-def samples_of(splits: dict[str, list], split: str, where) -> list:
+def chosen_split(splits: dict[str, list], split: str, where) -> list:
     """The samples of one split of the data in `where`. UserError, which names the others, where there is no such split."""
     if split not in splits:
         raise UserError(f"{where} has no {split} split; it has {', '.join(splits) or 'nothing that can be used'}")

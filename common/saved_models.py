@@ -8,10 +8,11 @@ from pathlib import Path
 from common.checkpoint import atomic_folder, check_holds, moving_state, open_model_folder, read_json, write_json, write_text
 from common.config import UserError
 from common.folders import best_of, newest_best
-from common.lora import ADAPTER_FILE, adapted_layers, is_finite, is_within, merge_lora, settle_lora, unmerge_lora
+from common.lora import ADAPTER_FILE, adapted_layers, is_within, merge_lora, settle_lora, unmerge_lora
 from common.lora_files import load_adapter, write_adapter
 from common.peft_adapters import load_adapter_files, merged, save_adapter_files, whole_tensors
 from common.runtime import quiet, say
+from common.tensor_files import load_tensors, misfit, shapes_of
 from common.trial import keeps_answers
 
 CARD = "README.md"
@@ -74,21 +75,10 @@ def save_trained(model, file: Path) -> None:
 
 def load_trained(model, file: Path, whole):
     """The model, in eval mode, with the parts `whole` from a file of save_trained. UserError where not all fits."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters() if is_within(name, whole)}
-    shapes = {name: tuple(t.shape) if is_finite(t) else "not finite" for name, t in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-    if wrong:
-        raise UserError(
-            f"{file} does not fit this base: {wrong[0]} is {shapes.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
-        )
+    tensors = load_tensors(file)
+    expected = shapes_of({name: p for name, p in model.named_parameters() if is_within(name, whole)})
+    if wrong := misfit(expected, tensors):
+        raise UserError(f"{file} does not fit this base: {wrong}")
     model.load_state_dict(tensors, strict=False)
     return model.eval()
 

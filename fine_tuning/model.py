@@ -14,6 +14,7 @@ from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.runtime import quiet, say
 from common.saved_models import TRAINED_PART, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.tensor_files import load_tensors, misfit, shapes_of
 from common.vision.preprocess import example_picture, trained_shape
 from peft_methods import quantized
 
@@ -280,17 +281,10 @@ def check_classifier_origin(folder: Path, about: dict) -> None:
 
 
 def load_head(model: ClipClassifier, folder: Path) -> None:
-    """Puts the classifier of a checkpoint folder into the model; UserError unless it has the same tensors."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(folder / HEAD_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / HEAD_FILE} cannot be read: {error}") from None
-    expected, there = ({k: tuple(t.shape) for k, t in ts.items()} for ts in (model.classifier.state_dict(), tensors))
-    if expected != there:
-        raise UserError(f"{folder / HEAD_FILE} does not fit the {len(model.classes)} classes of origin.json: it holds {there}")
+    """Puts the classifier of a checkpoint folder into the model; UserError unless all of it fits."""
+    tensors = load_tensors(folder / HEAD_FILE)
+    if wrong := misfit(shapes_of(model.classifier.state_dict()), tensors):
+        raise UserError(f"{folder / HEAD_FILE} does not fit the {len(model.classes)} classes of origin.json: {wrong}")
     model.classifier.load_state_dict(tensors)
 
 

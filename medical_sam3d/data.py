@@ -18,7 +18,7 @@ from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
 from common.runtime import counted, from_main, process_index, say
 from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
-from common.samples import SPLIT_NAMES, Faults, attempt, data_folder, hold_out, samples_of
+from common.samples import SPLIT_NAMES, Faults, attempt, chosen_split, data_folder, hold_out
 from common.scan import in_parts
 from latents import Latents, find_latents, latents_folder, read_latents
 from observe import Observed, observe
@@ -302,7 +302,7 @@ def build_loaders(config, processor: OrganProcessor, found: FoundOrgans):
     limit, faults = cache_limit(config.cache), found.faults
     with faults:
         splits = split_items(read_items(found, config.modality, config.num_workers), found.seed, found.folder, faults)
-        train = samples_of(splits, "train", found.name)
+        train = chosen_split(splits, "train", found.name)
         learnt = sorted({item.organ for item in train})
         processor = replace(processor, organs=learnt)
         latents_dir = latents_folder(config.latents_dir, processor)
@@ -378,7 +378,7 @@ def load_for_eval(config, processor: OrganProcessor, origin: dict):
     with found.faults:
         items = read_items(found, origin.get("modality", "auto"), config.num_workers)
         splits = split_items(items, found.seed, found.folder, found.faults, config.split)
-        data = OrganData(samples_of(splits, config.split, found.name), processor, latents_dir, cache_limit("auto"))
+        data = OrganData(chosen_split(splits, config.split, found.name), processor, latents_dir, cache_limit("auto"))
         data, _ = look_through(data, found.faults, len(data), config.split)
         if not len(data):
             raise UserError(f"{found.name}: no organ of the {config.split} split can be used")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.checkpoint import atomic_file, disk_fault, read_json, write_json
 from common.config import Range, UserError, convert, field_kinds, shown
-from common.lora import is_finite
+from common.tensor_files import is_finite, misfit, shapes_of
 from layers import Block, Upsample, Windows, positions
 from sparse_ops import check_coords, children_neighbours, neighbours, subdivide
 
@@ -284,19 +284,12 @@ def without_memory(config: DecoderConfig) -> SLatMeshDecoder:
 
 
 def check_tensors(where, model: nn.Module, tensors: dict) -> None:
-    """UserError that names the tensors which are missing, left over, of another shape than the model's, or not finite.
+    """UserError for the first tensor that is missing, left over, of another shape than the model's, or not finite.
 
     model: on the meta device, so that nothing is taken for the sizes that a stranger's file claims.
     """
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) if is_finite(t) else "not finite" for name, t in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        named = [
-            f"{shown(name)} is {found.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}" for name in wrong
-        ]
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{where} does not fit the decoder that it seems to be: {'; '.join(named[:3])}{more}")
+    if wrong := misfit(shapes_of(model.state_dict()), tensors):
+        raise UserError(f"{where} does not fit the decoder that it seems to be: {wrong}")
 
 
 def write_decoder(path: Path | str, config: DecoderConfig, tensors: dict) -> None:

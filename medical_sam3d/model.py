@@ -14,6 +14,7 @@ from common.lora import is_within
 from common.own_adapters import add_own_adapter
 from common.runtime import say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.tensor_files import load_tensors
 from decoder import Cubes, DecoderConfig, SLatMeshDecoder, check_tensors, memory_needed, read_decoder
 from latents import LatentEncoder
 from processor import POINTS, OrganProcessor
@@ -112,9 +113,6 @@ def locate(name: str, download: bool) -> Path:
 
 def read_folder(folder: Path) -> tuple[OrganMesher, OrganProcessor]:
     """What was saved here: a run, its checkpoint, or the demo's base. UserError unless it is one, and whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = best_of(folder)
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} holds an adapter, which is no base: --start_from goes on with it")
@@ -123,10 +121,7 @@ def read_folder(folder: Path) -> tuple[OrganMesher, OrganProcessor]:
     about = read_json(folder / "config.json")
     if not isinstance(about, dict) or not isinstance(about.get("decoder"), dict):
         raise UserError(f"{folder / 'config.json'} does not say what the decoder is: this is no model of these scripts")
-    try:
-        tensors = load_file(folder / MODEL_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / MODEL_FILE} cannot be read: {error}") from None
+    tensors = load_tensors(folder / MODEL_FILE)
     model = build(DecoderConfig.from_json(about["decoder"]), about.get("encoder"), tensors, folder)
     processor = OrganProcessor.load(folder)
     processor.check_fits(model, folder)

@@ -495,7 +495,7 @@ def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(made, kind, tmp_path
         assert torch.equal(tensor, model.tower.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("damage", ["other classes", "bias missing", "cut", "gone"])
+@pytest.mark.parametrize("damage", ["other classes", "bias missing", "not finite", "cut", "gone"])
 def test_a_head_file_that_does_not_fit_is_named(saved, tmp_path, damage):
     from safetensors.torch import load_file, save_file
 
@@ -506,6 +506,8 @@ def test_a_head_file_that_does_not_fit_is_named(saved, tmp_path, damage):
         save_file({name: tensor[:3].clone() for name, tensor in tensors.items()}, file)
     elif damage == "bias missing":
         save_file({"weight": tensors["weight"]}, file)
+    elif damage == "not finite":
+        save_file({**tensors, "bias": tensors["bias"] * torch.nan}, file)
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[:-10])
     else:

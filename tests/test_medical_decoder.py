@@ -340,14 +340,14 @@ def bad_states():
     """What is done to the tensors of a decoder -> what the error says."""
     nan = torch.full((32, 8), torch.nan)
     return {
-        "missing": ({"blocks.1.attn.to_out.bias": None}, r"'blocks.1.attn.to_out.bias' is missing, expected \(32,\)$"),
-        "left over": ({"norm.weight": torch.ones(3)}, r"'norm.weight' is \(3,\), expected no such tensor$"),
+        "missing": ({"blocks.1.attn.to_out.bias": None}, r"blocks.1.attn.to_out.bias is missing, expected \(32,\)$"),
+        "left over": ({"norm.weight": torch.ones(3)}, r"norm.weight is \(3,\), expected no such tensor$"),
         "misshapen": (
             {"upsample.0.out_layers.1.bias": torch.ones(9)},
-            r"'upsample.0.out_layers.1.bias' is \(9,\), expected \(8,\)$",
+            r"upsample.0.out_layers.1.bias is \(9,\), expected \(8,\)$",
         ),
-        "not finite": ({"input_layer.weight": nan}, r"'input_layer.weight' is not finite, expected \(32, 8\)$"),
-        "many": ({f"x{i}": torch.ones(2) for i in range(9)}, r"'x0' is \(2,\), .*'x2' is .*; and 6 more$"),
+        "not finite": ({"input_layer.weight": nan}, r"input_layer.weight is not finite, expected \(32, 8\)$"),
+        "many": ({f"x{i}": torch.ones(2) for i in range(9)}, r"x0 is \(2,\), expected no such tensor \(9 in all\)$"),
         "other model": ({"upsample.1.out_layers.3.conv.weight": None}, "is no SLAT mesh decoder: it has no upsample.1"),
         "nothing": ("", "holds no weights by their names"),
         "whole numbers": (

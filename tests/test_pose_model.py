@@ -578,7 +578,7 @@ def test_a_base_that_cannot_be_loaded_is_named_in_one_line(tmp_path, damage):
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "reshaped", "other", "pickle"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "reshaped", "not finite", "other", "pickle"])
 def test_a_head_file_that_does_not_fit_is_named_in_one_line(tmp_path, damage):
     from safetensors.torch import load_file, save_file
 
@@ -597,11 +597,13 @@ def test_a_head_file_that_does_not_fit_is_named_in_one_line(tmp_path, damage):
             tensors.pop("conv.bias")
         elif damage == "reshaped":
             tensors["conv.bias"] = torch.zeros(6)
+        elif damage == "not finite":
+            tensors["conv.bias"] = torch.full((5,), torch.inf)
         else:
             tensors["stray"] = torch.zeros(1)
         save_file(tensors, file)
     told = {"missing": "conv.bias is missing, expected \\(5,\\)", "reshaped": "conv.bias is \\(6,\\), expected \\(5,\\)"}
-    told |= {"other": "stray is \\(1,\\), expected no such tensor"}
+    told |= {"not finite": "conv.bias is not finite, expected \\(5,\\)", "other": "stray is \\(1,\\), expected no such tensor"}
     told = f"{HEAD_FILE} {told.get(damage) and 'does not fit keypoints.json: ' + told[damage] or 'cannot be read'}"
     refused(lambda: load_checkpoint(folder), told)
     file.unlink()

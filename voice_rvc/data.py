@@ -16,7 +16,7 @@ from common.exclude import Exclusions, exclude_for_eval
 from common.folders import make_once
 from common.runtime import counted, from_main, in_time, process_index, say
 from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
-from common.samples import Faults, attempt, data_folder, samples_of
+from common.samples import Faults, attempt, chosen_split, data_folder
 from common.scan import in_parts
 from content import hubert_folder
 from experiments import Unfit, is_experiment, read_experiment, slices_as_recordings
@@ -250,7 +250,7 @@ def build_loaders(config, voice, found: Found):
     with faults:
         clips, speakers, layout = read_clips(found, voice, bool(config.content))
         splits = split_clips(clips, config.seed, found.folder, faults)
-        train = samples_of(splits, "train", found.name)
+        train = chosen_split(splits, "train", found.name)
         train, train_cache, train_facts = check_clips(train, voice, faults, limit, "training")
         val, val_cache, val_facts = check_clips(splits["val"], voice, faults, limit - train_cache.bytes, "validation")
         if not train or not val:
@@ -349,7 +349,7 @@ def load_for_eval(config, voice, origin: dict):
         places = speaker_places(speakers, voice, found.name)
         clips = [replace(clip, speaker=places[clip.speaker]) for clip in clips]
         splits = split_clips(clips, origin["seed"], found.folder, found.faults)
-        clips = samples_of(splits, config.split, found.name)
+        clips = chosen_split(splits, config.split, found.name)
         clips, cache, _ = check_clips(clips, voice, found.faults, cache_limit("auto"), config.split)
         if not clips:
             raise UserError(f"{found.name}: no clip of the {config.split} split can be used")

@@ -18,8 +18,8 @@ import torch
 
 from common.checkpoint import read_json
 from common.config import UserError, shown
-from common.lora import is_finite
 from common.runtime import say
+from common.tensor_files import misfit
 from layers import to_old_names
 from synthesizer import Synthesizer, VoiceConfig
 
@@ -251,15 +251,8 @@ def is_plain(name, value) -> bool:
 
 def check_tensors(path: Path, expected: dict, tensors: dict) -> None:
     """UserError for the first tensor that is missing, left over, of another shape than expected, or not finite."""
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise UserError(
-            f"{path} does not fit the architecture that it seems to have: {shown(wrong[0])} is "
-            f"{found.get(wrong[0], 'missing')}, expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
-        )
-    if broken := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
-        raise UserError(f"{path} holds numbers that are not finite: {broken[0]} ({len(broken)} in all)")
+    if wrong := misfit(expected, tensors):
+        raise UserError(f"{path} does not fit the architecture that it seems to have: {wrong}")
 
 
 # ---- architecture ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from common.config import UserError
 from common.exclude import exclude_for_eval, exclude_from
 from common.runtime import counted, process_index, say
 from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
-from common.samples import Faults, attempt, samples_of
+from common.samples import Faults, attempt, chosen_split
 from common.scan import check_files, in_parts
 from common.vision.labelled_files import Sample, read_dataset
 from common.vision.pictures import decode, header_size, picture_reader
@@ -200,7 +200,7 @@ def labelled_for_eval(config, processor, origin: dict, source: Path):
         )
         hint = "" if strange else "; --subset scores data that lacks some classes"
         raise UserError(f"{data_dir or 'the demo data'} has other classes than the checkpoint: {only}{hint}")
-    samples = samples_of(splits, config.split, data_dir or "the demo data")
+    samples = chosen_split(splits, config.split, data_dir or "the demo data")
     if missing:
         faults.note("class of which this data has no picture", ", ".join(missing))
     number_of = {name: number for number, name in enumerate(classes)}

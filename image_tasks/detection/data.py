@@ -16,7 +16,7 @@ from common.exclude import exclude_for_eval, exclude_from
 from common.folders import make_once
 from common.runtime import counted, process_index, say
 from common.sample_cache import CachedSamples, SampleCache, cache_limit, first_readable
-from common.samples import Faults, samples_of
+from common.samples import Faults, chosen_split
 from common.scan import check_files
 from common.vision.pictures import decode, header_size, picture_reader
 from common.vision.preprocess import mean_and_std
@@ -285,7 +285,7 @@ def load_for_eval(config, processor, origin: dict):
     data_dir = chosen["data_dir"]
     exclude = exclude_for_eval(config, origin)
     splits, classes, _, faults = read_tables(data_dir, chosen["data_format"], origin["seed"], to_train=False, exclude=exclude)
-    samples = samples_of(splits, config.split, data_dir or "the demo data")
+    samples = chosen_split(splits, config.split, data_dir or "the demo data")
     strange = [name for name in classes if name not in origin["classes"]]
     if strange:
         raise UserError(

@@ -13,6 +13,7 @@ from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.runtime import process_index, say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.tensor_files import load_tensors, misfit, shapes_of
 from common.vision.preprocess import example_picture
 from keypoints import KEYPOINT_FILE, KeypointSet
 
@@ -298,22 +299,10 @@ def read_facts(folder: Path) -> dict:
 
 
 def read_head(folder: Path, facts: dict, width: int) -> nn.Module:
-    """The head of a checkpoint folder; UserError unless every weight is there, is expected and has its shape."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    head = new_head(facts["head"], width, len(facts["names"]))
-    try:
-        tensors = load_file(folder / HEAD_FILE)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / HEAD_FILE} cannot be read: {error}") from None
-    expected, found = ({k: tuple(t.shape) for k, t in ts.items()} for ts in (head.state_dict(), tensors))
-    wrong = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-    if wrong:
-        raise UserError(
-            f"{folder / HEAD_FILE} does not fit {KEYPOINT_FILE}: {wrong[0]} is {found.get(wrong[0], 'missing')}, "
-            f"expected {expected.get(wrong[0], 'no such tensor')} ({len(wrong)} in all)"
-        )
+    """The head of a checkpoint folder; UserError unless all of it fits."""
+    head, tensors = new_head(facts["head"], width, len(facts["names"])), load_tensors(folder / HEAD_FILE)
+    if wrong := misfit(shapes_of(head.state_dict()), tensors):
+        raise UserError(f"{folder / HEAD_FILE} does not fit {KEYPOINT_FILE}: {wrong}")
     head.load_state_dict(tensors)
     return head
 
