@@ -46,7 +46,7 @@ def save_lora(folder: Path, model, processor, origin: dict, card: str = "") -> N
     A model that needs more than its adapter to be built again has a method save_extra(folder), which writes it.
     """
     with atomic_folder(folder) as aside:
-        plain = model.get_base_model() if is_adapted(model) else model
+        plain = plain_model(model)
         if adapted_layers(model):
             write_adapter(model, aside, origin["base"]["name"])
         elif plain is model:
@@ -61,9 +61,9 @@ def save_lora(folder: Path, model, processor, origin: dict, card: str = "") -> N
         write_text(aside / CARD, card)  # in place of PEFT's template
 
 
-def is_adapted(model) -> bool:
-    """Whether it is a model of PEFT's, with adapters on it."""
-    return hasattr(model, "peft_config")
+def plain_model(model):
+    """The model itself, in its own class, where PEFT's is around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def save_trained(model, file: Path) -> None:
@@ -203,7 +203,7 @@ def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:
     a checkpoint of the other method, and for another adapter than this run's. What trained as a head alone starts either: it
     brings its head, and the rest is the base's.
     """
-    plain = model.get_base_model() if is_adapted(model) else model
+    plain = plain_model(model)
     if origin["method"] == "head":
         return take_head(plain, saved, folder, class_parts)
     # Without adapters a part of the model trains, or nearly all of it.

@@ -13,7 +13,7 @@ from common.config import UserError
 from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.runtime import quiet, say
-from common.saved_models import TRAINED_PART, load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.saved_models import TRAINED_PART, load_under, make_origin, open_checkpoint, plain_model, take_over, with_saved_adapter
 from common.tensor_files import load_tensors, misfit, shapes_of
 from common.vision.preprocess import example_picture, trained_shape
 from peft_methods import quantized
@@ -266,7 +266,7 @@ def start_from(folder: str, model) -> None:
     """The weights of a checkpoint for `model`, as it is about to train; "": none. The head, if it has these classes."""
     if folder:
         saved, _, about = load_checkpoint(folder, merge=False)
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_model(model)
         same = saved.classes == plain.classes
         take_over(model, saved, about, folder, () if same else (HEAD,))
         plain.scale = saved.scale if same else plain.scale  # it goes with the head
@@ -288,8 +288,8 @@ def load_head(model: ClipClassifier, folder: Path) -> None:
     model.classifier.load_state_dict(tensors)
 
 
-def plain_code(about: dict) -> str:
-    """How the libraries alone load such a checkpoint, for its model card."""
+def card_code(about: dict) -> dict:
+    """What a model card says of loading, for Run.card: how the libraries alone do it."""
     kind, feature = about["tower"], "image_embeds" if "Projection" in about["tower"] else "pooler_output"
     start = f"""
 import json
@@ -330,11 +330,11 @@ model.classifier.load_state_dict(load_file(f"{{folder}}/{HEAD_FILE}"))
         "head": f"from safetensors.torch import load_file\n{base}model.load_state_dict(load_file({file}), strict=False)\n",
     }
     source = "folder" if about["method"] == "full" else "base"
-    answer = f"""
+    use = f"""
 processor = AutoImageProcessor.from_pretrained({source})
 picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     probabilities = model.eval()(picture["pixel_values"])[0].softmax(0)
 print(about["classes"][probabilities.argmax()], probabilities.max())
 """
-    return start + ways[about["method"]] + answer
+    return {"code": start + ways[about["method"]] + use}

@@ -58,11 +58,11 @@ def main(argv=None):
     from metrics import draw_results
     from model import (
         answer,
+        card_code,
         layer_groups,
         load_base,
         load_checkpoint,
         origin,
-        plain_code,
         start_from,
         with_head,
     )
@@ -93,7 +93,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_model(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_model(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. Plots, with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:

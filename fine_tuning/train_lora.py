@@ -63,12 +63,12 @@ def main(argv=None):
     from metrics import draw_results
     from model import (
         HEAD,
+        card_code,
         describe_trainable,
         load_base,
         load_checkpoint,
         lora_targets,
         origin,
-        plain_code,
         start_from,
         with_head,
     )
@@ -103,7 +103,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_lora(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_lora(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:

@@ -196,15 +196,9 @@ def card_of(origin: dict, title: str, facts: dict[str, str], measured: dict[str,
     from common.card import ON_A_PICTURE, base_rows, front_matter, loading, spoken
 
     enter_task(origin["task"])
-    base = origin["base"]["name"]
-    if origin["task"] in ("voice_rvc", "medical_sam3d"):
-        from model import card_code
+    from model import card_code
 
-        how = {"code": ""} | card_code(origin)
-    else:
-        from model import plain_code
-
-        how = {"code": plain_code(origin), "use": ON_A_PICTURE}
+    base, how = origin["base"]["name"], {"code": "", "use": ON_A_PICTURE} | card_code(origin)
     lines = [*front_matter(origin["task"], origin["method"], base, how["code"]), f"# {title}", "", "| | |", "| --- | --- |"]
     lines += base_rows(origin["base"])
     lines += [f"| {key} | {spoken(value)} |" for key, value in facts.items()]

@@ -12,7 +12,7 @@ from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.peft_adapters import without_word_embeddings
 from common.runtime import quiet, say
-from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.saved_models import load_under, make_origin, open_checkpoint, plain_model, take_over, with_saved_adapter
 from common.vision.preprocess import example_picture, trained_shape
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
@@ -149,13 +149,13 @@ def start_from(folder: str, model) -> None:
     """The weights of a checkpoint for `model`, as it is about to train; "": none. The head, if it has these classes."""
     if folder:
         saved, _, about = load_checkpoint(folder, merge=False)
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_model(model)
         same = plain.config.id2label == saved.config.id2label
         take_over(model, saved, about, folder, () if same else class_layers(plain))
 
 
-def plain_code(about: dict) -> str:
-    """How the libraries alone load such a checkpoint, for its model card."""
+def card_code(about: dict) -> dict:
+    """What a model card says of loading, for Run.card: how the libraries alone do it."""
     start = """
 import json
 
@@ -180,11 +180,11 @@ model = AutoModelForImageClassification.from_pretrained(base, num_labels=len(cla
 model.load_state_dict(load_file(f"{{folder}}/head.safetensors"), strict=False)
 '''
     source = "folder" if about["method"] == "full" else "base"
-    answer = f"""
+    use = f"""
 processor = AutoImageProcessor.from_pretrained({source})
 picture = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     probabilities = model.eval()(**picture).logits[0].softmax(0)
 print(classes[probabilities.argmax()], probabilities.max())
 """
-    return start + {"full": whole, "lora": adapter, "head": head}[about["method"]] + answer
+    return {"code": start + {"full": whole, "lora": adapter, "head": head}[about["method"]] + use}

@@ -53,7 +53,7 @@ def main(argv=None):
     from common.vision.scoring import evaluate
     from data import build_loaders, read_tables
     from metrics import draw_results
-    from model import class_layers, load_base, load_checkpoint, lora_targets, origin, plain_code, start_from, with_classes
+    from model import card_code, class_layers, load_base, load_checkpoint, lora_targets, origin, start_from, with_classes
 
     with Run(config, task="classification", method="lora" if config.lora_r else "head") as run:
         # Before a base is fetched: the path may be wrong.
@@ -86,7 +86,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, classes), best="balanced_accuracy"):
-                save_lora(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_lora(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. Plots, with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:

@@ -13,7 +13,7 @@ from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.peft_adapters import without_word_embeddings
 from common.runtime import process_index, quiet, say
-from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.saved_models import load_under, make_origin, open_checkpoint, plain_model, take_over, with_saved_adapter
 from common.trial import without_trace
 from common.vision.preprocess import example_picture, trained_shape
 
@@ -236,13 +236,13 @@ def start_from(folder: str, model) -> None:
     """The weights of a checkpoint for `model`, as it is about to train; "": none. Class layers, too, where they are for these."""
     if folder:
         saved, _, about = load_checkpoint(folder, merge=False)
-        plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+        plain = plain_model(model)
         same = plain.config.id2label == saved.config.id2label
         take_over(model, saved, about, folder, () if same else sorted(n.rsplit(".", 1)[0] for n in class_tensors(build, plain)))
 
 
-def plain_code(about: dict) -> str:
-    """How the libraries alone load such a checkpoint, for its model card."""
+def card_code(about: dict) -> dict:
+    """What a model card says of loading, for Run.card: how the libraries alone do it."""
     start = """
 import json
 
@@ -269,7 +269,7 @@ model.load_state_dict(load_file(f"{{folder}}/head.safetensors"), strict=False)
     side = about["image_size"]
     size = f', size={{"height": {side}, "width": {side}}}' if side else ""
     source = "folder" if about["method"] == "full" else "base"
-    answer = f'''
+    use = f'''
 processor = AutoImageProcessor.from_pretrained({source})
 picture = Image.open("photo.jpg").convert("RGB")
 with torch.inference_mode():
@@ -279,4 +279,4 @@ found = processor.post_process_object_detection(outputs, threshold=0.5, target_s
 for label, score, box in zip(found["labels"], found["scores"], found["boxes"]):
     print(classes[label], float(score), box.tolist())  # x1, y1, x2, y2 in pixels
 '''
-    return start + {"full": whole, "lora": adapter, "head": head}[about["method"]] + answer
+    return {"code": start + {"full": whole, "lora": adapter, "head": head}[about["method"]] + use}

@@ -47,13 +47,13 @@ def main(argv=None):
     from metrics import evaluate
     from model import (
         backbone_groups,
+        card_code,
         check_size,
         denoises,
         lesson,
         load_base,
         load_checkpoint,
         origin,
-        plain_code,
         start_from,
         with_classes,
     )
@@ -86,7 +86,7 @@ def main(argv=None):
             metrics = evaluate(model, processor, val_loader, classes)
             if run.end_epoch(metrics, best="map"):
                 about["threshold"] = metrics["f1_threshold"]  # which infer takes with --threshold best
-                save_model(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_model(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:

@@ -51,13 +51,13 @@ def main(argv=None):
     from metrics import evaluate
     from model import (
         HEADS,
+        card_code,
         check_size,
         denoises,
         load_base,
         load_checkpoint,
         lora_targets,
         origin,
-        plain_code,
         start_from,
         with_classes,
     )
@@ -95,7 +95,7 @@ def main(argv=None):
             metrics = evaluate(model, processor, val_loader, classes)
             if run.end_epoch(metrics, best="map"):
                 about["threshold"] = metrics["f1_threshold"]  # which infer takes with --threshold best
-                save_lora(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_lora(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:

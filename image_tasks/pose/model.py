@@ -336,6 +336,6 @@ def start_from(folder: str, model) -> None:
         take_over(model, saved, about, folder, () if same else (HEAD,))
 
 
-def plain_code(about: dict) -> str:
-    """How the libraries alone load such a checkpoint, for its model card: not at all, as the head is this project's own."""
-    return ""
+def card_code(about: dict) -> dict:
+    """What a model card says of loading, for Run.card: the libraries alone do not, as the head is this project's own."""
+    return {}

@@ -45,12 +45,12 @@ def main(argv=None):
     from metrics import evaluate
     from model import (
         answer,
+        card_code,
         input_size,
         keypoint_loss,
         load_base,
         load_checkpoint,
         origin,
-        plain_code,
         start_from,
         with_head,
     )
@@ -81,7 +81,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
-                save_model(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_model(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. What it finds, drawn with the best model as read back from disk; then the record to compare with train_lora.py's.
         if run.is_main:

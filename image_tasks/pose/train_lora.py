@@ -50,13 +50,13 @@ def main(argv=None):
     from metrics import evaluate
     from model import (
         HEAD,
+        card_code,
         input_size,
         keypoint_loss,
         load_base,
         load_checkpoint,
         lora_targets,
         origin,
-        plain_code,
         start_from,
         with_head,
     )
@@ -93,7 +93,7 @@ def main(argv=None):
                 run.backward(loss)
                 run.step_optimizer(optimizer, scheduler)
             if run.end_epoch(evaluate(model, val_loader, points), best="pixel_error", higher_is_better=False):
-                save_lora(run.best, run.unwrap(model), processor, about, run.card(plain_code(about)))
+                save_lora(run.best, run.unwrap(model), processor, about, run.card(**card_code(about)))
 
         # 3. What it finds, drawn with the best adapter as read back from disk; then the record to compare with train.py's.
         if run.is_main:
