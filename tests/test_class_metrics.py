@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.batches import eval_loader
 from common.class_metrics import (
     calibration,
     class_report,
@@ -21,7 +22,7 @@ from common.class_metrics import (
 from common.plots import draw_calibration
 from common.samples import Faults
 from common.vision import pages
-from common.vision.labelled import LabelledPictures, Sample, collate, eval_loader, load_pictures
+from common.vision.labelled import LabelledPictures, Sample, collate, load_pictures
 from common.vision.pages import draw_answer, draw_mistakes, draw_page, draw_some, thumbnail
 from common.vision.preprocess import ClassifierPreprocess
 from common.vision.scoring import evaluate, logits_of, predict

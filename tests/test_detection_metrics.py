@@ -18,10 +18,11 @@ sys.path.append(str(ROOT / "scripts"))
 
 from average_precision import average_precisions  # noqa: E402
 from boxes import make_sample  # noqa: E402
+from common.batches import eval_loader  # noqa: E402
 from common.config import UserError  # noqa: E402
 from common.samples import Faults  # noqa: E402
 from common.vision.pairs import covered, write_labels  # noqa: E402
-from data import DetectionData, Preprocess, check_samples, collate, eval_loader  # noqa: E402
+from data import DetectionData, Preprocess, check_samples, collate  # noqa: E402
 from formats import read_dataset  # noqa: E402
 from metrics import (  # noqa: E402
     best_f1,

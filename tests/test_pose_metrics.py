@@ -15,8 +15,9 @@ from test_pose_model import NAMES, POINTS, keypoints, prepare, save_base
 TASK = POSE
 use_task(TASK)
 
+from common.batches import eval_loader  # noqa: E402
 from common.samples import Faults  # noqa: E402
-from data import PoseData, Preprocess, check_samples, collate, eval_loader  # noqa: E402
+from data import PoseData, Preprocess, check_samples, collate  # noqa: E402
 from formats import read_dataset  # noqa: E402
 from keypoints import KeypointSet, Sample  # noqa: E402
 from metrics import (  # noqa: E402

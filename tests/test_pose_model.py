@@ -643,8 +643,9 @@ def test_input_sizes(tmp_path):
 def test_the_predictor_finds_what_infer_finds_in_boxes_and_in_whole_pictures(adapter, tmp_path):
     from PIL import Image
 
+    from common.batches import eval_loader
     from common.samples import Faults
-    from data import Preprocess, collate, eval_loader, figures_only
+    from data import Preprocess, collate, figures_only
     from metrics import detect
 
     framed = []
