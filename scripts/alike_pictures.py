@@ -114,6 +114,32 @@ def same_picture(thumb: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (residual <= DIFFERENCE * np.minimum(own.std(), spread)) & (apart <= COLOUR)
 
 
+def mirrored(thumbs: np.ndarray) -> np.ndarray:
+    """The thumbnails (N, THUMB) of the pictures' mirror images, left for right."""
+    grey = thumbs[:, : SIDE * SIDE].reshape(-1, SIDE, SIDE)[:, :, ::-1]
+    colours = thumbs[:, SIDE * SIDE :].reshape(-1, 2, SIDE // 2, SIDE // 2)[:, :, :, ::-1]
+    return np.concatenate([grey.reshape(len(thumbs), SIDE * SIDE), colours.reshape(len(thumbs), SIDE * SIDE // 2)], axis=1)
+
+
+def mirror_images(thumbs: np.ndarray) -> list[tuple[int, int]]:
+    """[(place, later place)] of the pictures of which the second is a mirror image of the first, by their thumbnails."""
+    if not len(thumbs):
+        return []
+    flipped = mirrored(thumbs)
+    unique, kinds = np.unique(perceptual_hashes(np.concatenate([thumbs, flipped])), return_inverse=True)
+    near, plain = near_hashes(unique), thumbs[:, : SIDE * SIDE].std(axis=1) < PLAIN
+    earlier, found = defaultdict(list), []
+    for place in range(len(thumbs)):
+        if plain[place]:
+            continue
+        candidates = sorted(other for kind in near[kinds[len(thumbs) + place]] for other in earlier[kind])
+        alike = np.flatnonzero(same_picture(flipped[place], thumbs[candidates])) if candidates else []
+        if len(alike):
+            found.append((candidates[alike[0]], place))
+        earlier[kinds[place]].append(place)
+    return found
+
+
 def first_of_each(facts: list, thumbs: np.ndarray) -> list[tuple[int, bool]]:
     """For each picture (the place of the first that it is the same as, or its own; whether the files are the same, too).
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alike_pictures import MODES, PLAIN, fingerprint_reader, first_of_each, thumbs_of
+from alike_pictures import MODES, PLAIN, fingerprint_reader, first_of_each, mirror_images, thumbs_of
 from common.config import UserError
 from common.samples import BadFile, Faults
 from common.scan import Scan
@@ -47,10 +47,14 @@ def check_pictures(task: str, folder: Path, data_format: str, seed: int) -> Find
     facts, headers = look_at_all(every)
     for split in every:
         share(every[split], facts)
+    boxed = {s.path for samples in splits.values() for s in samples if kind == "detection" and len(s.boxes)}
     usable = {split: use(kind, samples, faults, split, findings) for split, samples in splits.items()}
     findings.splits = {split: len(samples) for split, samples in usable.items()}
     used = {sample.path for samples in usable.values() for sample in samples}
     findings.unusable = {path: None for paths in every.values() for path in paths if path not in used}
+    emptied = [s.path for samples in usable.values() for s in samples if s.path in boxed and not len(s.boxes)]
+    findings.add("error", "picture that loses all its boxes, so that training takes it for background", emptied, "mend them")
+    findings.unusable |= dict.fromkeys(emptied)
     findings.take(faults)
     files = [(sample.path, split, label_of(kind, sample)) for split, samples in usable.items() for sample in samples]
     find_copies(findings, files, facts)
@@ -113,7 +117,11 @@ def find_copies(findings: Findings, files: list, facts: dict) -> None:
     files = in_order([(path, split, label) for path, split, label in dict.fromkeys(files) if facts[path][2]])
     files = list({file[0]: file for file in reversed(files)}.values())[::-1]  # a file of two splits is the reader's to tell
     found = [facts[path][2] for path, _, _ in files]
-    findings.take_copies(files, first_of_each(found, thumbs_of(found)))
+    thumbs = thumbs_of(found)
+    firsts = first_of_each(found, thumbs)
+    findings.take_copies(files, firsts)
+    places = [place for place, (first, _) in enumerate(firsts) if first == place]  # of copies one is enough
+    findings.take_mirrored([(files[places[a]], files[places[b]]) for a, b in mirror_images(thumbs[places])])
 
 
 def look_for_odd(findings: Findings, facts: dict, headers: dict, claims: dict | None) -> None:
@@ -164,7 +172,7 @@ def check_boxes(findings: Findings, usable: dict, classes: list[str]) -> None:
         tiny += [f"{findings.name(sample.path)} box {number + 1}" for number in np.flatnonzero((sides < TINY).any(axis=1))]
         if len(np.unique(sample.boxes.round(), axis=0)) < len(sample.boxes):
             twice.append(sample.path)
-        if not len(sample.boxes):
+        if not len(sample.boxes) and sample.path not in findings.unusable:
             empty.append(sample.path)
     findings.add("warning", f"box less than {TINY} pixels wide or high in a picture of {SEEN}: too small to be found", tiny)
     findings.add("warning", "picture with two boxes in one place", twice)

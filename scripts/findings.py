@@ -41,6 +41,7 @@ FLATTERS = "so that the metrics flatter"  # how the readers' notes on what is tr
 CONTRADICTION = "the same sample with different labels"
 LEAK = "the same sample in two splits, so that the metrics flatter"
 DUPLICATE = "the same sample twice in a split"
+MIRRORED = "the mirror image of a picture of another split, so that the metrics flatter"
 
 
 @dataclass
@@ -59,17 +60,20 @@ class Copies:
     split: str
     others: list[tuple[Path, str, bool]]
     agree: bool = True  # whether their labels are the same
+    mirrored: bool = False  # whether the others are mirror images
 
     @property
     def what(self) -> str:
         if not self.agree:
             return CONTRADICTION
+        if self.mirrored:
+            return MIRRORED
         return LEAK if {split for _, split, _ in self.others} - {self.split} else DUPLICATE
 
 
 @dataclass
 class Findings:
-    """All that is known of a data folder. unusable: files that training cannot use, whose quarantine costs nothing."""
+    """All that is known of a data folder. unusable: files that training cannot use, or not as they are meant."""
 
     folder: Path
     task: str
@@ -122,6 +126,19 @@ class Findings:
         for what, severity in ((CONTRADICTION, "error"), (LEAK, "error"), (DUPLICATE, "warning")):
             self.add(severity, what, [self.pair(group) for group in self.copies if group.what == what], advice[what])
 
+    def take_mirrored(self, pairs: list[tuple]) -> None:
+        """Pairs of files, as of take_copies, of which the second mirrors the first.
+
+        Within a split they do no harm: many augment so. Nor are they the same where labels differ, as those of arrows do.
+        """
+        leaks = [
+            Copies(path, split, [(other, theirs, False)], mirrored=True)
+            for (path, split, label), (other, theirs, its) in pairs
+            if split != theirs and label == its
+        ]
+        self.copies += leaks
+        self.add("error", MIRRORED, [self.pair(group) for group in leaks], "leave out those that are trained on")
+
     def pair(self, group: Copies) -> str:
         """A group in words: "train/b.jpg = val/a.jpg"."""
         names = [f"{self.name(path)} ({split})" for path, split, _ in group.others]
@@ -151,7 +168,7 @@ class Findings:
         listed = dict.fromkeys(self.unusable, "cannot be used")
         for group in self.copies:
             for path, _, _ in group.others:
-                listed[path] = f"same as {self.name(group.kept)}"
+                listed[path] = f"{'mirror image of' if group.mirrored else 'same as'} {self.name(group.kept)}"
             if not group.agree:
                 listed[group.kept] = "same as another with a different label"
         return listed

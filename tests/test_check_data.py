@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,6 +90,10 @@ def plant_in_pictures(root):
     (train / "cat" / "text.jpg").write_text("no picture")
     shutil.copy(train / "cat" / "1.jpg", val / "cat" / "leak.jpg")
     Image.open(train / "dog" / "1.jpg").resize((60, 45)).save(val / "dog" / "smaller.jpg", quality=50)
+    flip = Image.Transpose.FLIP_LEFT_RIGHT
+    for seed, place in ((910, val / "dog"), (911, train / "cat"), (912, val / "cat")):  # of another label; in the split; a leak
+        picture(seed).save(train / "cat" / f"{seed}.jpg")
+        picture(seed).transpose(flip).save(place / f"mirrored_{seed}.jpg", quality=60)
     shutil.copy(train / "dog" / "2.jpg", train / "dog" / "twice.jpg")
     shutil.copy(train / "cat" / "3.jpg", train / "dog" / "is_a_cat.jpg")
     turned = Image.Exif()
@@ -112,6 +118,7 @@ def test_planted_faults_of_pictures_are_found_by_name(tmp_path):
     leaks = places(report, "error", "the same sample in two splits")
     assert "train/cat/1.jpg (train) = val/cat/leak.jpg (val)" in leaks
     assert "train/dog/1.jpg (train) = val/dog/smaller.jpg (val)" in leaks and leaks.count("=") == 2
+    assert places(report, "error", "the mirror image") == "train/cat/912.jpg (train) = val/cat/mirrored_912.jpg (val)"
     assert places(report, "warning", "the same sample twice") == "train/dog/twice.jpg (train) = train/dog/2.jpg (train)"
     assert places(report, "error", "the same sample with different labels").startswith("train/dog/is_a_cat.jpg")
     assert places(report, "note", "picture that viewers turn") == "train/cat/turned.jpg"
@@ -120,7 +127,7 @@ def test_planted_faults_of_pictures_are_found_by_name(tmp_path):
     assert places(report, "warning", "picture more than 5 times") == "train/dog/long.png"
     assert places(report, "warning", "class without validation pictures") == "bird"
     wanted = {"train/cat/cut.jpg", "train/cat/text.jpg", "train/cat/1.jpg", "train/dog/1.jpg", "train/dog/twice.jpg"}
-    wanted |= {"train/cat/3.jpg", "train/dog/is_a_cat.jpg"}
+    wanted |= {"train/cat/3.jpg", "train/dog/is_a_cat.jpg", "train/cat/912.jpg"}
     assert left_out(report) == wanted
     lines = [line for line in quarantine.read_text().splitlines() if not line.startswith("#")]
     assert set(lines) == wanted
@@ -195,23 +202,29 @@ def annotations(root, split="train"):
 def test_planted_faults_of_boxes_are_found_by_name(tmp_path):
     root = copied(TASKS["detection"], tmp_path / "boxes")
     file, table = annotations(root)
-    first, second, third, fourth = table["annotations"][:4]
+    boxes = Counter(box["image_id"] for box in table["annotations"])
+    crowded = {box["image_id"]: box for box in table["annotations"] if boxes[box["image_id"]] > 1}  # the last box of each picture
+    first, second, third, fourth = list(crowded.values())[:4]
     width = table["images"][0]["width"]
     first["bbox"] = [width + 50, 5, 20, 20]
     second["bbox"] = [5, 5, 0, 10]
     third["bbox"][2:] = [1, 1]
     fourth["category_id"] = 99
+    alone = next(box for box in table["annotations"] if boxes[box["image_id"]] == 1)
+    alone["bbox"] = [width + 50, 5, 20, 20]
+    lost = next(image["file_name"] for image in table["images"] if image["id"] == alone["image_id"])
     table["annotations"].append({**table["annotations"][5], "id": 9999})
     table["categories"].append({"id": 50, "name": "unicorn"})
     file.write_text(json.dumps(table))
     pictures = sorted((root / "train").rglob("*.png")) or sorted((root / "images").rglob("*.png"))
     pictures[-1].write_bytes(pictures[-1].read_bytes()[:200])
     report = checked(TASKS["detection"], root)
-    assert places(report, "error", "box without area inside its picture").count("box") == 2
+    assert places(report, "error", "box without area inside its picture").count("box") == 3
+    assert places(report, "error", "picture that loses all its boxes").endswith(Path(lost).name)
     assert str(fourth["id"]) in places(report, "error", "box of a category that is not listed")
     assert places(report, "warning", "box that is given twice") and places(report, "warning", "box less than 3 pixels")
     assert places(report, "warning", "class without training boxes") == "unicorn"
-    assert left_out(report) == {str(pictures[-1].relative_to(root))}
+    assert {Path(name).name for name in left_out(report)} == {pictures[-1].name, Path(lost).name}
 
 
 def test_planted_faults_of_keypoints_are_found_by_name(tmp_path):
@@ -300,9 +313,9 @@ def test_the_script_writes_what_it_was_asked_for_and_exits_by_what_it_found(tmp_
     flags = ["--report", files[0], "--quarantine", files[1], "--pictures", files[2]]
     said = run(root, "--task", "classification", *flags, expect=1).stdout
     assert "classification (folders)" in said and "cut.jpg" in said and "(bad.txt" not in said
-    assert read(files[0])["task"] == "classification" and len(read(files[0])["quarantine"]) == 7
+    assert read(files[0])["task"] == "classification" and len(read(files[0])["quarantine"]) == 8
     assert Image.open(files[2]).width > 400
-    assert "7 files to leave out" in said
+    assert "8 files to leave out" in said
 
 
 def test_what_cannot_be_checked_ends_in_one_line(tmp_path):
