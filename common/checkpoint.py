@@ -12,7 +12,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,17 +42,29 @@ def fsync(path: Path) -> None:
 def atomic_file(path: Path):
     """Yields the name under which to write a file; on leaving it is renamed to `path`: readers see the old file or the new.
 
-    Where the block does not come to its end, by an error, Ctrl-C or SIGTERM, nothing is left beside the old one.
+    Where the block does not come to its end, by an error, Ctrl-C or SIGTERM, nothing is left beside the old one. Of two processes
+    that write one file at once the last wins.
     """
-    aside = path.with_name(f".{path.name[:100]}.tmp")  # a long name with more would be too long
+    aside = path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")  # a long name with more would be too long
+    with naming(path):
+        try:
+            yield aside
+            fsync(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        fsync(path.parent)
+
+
+@contextmanager
+def naming(path: Path):
+    """An OSError in the block, where a file is written, has the file's name; a full disk gives it none."""
     try:
-        yield aside
-        fsync(aside)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
-    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -87,39 +99,77 @@ def atomic_folder(path: Path):
     """Yields an empty folder to fill; on leaving it is sealed with a manifest and renamed to `path`.
 
     A folder that stood there is replaced. A crash between the two renames leaves the old one as `.<name>.previous`,
-    from where `recover` brings it back. UserError where the disk does not take the files; the old folder is intact then.
-    Where a link stands there, the folder that it leads to is the one.
+    from where `recover` brings it back. UserError where the disk does not take the files, or another process is just writing
+    there; the old folder is intact then. Where a link stands there, the folder that it leads to is the one.
     """
     path = path.resolve() if path.is_symlink() else path
-    aside = path.with_name(f".{path.name}.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        everything = sorted(aside.rglob("*"))
-        files = [p for p in everything if p.is_file() and p != aside / MANIFEST]  # that of a folder saved in its place
-        (aside / MANIFEST).touch()
-        for file in files:  # safetensors writes 0600: readable for others, too, where the umask says so
-            file.chmod((aside / MANIFEST).stat().st_mode)
-        for item in everything:
-            fsync(item)
-        manifest = {
-            file.relative_to(aside).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
-        }
-        write_json(aside / MANIFEST, manifest)
-        if path.exists():
+        with made_alone(path.with_name(f".{path.name}.tmp")) as aside:
+            yield aside
+            seal(aside)
+            if path.exists():
+                shutil.rmtree(previous_of(path), ignore_errors=True)
+                os.replace(path, previous_of(path))
+            os.replace(aside, path)
+            fsync(path.parent)
             shutil.rmtree(previous_of(path), ignore_errors=True)
-            os.replace(path, previous_of(path))
-        os.replace(aside, path)
-        fsync(path.parent)
-        shutil.rmtree(previous_of(path), ignore_errors=True)
+    except UserError:
+        raise
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
         recover(path)
-        fault = disk_fault(error)
-        if fault:
+        if fault := disk_fault(error):
             raise UserError(f"could not save {path}: {fault}; what was saved before is intact") from error
         raise
+
+
+@contextmanager
+def made_alone(folder: Path):
+    """Yields the folder, made anew for this process alone; what is still there under its name on leaving goes, as after a kill.
+
+    UserError where another process is in it.
+    """
+    if folder.exists():
+        with locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with locked(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path):
+    """Holds the lock of a folder until the block, or the process, ends. UserError where another process has it."""
+    if os.name == "nt":  # no handle for a folder
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # disks of the network that lock no folders
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is just writing {folder}: let it end, or write elsewhere") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path) -> None:
+    """Has the disk hold all files of a folder, and lists them with their sizes and sha256 in its manifest."""
+    everything = sorted(folder.rglob("*"))
+    files = [p for p in everything if p.is_file() and p != folder / MANIFEST]  # that of a folder saved in its place
+    (folder / MANIFEST).touch()
+    for file in files:  # safetensors writes 0600: readable for others, too, where the umask says so
+        file.chmod((folder / MANIFEST).stat().st_mode)
+    for item in everything:
+        fsync(item)
+    manifest = {file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    write_json(folder / MANIFEST, manifest)
 
 
 def disk_fault(error: BaseException | None) -> str | None:

@@ -17,7 +17,7 @@ ONCE = {"resume", "overwrite", "dry_run", "push_to_hub"}  # settings of one star
 OF_THE_PLACE = ONCE | {"device", "num_workers", "threads", "save_steps", "cache", "output_dir", "run_name"}
 FREE_ON_RESUME = OF_THE_PLACE | {"patience"}  # may differ when a run is taken up again; patience says when to stop, no more
 # What a start writes before anything else.
-OF_A_START = {".lock", "config.yaml", "summary.json", ".config.yaml.tmp", ".summary.json.tmp"}
+OF_A_START = {".lock", "config.yaml", "summary.json"}
 OF_PREDICTIONS = ("predictions.*", "[0-9][0-9][0-9][0-9]_*")  # what infer writes: tables, and pictures with numbers
 
 
@@ -35,10 +35,7 @@ def open_run_folder(config, task: str, method: str):
         raise UserError(f"the run folder {root / name} has a name that TensorBoard cannot write to: start with PYTHONUTF8=1")
     bring_back(root)
     folder = choose_folder(config, root, name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another --output_dir") from None
+    make_writable(folder)
     if not is_run(folder) and not is_bare(folder):
         raise UserError(f"{folder} holds files, but no run (there is no summary.json): not touched; use another --run_name")
     lock = lock_folder(folder)
@@ -49,6 +46,17 @@ def open_run_folder(config, task: str, method: str):
     else:  # what a start left that came to nothing
         clear(folder)
     return folder, lock
+
+
+def make_writable(folder: Path, remedy: str = "choose another --output_dir") -> None:
+    """Makes a folder where it is missing, before the work. UserError, which names the remedy, where it cannot be written into."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fault = "" if os.access(folder, os.W_OK) else "it is read-only"
+    except OSError as error:
+        fault = error.strerror
+    if fault:
+        raise UserError(f"nothing can be written into {folder}: {fault}; {remedy}")
 
 
 def choose_folder(config, root: Path, name: str) -> Path:
@@ -107,8 +115,9 @@ def is_run(folder: Path) -> bool:
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a start writes first."""
-    return {path.name for path in folder.iterdir()} <= OF_A_START
+    """Whether a folder holds nothing but what a start writes first, or had begun to write when it was killed."""
+    names = {path.name for path in folder.iterdir()}
+    return all(name in OF_A_START or (name.startswith(".") and name.endswith(".tmp")) for name in names)
 
 
 def last_written(folder: Path) -> float:
@@ -217,6 +226,7 @@ def one_at_a_time(folder: Path):
 def make_once(folder: Path, make) -> Path:
     """The folder, made by make(folder) if it is not there yet; of several processes that need it at once, one makes it."""
     if not folder.exists():
+        make_writable(folder.parent, "name your own data with --data_dir, or copy the project to where its demo can be drawn")
         with one_at_a_time(folder):
             if not folder.exists():
                 print(f"drawing the demo data into {folder}", flush=True)
@@ -283,12 +293,16 @@ def check_place(flag: str, folder: Path) -> None:
 
 
 def eval_places(config) -> tuple[Path, Path]:
-    """(file of the numbers, folder of reports and pictures) for an evaluation: below --output_dir, or in the run's folder."""
+    """(file of the numbers, folder of reports and pictures) for an evaluation: below --output_dir, or in the run's folder.
+
+    UserError where nothing can be written there: called before the scoring, which may take hours.
+    """
     checkpoint = Path(config.checkpoint).expanduser()
     run_folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
     root = Path(config.output_dir).expanduser() if config.output_dir else run_folder
     folder = root / f"eval_{config.split}"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(root)
+    make_writable(folder)
     return root / ("eval.json" if config.split == "val" else f"eval_{config.split}.json"), folder
 
 
@@ -300,15 +314,12 @@ def predictions_folder(config, origin: dict) -> Path:
     """
     if config.output_dir:
         folder = Path(config.output_dir).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir: cannot make the folder {folder}: {error.strerror}") from None
+        make_writable(folder)
         if any(path for pattern in OF_PREDICTIONS for path in folder.glob(pattern)):
             raise UserError(f"--output_dir {folder} holds predictions already: name another, or leave it out for a new one")
         return folder
     root = project_root() / "outputs" / origin["task"] / "predictions" / origin["method"]
-    root.mkdir(parents=True, exist_ok=True)
+    make_writable(root)
     number = max((int(path.name) for path in root.iterdir() if path.name.isdecimal()), default=0) + 1
     while True:  # another call may have taken the number in this moment
         with suppress(FileExistsError):

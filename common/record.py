@@ -9,7 +9,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.checkpoint import Progress, folder_bytes, fsync, write_json, write_text
+from common.checkpoint import Progress, folder_bytes, fsync, naming, write_json, write_text
 from common.runtime import environment, peak_memory, say
 from common.step import Step
 
@@ -37,7 +37,7 @@ class Record:
         """Appends a line to metrics.jsonl, and its numbers to TensorBoard's file."""
         if not self.is_main:
             return
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with naming(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         lines = [line]
         if self.board is None:

@@ -4,20 +4,45 @@ import copy
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 from common.checkpoint import atomic_folder, check_holds, moving_state, open_model_folder, read_json, write_json, write_text
-from common.config import UserError
+from common.config import BatchSize, PictureSize, Range, Seed, Share, UserError
 from common.folders import best_of, newest_best
 from common.lora import ADAPTER_FILE, adapted_layers, is_within, merge_lora, settle_lora, unmerge_lora
 from common.lora_files import load_adapter, write_adapter
 from common.peft_adapters import load_adapter_files, merged, save_adapter_files, whole_tensors
 from common.runtime import quiet, say
+from common.schema import check_fields
 from common.tensor_files import load_tensors, misfit, shapes_of
 from common.trial import keeps_answers
 
 CARD = "README.md"
 ORIGIN = "origin.json"  # beside every checkpoint: task, method, base and its hash, and what else loading needs
 TRAINED_PART = "head.safetensors"  # of a run without adapters (--lora_r 0): the tensors that trained, by their names
+# What origin.json must say (as make_origin writes it), and what it may say besides: of some tasks, or not in older ones.
+ORIGIN_FIELDS = {
+    "base": {"name": Annotated[str, Range(1, 4096)], "sha256": str},
+    "data_dir": str,
+    "batch_size": BatchSize,
+    "seed": Seed,
+}
+OF_SOME = {
+    "exclude": str,
+    "data_format": str,
+    "latents_dir": str,
+    "organs": str,
+    "prompts": str,
+    "tower": str,
+    "classes": Annotated[list[str], Range(1, 10**6)],
+    "image_size": PictureSize,
+    "scale": Annotated[float, Range(1e-6, 1e6)],  # of CLIP's features
+    "threshold": Share | None,
+    "quantize": Literal["none", "4bit"],
+    "speakers": Literal["auto", "one", "folders"],
+    "modality": Literal["auto", "ct", "mr"],
+    "whole": list[Annotated[str, Range(1, 1000)]],  # what an adapter carries beside what its task trains whole
+}
 WEIGHTS = {"full": "model.safetensors", "lora": ADAPTER_FILE, "head": TRAINED_PART}  # what a checkpoint of a method must hold
 
 
@@ -97,7 +122,7 @@ def open_checkpoint(folder: Path | str, task: str, method: str = "") -> tuple[Pa
         wanted = f"{task} ({method})" if method else task
         raise UserError(f"{folder} is a checkpoint of {its_task} ({its_method}), not of {wanted}")
     check_holds(folder, WEIGHTS[its_method])
-    check_origin(folder, origin)
+    check_fields(origin, ORIGIN_FIELDS, folder / ORIGIN, OF_SOME)
     return folder, Origin(origin, folder / ORIGIN)
 
 
@@ -122,26 +147,6 @@ class Origin(dict):
 
     def __missing__(self, key):
         raise UserError(f"{self.file} is damaged: its {key} is missing")
-
-
-def check_origin(folder: Path, origin: dict) -> None:
-    """UserError unless origin.json says what every checkpoint's does, in the form that make_origin writes."""
-    base, classes = origin.get("base"), origin.get("classes", ["any"])  # not every task has classes
-    right = {
-        "base": isinstance(base, dict)
-        and isinstance(base.get("sha256"), str)
-        and isinstance(base.get("name"), str)
-        and base["name"] != "",
-        "classes": isinstance(classes, list) and bool(classes) and all(isinstance(name, str) for name in classes),
-        "data_dir": isinstance(origin.get("data_dir"), str),
-        "exclude": isinstance(origin.get("exclude", ""), str),  # older ones say nothing of it
-        "data_format": isinstance(origin.get("data_format", "auto"), str),  # of tasks that read several layouts
-        "batch_size": type(origin.get("batch_size")) is int and origin["batch_size"] > 0,
-        "seed": type(origin.get("seed")) is int,
-    }
-    wrong = [key for key, fits in right.items() if not fits]
-    if wrong:
-        raise UserError(f"{folder / ORIGIN} is damaged: its {wrong[0]} is missing, or nothing that these scripts wrote")
 
 
 def load_under(folder: Path, origin: dict, load_base, name: str | tuple = ""):
@@ -172,7 +177,7 @@ def with_saved_adapter(model, folder: Path, whole, merge: bool, answer, own_laye
     common/lora.py, whose layers are exact where PEFT's are not. What else an adapter carries whole (norms and biases, by
     scripts/extract_lora.py), its origin.json names.
     """
-    whole = (*whole, *carried_by(folder))
+    whole = (*whole, *read_json(folder / ORIGIN).get("whole", []))
     if (folder / TRAINED_PART).is_file():
         return load_trained(model, folder / TRAINED_PART, whole)
     if own_layers:
@@ -185,14 +190,6 @@ def with_saved_adapter(model, folder: Path, whole, merge: bool, answer, own_laye
         return model
     model = load_adapter_files(model, folder, whole)
     return merged(model, answer) if merge else model.get_base_model()
-
-
-def carried_by(folder: Path) -> list[str]:
-    """Names of the tensors that an adapter carries beside what its task trains whole. UserError where they are no names."""
-    names = read_json(folder / ORIGIN).get("whole", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise UserError(f'{folder / ORIGIN} is damaged: its "whole" is no list of names')
-    return names
 
 
 def take_over(model, saved, origin: dict, folder: str, class_parts) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.checkpoint import naming
 from common.config import UserError
 from common.samples import Faults, read_text
 
@@ -34,5 +35,5 @@ def read_table(file: Path, faults: Faults) -> Iterator[tuple[int, list[str]]]:
 
 def write_table(file: Path, columns: list[str], rows: list[list]) -> None:
     """A CSV file in UTF-8 with these columns. Bytes of a file name that is not UTF-8 are written as escapes."""
-    with open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
+    with naming(file), open(file, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
         csv.writer(out).writerows([columns, *rows])

@@ -55,6 +55,7 @@ def main(argv=None, method="full", doc=None):
     check_data_dir(config.data_dir, origin)
     model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
+    file, folder = eval_places(config)
     labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     metrics = classification_metrics(labels, logits, classes)
     baseline, zero_shot = None, None
@@ -67,7 +68,6 @@ def main(argv=None, method="full", doc=None):
         except UserError as error:
             say(f"no zero-shot answers beside it: {error}")
 
-    file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
     numbers = {"metrics": of_split(metrics, config.split), "zero_shot": zero_shot and of_split(zero_shot, config.split)}
     write_json(file, {**about, "config": asdict(config), **numbers})

@@ -1,6 +1,5 @@
 """CLIP and SigLIP image towers with a classifier: where bases come from, zero-shot heads, where adapters go, loading."""
 
-import math
 import re
 from pathlib import Path
 
@@ -248,7 +247,6 @@ def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = Tr
     adapter that was trained on a 4-bit base gets one again where `device` is a GPU, unmerged; else the base as it is, and a note.
     """
     folder, about = open_checkpoint(folder, "clip")
-    check_classifier_origin(folder, about)
     tower, processor = load_under(folder, about, load_base, base)
     model = ClipClassifier(tower, about["classes"], about["scale"])
     if about["method"] == "full":
@@ -270,14 +268,6 @@ def start_from(folder: str, model) -> None:
         same = saved.classes == plain.classes
         take_over(model, saved, about, folder, () if same else (HEAD,))
         plain.scale = saved.scale if same else plain.scale  # it goes with the head
-
-
-def check_classifier_origin(folder: Path, about: dict) -> None:
-    """UserError unless origin.json has what loading needs."""
-    names, scale = about.get("classes"), about.get("scale")
-    fits = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
-    if not (fits and len(set(names)) == len(names) and isinstance(scale, float) and 0 < scale < math.inf):
-        raise UserError(f"{folder}/origin.json does not describe a classifier: it needs classes (different names) and scale")
 
 
 def load_head(model: ClipClassifier, folder: Path) -> None:

@@ -57,6 +57,7 @@ def main(argv=None, method="full", doc=None):
     model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     processor = replace(processor, every=config.every or processor.every)
     loader, name = load_for_eval(config, processor, origin)
+    file, folder = eval_places(config)
     base, own = load_untrained(origin, config, accelerator.device), LABELS[origin["method"]]
     systems = ({} if base is None else {UNTRAINED: base}) | {own: model}
     with accelerator.autocast():
@@ -66,7 +67,6 @@ def main(argv=None, method="full", doc=None):
     found = of_system(rows, own)
     metrics = without_nan(of_split(organ_metrics(loader.dataset, found), config.split))  # distances of a miss are infinite
 
-    file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "organs": len(found), "patients": len({row["patient"] for row in found})}
     about |= {"every": loader.dataset.every, "tolerance_mm": config.tolerance, "base": origin["base"]}
     scores = {"systems": system_scores(rows), "per_organ": by_organ(rows), "differences": differences(rows, own)}

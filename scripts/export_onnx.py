@@ -58,12 +58,14 @@ def main(argv=None):
     config = parse(ExportConfig, checkpoint_first(argv))
     files = output_files(config)
     needs("onnx", "onnxruntime")
+    from common.checkpoint import naming
+
     folder, origin = task_of(config.checkpoint)
     if reason := CANNOT.get(origin["task"]):
         raise UserError(f"{origin['task']}: {reason}")
     check_data_dir(config.data_dir, origin)
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{files[0].name}.", dir=files[0].parent) as aside:
+    with naming(files[0]), tempfile.TemporaryDirectory(prefix=f".{files[0].name}.", dir=files[0].parent) as aside:
         places = [Path(aside) / file.name for file in files]
         export(config, folder, places)
         for place, file in reversed(list(zip(places, files, strict=True))):  # the graph last: where it is, all is
@@ -159,6 +161,7 @@ def record(form, model, inputs: dict, path: Path) -> None:
     """
     import torch
 
+    from common.checkpoint import disk_fault
     from onnx_models import Function, rows, shortened
 
     if sum(p.numel() * p.element_size() for p in model.parameters()) > MOST_BYTES:
@@ -181,6 +184,8 @@ def record(form, model, inputs: dict, path: Path) -> None:
                 dynamo=False,
             )
         except Exception as error:  # whatever the exporter makes of a library's model code
+            if disk_fault(error):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"this {type(model).__name__} has no ONNX graph ({type(error).__name__}: {reason})") from None
     tidy(path, form, [t.shape for t in form.call(model, *example.values())])

@@ -2,10 +2,13 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import pytest
 import torch
@@ -14,10 +17,11 @@ from conftest import CLASSIFICATION, ROOT
 from common import folders
 from common.bases import check_sizes, class_tensors, train_mode
 from common.checkpoint import atomic_folder
-from common.config import UserError
+from common.config import Range, UserError
 from common.folders import check_data_dir, eval_places, make_once, newest_best, predictions_folder
 from common.lora import LoRAConfig, inject_lora
 from common.saved_models import choose_checkpoint, make_origin, open_checkpoint, save_lora
+from common.schema import check_fields
 
 CONFIG = SimpleNamespace(data_dir="", batch_size=4, seed=0)
 
@@ -75,6 +79,23 @@ def test_results_go_beside_the_checkpoint_or_where_they_are_wanted(tmp_path, mon
     assert made == [root / "8", root / "9", root / "10"] and all(folder.is_dir() for folder in made)
 
 
+def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    config = SimpleNamespace(checkpoint=str(tmp_path / "run" / "checkpoints" / "best"), output_dir="", split="val")
+    for place in ("file", "file/below"):
+        config.output_dir = str(tmp_path / place)
+        for ask in (lambda: eval_places(config), lambda: predictions_folder(config, {"task": "toy", "method": "lora"})):
+            with pytest.raises(UserError, match=rf"written into {config.output_dir}.*; choose another --output_dir"):
+                ask()
+    config.output_dir = ""
+    monkeypatch.setattr(folders, "project_root", lambda: tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK or Path(place).name != "run")  # root may write anywhere
+    with pytest.raises(UserError, match="run: it is read-only; choose another"):
+        eval_places(config)
+    with pytest.raises(UserError, match="run: it is read-only; name your own data with --data_dir"):
+        make_once(tmp_path / "run" / "demo", lambda folder: folder.mkdir())
+
+
 def test_data_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path):
     check_data_dir("", {"data_dir": ""})  # the demo's
     check_data_dir(str(tmp_path), {"data_dir": "/gone"})
@@ -118,6 +139,12 @@ ODD = {
     "seed": [None, "0", 1.5],
     "exclude": [None, 3],
     "data_format": [None, 3, []],
+    "image_size": ["64", 10**9, True],
+    "scale": [math.nan, math.inf, -1.0],
+    "threshold": [2, "best"],
+    "modality": ["pet", []],
+    "prompts": [["a {label}"]],
+    "whole": ["head", [""], {}],
 }
 
 
@@ -128,8 +155,38 @@ def test_an_origin_that_these_scripts_did_not_write_is_refused(tmp_path, key, va
     (tmp_path / "origin.json").write_text(json.dumps(origin))
     assert open_checkpoint(tmp_path, "toy")[1] == origin
     (tmp_path / "origin.json").write_text(json.dumps({**origin, key: value}))
-    with pytest.raises(UserError, match="not of toy" if key == "method" else f"its {key} is missing"):
+    with pytest.raises(UserError, match="not of toy" if key == "method" else rf"origin\.json is damaged: its {key} is "):
         open_checkpoint(tmp_path, "toy")
+
+
+KINDS = {
+    "text": (str, ["a", ""], [None, 1, ["a"]]),
+    "whole number": (int, [0, -1], [True, 1.0, "1", None]),
+    "number": (float, [0, 0.5], [True, math.nan, math.inf, "1", 10**400]),
+    "in a range": (Annotated[int, Range(1, 5)], [1, 5], [0, 6, 1.5]),
+    "some, not too many": (Annotated[list[str], Range(1, 2)], [["a"], ["a", "b"]], [[], ["a"] * 3, "a", [1]]),
+    "list of lists": (list[list[int]], [[], [[]], [[1, 2]]], [[1], [[1.5]], {}]),
+    "by name": (dict[str, float], [{}, {"a": 1}], [{"a": "1"}, [], None]),
+    "one of": (Literal["a", 1], ["a", 1], ["b", True, ["a"]]),
+    "or nothing": (float | None, [None, 1], ["", []]),
+    "object": ({"a": int}, [{"a": 1}, {"a": 1, "b": 2}], [{}, {"a": "1"}, [1]]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_field_is_of_its_kind_or_named_with_its_file(kind):
+    kind, good, bad = KINDS[kind]
+    for value in good:
+        check_fields({"field": value, "another version's": 1}, {"field": kind}, "file.json")
+    for value in bad:
+        for needed, others in (({"field": kind}, {}), ({}, {"field": kind})):
+            with pytest.raises(UserError, match=r"file\.json is damaged: its field is "):
+                check_fields({"field": value}, needed, "file.json", others)
+    check_fields({}, {}, "file.json", {"field": kind})
+    with pytest.raises(UserError, match="its field is missing"):
+        check_fields({}, {"field": kind}, "file.json")
+    with pytest.raises(UserError, match=r"it holds \[\] where"):
+        check_fields([], {"field": kind}, "file.json")
 
 
 def test_what_an_origin_lacks_is_said_where_it_is_asked_for(tmp_path):

@@ -11,16 +11,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, in_child
+from conftest import ROOT, Child, in_child
 from safetensors.torch import save_file
 
 from common import checkpoint
 from common.checkpoint import (
     MANIFEST,
+    atomic_file,
     atomic_folder,
     damage,
     fingerprint,
@@ -245,6 +247,57 @@ def test_a_folder_that_a_link_leads_to_is_replaced_where_it_is(tmp_path):
             (aside / "a.txt").write_text(text)
     assert (tmp_path / "best").is_symlink() and (tmp_path / "disk" / "best" / "a.txt").read_text() == "new"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "best", "best", "disk", MANIFEST]
+
+
+def test_of_two_processes_that_write_one_file_the_last_wins(tmp_path):
+    def write_slowly():
+        with atomic_file(tmp_path / "a.txt") as aside:
+            aside.write_text("first")
+            (tmp_path / "begun").touch()
+            while not (tmp_path / "go on").exists():
+                time.sleep(0.005)
+
+    first = Child(write_slowly, log=tmp_path / "log.txt")
+    first.wait_for((tmp_path / "begun").exists)
+    write_text(tmp_path / "a.txt", "second")
+    assert (tmp_path / "a.txt").read_text() == "second"
+    (tmp_path / "go on").touch()
+    assert first.wait() == 0 and (tmp_path / "a.txt").read_text() == "first" and hidden(tmp_path) == []
+
+
+def test_a_full_disk_says_for_which_file_there_was_no_room(tmp_path):
+    file = tmp_path / ("狗" * 80)  # 240 bytes
+    write_text(file, "old")
+    with pytest.raises(OSError, match="No space left") as caught, atomic_file(file) as aside:
+        aside.write_text("a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write does
+    assert caught.value.filename == str(file) and file.read_text() == "old" and hidden(tmp_path) == []
+
+
+def test_of_two_processes_that_save_one_folder_the_second_is_told(tmp_path):
+    """And the first ends as if it had been alone; a lock dies with its process."""
+    best = tmp_path / "best"
+
+    def save_slowly():
+        with atomic_folder(best) as aside:
+            (aside / "a.txt").write_text("first")
+            while not (tmp_path / "go on").exists():
+                time.sleep(0.005)
+
+    first = Child(save_slowly, log=tmp_path / "log.txt")
+    first.wait_for(lambda: (tmp_path / ".best.tmp" / "a.txt").exists())
+    with pytest.raises(UserError, match=r"another process is just writing .*best"), atomic_folder(best):
+        raise AssertionError("two at once")
+    (tmp_path / "go on").touch()
+    assert first.wait() == 0 and damage(best) is None and hidden(tmp_path) == []
+    (tmp_path / "go on").unlink()
+    killed = Child(save_slowly, log=tmp_path / "log.txt")
+    killed.wait_for(lambda: (tmp_path / ".best.tmp" / "a.txt").exists())
+    killed.kill(signal.SIGKILL)
+    killed.wait()
+    with atomic_folder(best) as aside:
+        (aside / "a.txt").write_text("second")
+    assert (best / "a.txt").read_text() == "second" and hidden(tmp_path) == []
 
 
 def test_a_text_that_cannot_get_its_name_leaves_nothing(tmp_path):

@@ -26,6 +26,7 @@ PAIRS = [(task / "train.py", task / "train_lora.py") for task in TASKS]
 FINDER = "ROOT = next((p for p in Path(__file__).resolve().parents if (p / 'common').is_dir()), Path.cwd())"
 # Calls that only make a value: fine in a constant.
 PLAIN_CALLS = {
+    "Range",
     "Path",
     "Path().resolve",
     "re.compile",

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -167,15 +169,17 @@ def test_the_averaged_weights_are_judged_and_saved_and_what_trains_is_as_without
     assert not torch.equal(best["last.weight"], load_file(averaged / "final.safetensors")["last.weight"])
 
 
-@pytest.mark.parametrize("place", ["in an epoch", "in the evaluation"])
+@pytest.mark.parametrize("place", ["in an epoch", "in an epoch, killed", "in the evaluation"])
 def test_averages_resume_to_the_same_bits(averaged, tmp_path, place):
-    def kill_at_step_21():
+    def stop_at_step_21():
         from common.run import Run
 
         whole = Run.end_step
 
         def end_step(run, began):
             whole(run, began)
+            if run.step == 21 and place.endswith("killed"):
+                os.kill(os.getpid(), signal.SIGKILL)
             if run.step == 21:
                 raise KeyboardInterrupt
 
@@ -191,9 +195,11 @@ def test_averages_resume_to_the_same_bits(averaged, tmp_path, place):
 
         toy_train.evaluate = evaluate
 
-    hook = kill_at_step_21 if place == "in an epoch" else stop_in_second_evaluation
-    run_toy(tmp_path, "--ema_decay", 0.9, hook=hook, expect=130)
-    run_toy(tmp_path, "--ema_decay", 0.9, "--resume")
+    hook = stop_in_second_evaluation if place == "in the evaluation" else stop_at_step_21
+    flags = ("--ema_decay", 0.9, "--save_steps", 4)
+    run_toy(tmp_path, *flags, hook=hook, expect=-signal.SIGKILL if place.endswith("killed") else 130)
+    said = run_toy(tmp_path, *flags, "--resume")
+    assert not place.endswith("killed") or "resumed at step 20, epoch 2, 4 batches into it" in said
     again = tmp_path / "toy" / "full"
     assert (again / "fingerprint.txt").read_text() == (averaged / "fingerprint.txt").read_text()
     assert metrics_of(again) == metrics_of(averaged)

@@ -529,9 +529,17 @@ JUNK = {
     "a pair of one": {"flip_pairs": [[1]]},
     "a pair with a stranger": {"skeleton": [[1, 9]]},
     "sigmas of words": {"sigmas": ["a"] * 5},
+    "no number of sigmas": {"sigmas": [0.1]},
+    "sigmas of nothing": {"sigmas": [float("nan")] * 5},
+    "names that are none": {"names": ["a", ["b"], "c", "d", "e"]},
+    "names in one": {"names": "abcde"},
+    "a size of truth": {"input_size": [True, 32]},
+    "a size beyond measure": {"input_size": [32, 10**12]},
+    "a size of no whole patches": {"input_size": [32, 33]},
+    "beta beyond measure": {"beta": float("inf")},
     "beta of zero": {"beta": 0},
     "beta of nothing": {"beta": None},
-    "other names": {"names": ["a", "b"], "skeleton": [], "flip_pairs": []},
+    "other names": {"names": ["a", "b"], "skeleton": [], "flip_pairs": [], "sigmas": [0.1, 0.1]},
 }
 
 

@@ -55,6 +55,7 @@ def main(argv=None, method="full", doc=None):
     check_data_dir(config.data_dir, origin)
     model, voice, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, name = load_for_eval(config, voice, origin)
+    file, folder = eval_places(config)
     found = predict(model, loader)
     metrics = of_split(voice_metrics(loader.dataset, found), config.split)
     base = load_untrained(origin, config, voice, accelerator.device)
@@ -63,7 +64,6 @@ def main(argv=None, method="full", doc=None):
         return
     trials, conversion = score_conversions(config, origin, model, base, voice, loader.dataset, found)
 
-    file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "clips": len(loader.dataset), "base": origin["base"]}
     scores = {"held_out": held_out.scores, "conversion": conversion}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics, **scores})

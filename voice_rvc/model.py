@@ -1,18 +1,20 @@
 """A voice as a model: where bases come from, speakers' rows, where adapters go, saving and loading; its discriminator."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from common.bases import base_source, fetch_file
 from common.checkpoint import check_holds, fingerprint, open_model_folder, read_json, write_json
-from common.config import UserError, shown
+from common.config import Range, UserError
 from common.folders import best_of
 from common.own_adapters import add_own_adapter
 from common.runtime import say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.schema import check_fields
+from common.tensor_files import shapes_of
 from discriminator import SMALL_PERIODS, V1_PERIODS, V2_PERIODS, Discriminator
 from layers import to_old_names
 from synthesizer import Synthesizer, VoiceConfig
@@ -34,6 +36,12 @@ DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 EXAMPLE = "lj1995/VoiceConversionWebUI/pretrained_v2/f0G40k.pth"
 VOICE_FILE = "voice.json"
 MODEL_FILE = "model.safetensors"
+VOICE_FIELDS = {  # of voice.json, in the order of Voice's
+    "content": Annotated[str, Range(1, 4096)],
+    "f0_method": str,
+    "speakers": list[str],
+    "f0_medians": dict[str, Annotated[float, Range(1e-3, 1e5)]],
+}
 VOICE_ROWS = "emb_g"  # the table with a row for each speaker, which trains whole beside the adapters
 # What --lora_targets may say -> a regular expression for full names of layers. The source's single weight and the last
 # convolution have fewer numbers than an adapter; noise_convs bring in the pitch, which no speaker owns.
@@ -78,20 +86,10 @@ class Voice:
     @classmethod
     def from_json(cls, data, config: VoiceConfig) -> "Voice":
         """What to_json gave. UserError for what it never gives."""
-        data = data if isinstance(data, dict) else {}
-        names, medians = data.get("speakers"), data.get("f0_medians")
-        right = {
-            "content": isinstance(data.get("content"), str) and data["content"] != "",
-            "f0_method": isinstance(data.get("f0_method"), str),
-            "speakers": isinstance(names, list) and all(isinstance(name, str) for name in names),
-            "f0_medians": isinstance(medians, dict)
-            and all(type(hertz) in (int, float) and 0 < hertz < math.inf for hertz in medians.values()),
-        }
-        if wrong := [key for key, fits in right.items() if not fits]:
-            raise UserError(f"the description of a voice is damaged: its {wrong[0]} is {shown(data.get(wrong[0]))}")
-        if len(names) > config.speakers:
-            raise UserError(f"the description of a voice names {len(names)} speakers, and the model has {config.speakers} rows")
-        return cls(config, *(data[key] for key in right))
+        check_fields(data, VOICE_FIELDS, "the description of a voice")
+        if (many := len(data["speakers"])) > config.speakers:
+            raise UserError(f"the description of a voice names {many} speakers, and the model has {config.speakers} rows")
+        return cls(config, *(data[key] for key in VOICE_FIELDS))
 
     def save_pretrained(self, folder: Path) -> None:
         write_json(Path(folder) / VOICE_FILE, self.to_json())
@@ -213,7 +211,7 @@ def load_discriminator(name: str, base: str, config: VoiceConfig) -> Discriminat
     periods = next((known for known in (V1_PERIODS, SMALL_PERIODS) if len(known) + 1 == networks), V2_PERIODS)
     widest = max(tensor.shape[0] for tensor in tensors.values() if tensor.ndim)
     model = Discriminator(periods, width=min(widest, 1024) / 1024)
-    expected = {key: tuple(tensor.shape) for key, tensor in to_old_names(model.state_dict()).items()}
+    expected = shapes_of(to_old_names(model.state_dict()))
     check_tensors(path, expected, tensors)
     model.load_state_dict(tensors)
     say(f"discriminator: {path.name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")

@@ -52,10 +52,10 @@ def main(argv=None, method="full", doc=None):
     check_data_dir(config.data_dir, origin)
     model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
+    file, folder = eval_places(config)
     labels, logits = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     metrics = classification_metrics(labels, logits, classes)
 
-    file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(labels), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": of_split(metrics, config.split)})
     save_samples(loader.dataset, labels, logits, folder)

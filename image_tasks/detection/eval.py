@@ -48,12 +48,12 @@ def main(argv=None, method="full", doc=None):
     check_data_dir(config.data_dir, origin)
     model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     loader, classes, name = load_for_eval(config, processor, origin)
+    file, folder = eval_places(config)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), processor, loader)
     samples = loader.dataset.samples
     scored = coco_eval(samples, found, classes)
     metrics = of_split({"val_loss": loss, **coco_metrics(scored, classes)}, config.split)
 
-    file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "pictures": len(samples), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     save_samples(scored, samples, classes, folder / "samples.json")

@@ -8,7 +8,7 @@ import torch
 
 # needs: timm, scipy, torchvision  (timm: backbones of DETR; scipy: the matching in its loss; torchvision: image processors)
 from common.bases import base_source, class_tensors, describe_base, load_pretrained, train_mode
-from common.config import PictureSize, UserError, range_of
+from common.config import UserError
 from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.peft_adapters import without_word_embeddings
@@ -222,8 +222,6 @@ def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = Tr
     base: an adapter's base, if not under its recorded name; or what load_base gave. merge: add the adapter into its weights.
     """
     folder, about = open_checkpoint(folder, "detection")
-    if type(about["image_size"]) is not int or not range_of(PictureSize).holds(about["image_size"]):
-        raise UserError(f"{about.file} is damaged: its image_size is no side of a picture in pixels, or 0")
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] != "full":
         with quiet():

@@ -49,11 +49,11 @@ def main(argv=None, method="full", doc=None):
     model, processor, _ = load_checkpoint(config.checkpoint, config.model, config.merge, accelerator.device)
     preprocess = Preprocess(processor, model.facts["input_size"])
     loader, points, name = load_for_eval(config, preprocess, model.facts, origin)
+    file, folder = eval_places(config)
     found, loss = predict(accelerator.prepare_model(model, evaluation_mode=True), loader)
     dataset = loader.dataset
     metrics = of_split({"val_loss": loss, **pose_metrics(dataset, found, points)}, config.split)
 
-    file, folder = eval_places(config)
     about = {"data": name, "split": config.split, "figures": len(dataset), "base": origin["base"]}
     write_json(file, {**about, "config": asdict(config), "metrics": metrics})
     save_samples(dataset, found, folder / "samples.json")

@@ -1,6 +1,7 @@
 """A ViT-family backbone with a keypoint head of ours: where bases come from, the heads, the loss, saving and loading."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
@@ -8,19 +9,31 @@ from torch import nn
 # needs: torchvision, scipy  (image processors; scipy: VitPose's)
 from common.bases import base_source, load_pretrained
 from common.checkpoint import check_holds, fingerprint, read_json, write_json
-from common.config import UserError
+from common.config import Range, UserError
 from common.lora import is_within
 from common.lora_targets import choose_targets
 from common.runtime import process_index, say
 from common.saved_models import load_under, make_origin, open_checkpoint, take_over, with_saved_adapter
+from common.schema import check_fields
 from common.tensor_files import load_tensors, misfit, shapes_of
 from common.vision.preprocess import example_picture
-from keypoints import KEYPOINT_FILE, KeypointSet
+from keypoints import KEYPOINT_FILE, MOST_KEYPOINTS, KeypointSet
 
 DEMO_BASE = Path(__file__).resolve().parent / "demo_base"
 EXAMPLE = "google/vit-base-patch16-224"
 HEAD = "keypoint_head"
 HEAD_FILE = "keypoint_head.safetensors"
+# What keypoints.json of a checkpoint holds.
+KEYPOINT_FIELDS = {
+    "names": Annotated[list[str], Range(1, MOST_KEYPOINTS)],
+    "skeleton": list[list[int]],
+    "flip_pairs": list[list[int]],
+    "sigmas": list[Annotated[float, Range(1e-300, 1e300)]],  # any above 0
+    "named": bool,
+    "head": Literal["heatmap", "regression"],
+    "input_size": Annotated[list[Annotated[int, Range(1, 4096)]], Range(2, 2)],  # height, width
+    "beta": Annotated[float, Range(1e-6, 1e6)],
+}
 
 # model_type in config.json -> the library's class for the backbone, and how it is built without the parts that pose does not use.
 BACKBONES = {
@@ -203,7 +216,7 @@ def load_base(name: str, download: bool = True):
     model, processor = load_pretrained(name, source, AnyBackbone, AutoImageProcessor)
     folder = Path(source)
     if (folder / HEAD_FILE).is_file():
-        facts = read_facts(folder)
+        facts = read_facts(folder, model.config)
         base = KeypointModel(model, read_head(folder, facts, model.config.hidden_size), facts)
     elif model.config.model_type == "vitpose":
         base = from_vitpose(model, name)
@@ -240,11 +253,17 @@ def input_size(base: KeypointModel, image_size: int) -> tuple[int, int]:
     size = (image_size, image_size) if image_size else tuple(base.facts["input_size"])
     config = base.backbone.config
     patch, own = sides(config.patch_size), sides(config.image_size)
-    if config.model_type == "vitpose_backbone" and size != own:
+    if takes(config, size):
+        return size
+    if config.model_type == "vitpose_backbone":
         raise UserError(f"--image_size {image_size}: ViTPose takes pictures of {own[0]} x {own[1]} only; leave the setting out")
-    if size[0] % patch[0] or size[1] % patch[1] or min(size) <= 0:
-        raise UserError(f"--image_size {image_size} must be a multiple of {patch[0]}, the side of this base's patches")
-    return size
+    raise UserError(f"--image_size {image_size} must be a multiple of {patch[0]}, the side of this base's patches")
+
+
+def takes(config, size) -> bool:
+    """Whether a backbone takes pictures of this (height, width): of whole patches, and ViTPose of its own size alone."""
+    own = config.model_type != "vitpose_backbone" or tuple(size) == sides(config.image_size)
+    return own and all(side > 0 and side % patch == 0 for side, patch in zip(size, sides(config.patch_size), strict=True))
 
 
 def with_head(base: KeypointModel, points: KeypointSet, head: str, size: tuple[int, int]) -> KeypointModel:
@@ -283,18 +302,16 @@ def answer(model) -> torch.Tensor:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def read_facts(folder: Path) -> dict:
-    """keypoints.json of a checkpoint, checked."""
-    facts = read_json(folder / KEYPOINT_FILE)
-    try:
-        KeypointSet.from_json(facts)
-        height, width = facts["input_size"]
-        fits = facts["head"] in ("heatmap", "regression") and facts["beta"] > 0
-        fits = fits and all(isinstance(side, int) and side > 0 for side in (height, width))
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError(f"{folder / KEYPOINT_FILE} does not describe keypoints: it needs names, head, input_size and beta")
+def read_facts(folder: Path, config) -> dict:
+    """keypoints.json of a checkpoint, checked; config: of its backbone."""
+    file = folder / KEYPOINT_FILE
+    facts = read_json(file)
+    check_fields(facts, KEYPOINT_FIELDS, file)
+    KeypointSet.from_json(facts)
+    if len(facts["sigmas"]) != len(facts["names"]):
+        raise UserError(f"{file} is damaged: it has {len(facts['sigmas'])} sigmas for {len(facts['names'])} keypoints")
+    if not takes(config, facts["input_size"]):
+        raise UserError(f"{file} is damaged: its input_size is {facts['input_size']}, which this base cannot take")
     return facts
 
 
@@ -322,7 +339,7 @@ def load_checkpoint(folder: Path | str, base: str | tuple = "", merge: bool = Tr
         check_holds(folder, HEAD_FILE)  # without it the folder would be a base whose head is still to come
     model, processor = load_under(folder, about, load_base, base)
     if about["method"] != "full":
-        keypoints = read_facts(folder)
+        keypoints = read_facts(folder, model.backbone.config)
         head = new_head(keypoints["head"], model.backbone.config.hidden_size, len(keypoints["names"]))
         model = with_saved_adapter(KeypointModel(model.backbone, head, keypoints), folder, (HEAD,), merge, answer)
     return model.eval().to(device), processor, about
