@@ -226,6 +226,7 @@ def in_names_of_today(folder: Path, model):
         layer, mark, matrix = key.removeprefix("base_model.model.").partition(".lora_")
         names[key] = f"base_model.model.{today.get(layer, layer)}{mark}{matrix}" if mark else key
     config = read_json(folder / "adapter_config.json") if any(key != name for key, name in names.items()) else {}
+    config = config if isinstance(config, dict) else {}
     targets = config.get("target_modules")
     by_layer = config.get("rank_pattern") or config.get("alpha_pattern")  # these name layers, too, and are not translated
     if not isinstance(targets, list) or by_layer or len(set(names.values())) < len(names):

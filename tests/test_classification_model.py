@@ -640,6 +640,9 @@ def test_an_adapter_with_the_names_of_transformers_4_is_translated(trained, kind
     differs = any(as_of_old(kind, name) != name for name in names)  # not DINOv2's, in the early 5s
     assert ("of an older transformers; they are translated" in capsys.readouterr().out) == differs
     assert differs or kind == "dinov2"
+    (folder / "adapter_config.json").write_text("[1]")
+    with pytest.raises(UserError, match="adapter_config.json holds no settings"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("old", [True, False])
