@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from common.checkpoint import read_json, write_json, write_text  # noqa: E402
 from common.config import UserError, cli, project_root  # noqa: E402
 from common.folders import check_place  # noqa: E402
+from compare_beside import look_closer, read_closer  # noqa: E402
 from compare_runs import (  # noqa: E402
     differences,
     facts,
@@ -34,8 +35,6 @@ from compare_runs import (  # noqa: E402
     group,
     is_sane,
     label_of,
-    read_disagreements,
-    read_rank_curve,
     read_summary,
     read_sweep,
     read_test,
@@ -64,14 +63,15 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
     methods = [row["method"] for row in found]
     by_method = len(set(methods)) == len(methods) and set(methods) <= {"full", "lora", "head"}
     chance = add_chance(found, base, metric, about["split"])
-    task, beside, names = str(summaries[0].get("task")), Path(base["folder"]).parent, names_of_runs(found)
+    task, beside = str(summaries[0].get("task")), Path(base["folder"]).parent
+    closer, stale = read_closer(beside / "compare", found)
     record = {
         "task": task,
         "title": task,
         "heading": f"{task}: {', '.join(row['label'] for row in found)}" + (" (not a fair comparison)" if unfair else ""),
         "verdict": [verdict(row, base, metric, up, by_method) for row in found if row is not base],
         "forced": bool(unfair),
-        "notes": unfair + remarks(summaries, found) + about.pop("notes") + chance,
+        "notes": unfair + remarks(summaries, found) + about.pop("notes") + chance + stale,
         "left_out": left_out,
         "metric": metric,
         "higher_is_better": up,
@@ -81,8 +81,7 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
         "configs": [settings_of(row[0][1]) for row in rows],
         "provenance": provenance(rows),
         "sweep": read_sweep(beside),
-        "rank_curve": read_rank_curve(beside / "compare", names),
-        "disagreements": read_disagreements(beside / "compare", names),
+        **closer,
         "beside": str(beside / "compare"),
     }
     lora = lora_of(record)
@@ -90,10 +89,6 @@ def compared(rows: list, force: bool, left_out: list[str]) -> dict:
     name = "LoRA" if (lora["method"], base["method"]) == ("lora", "full") else lora["label"]
     judged = {"claim": claim(lora, base, record), "claimed": name, "judgement": judge(lora, up), "taken": taken}
     return record | judged | {"per_class": class_differences(lora, base)}
-
-
-def names_of_runs(rows: list[dict]) -> set[str]:
-    return {Path(each["folder"]).name for row in rows for each in row["runs"]}
 
 
 def why_unfair(runs: list[tuple[Path, dict]], force: bool) -> list[str]:
@@ -123,33 +118,6 @@ def measured(rows: list, metric: str) -> tuple[list[dict], dict, dict]:
     some = split == "val" and any(tested.values())
     notes = ["Not every run was scored on the test split (eval.py --split test): the validation split measures."] if some else []
     return found, base, {"split": split, "memory": memory, "before": before, "before_split": where, "notes": notes}
-
-
-def look_closer(record: dict) -> dict:
-    """The record with what needs the models, made where missing: the samples on which the two differ most, the rank curve.
-
-    Of the first seed that both have. What cannot be made is said among the notes.
-    """
-    from compare_text import lora_of
-    from disagreements import disagreements
-    from rank_curve import rank_curve
-
-    folder, lora = Path(record["beside"]), lora_of(record)
-    full = next(run for run in record["runs"] if run["label"] == record["compared_with"])
-    pairs = [(a, b) for a in full["runs"] for b in lora["runs"] if a["seed"] == b["seed"]] or [(full["runs"][0], lora["runs"][0])]
-    runs, notes = [Path(each["folder"]) for each in pairs[0]], []
-    for key, make in (("disagreements", disagreements), ("rank_curve", rank_curve)):
-        if record[key] or {"full", "lora"} != {full["method"], lora["method"]}:
-            continue
-        try:
-            if (place := folder / f"{key}.json").is_file():
-                raise UserError(f"{place} is of other runs, or damaged; remove it, or compare these in a --runs_dir of their own")
-            make(*runs, folder)
-        except UserError as error:
-            notes.append(f"Not made, {key.replace('_', ' ')}: {error}.")
-    names = names_of_runs(record["runs"])
-    found = {"rank_curve": read_rank_curve(folder, names), "disagreements": read_disagreements(folder, names)}
-    return record | found | {"notes": record["notes"] + notes}
 
 
 def add_chance(rows: list[dict], base: dict, metric: str, split: str) -> list[str]:
@@ -370,12 +338,14 @@ def main(argv=None):
     parser.add_argument("--train", action="store_true", help="with --task or --all: first train what is missing, by run_all.py")
     parser.add_argument("--seeds", default="0,1,2", help="with --train: of each method a run by each of these (default: 0,1,2)")
     parser.add_argument(
-        "--sweep_lr", "--sweep-lr", action="store_true", help="with --train: at the best learning rate of each arm"
+        "--sweep_lr", "--sweep-lr", action="store_true", help="with --train: at the best learning rate of each method"
     )
     parser.add_argument(
         "--data_dir", "--data-dir", default="", help="with --train: task=folder, with commas between; else the demo"
     )
-    parser.add_argument("--look", action="store_true", help="also make what needs the models: samples they differ on, rank curve")
+    parser.add_argument(
+        "--look", action="store_true", help="also make what needs the models: samples they differ on, rank curve, behaviour"
+    )
     parser.add_argument("--force", action="store_true", help="compare runs that differ in more than their method, and say so")
     args = parser.parse_args(argv)
     runs_dirs = [folder.expanduser() for folder in args.runs_dir or [project_root() / "outputs"]]

@@ -10,6 +10,7 @@ from compare_text import (
     agreement_table,
     all_table,
     before_name,
+    behaviour_tables,
     columns_of_words,
     facts_table,
     how_to_read,
@@ -79,6 +80,8 @@ def section(record: dict, pictures: list[str], whole: list[str], alone: bool) ->
     parts += [*map(note, record["notes"]), scroll(*methods_table(record)), *whole, grid(pictures)]
     if "agreement" in lora:
         parts += ["<h3>Who is right</h3>", scroll(*agreement_table(record))]
+    for title, head, rows in behaviour_tables(record):
+        parts += [f"<h3>{text(title)}</h3>", scroll(head, rows)]
     if record["disagreements"]:
         parts += [
             "<h3>Where the two differ most</h3>",

@@ -126,7 +126,7 @@ def base_line(axis, record: dict) -> None:
 
 
 def draw_sweep(record: dict, path: Path) -> None:
-    """The metric over the learning rate in both arms; a star marks the best rate, a ring the default."""
+    """The metric over the learning rate of each method; a star marks the best rate, a ring the default."""
     drawing, ((axis,),) = figure(1, 1, 5.6, 3.9)
     for method, found in record["sweep"].items():
         color = COLORS.get(method, OTHERS[0])
@@ -137,7 +137,7 @@ def draw_sweep(record: dict, path: Path) -> None:
                 axis.plot(rate, dict(points)[rate], mark, ms=size, color=color, mfc=color if mark == "*" else "none")
     axis.set_xscale("log")
     axis.set(
-        xlabel="learning rate (log); star: best, ring: default", ylabel=metric_label(record), title="Learning rate, both arms"
+        xlabel="learning rate (log); star: best, ring: default", ylabel=metric_label(record), title="Learning rate of each method"
     )
     axis.legend(fontsize=8, frameon=False)
     save_figure(drawing, path)

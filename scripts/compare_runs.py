@@ -3,10 +3,11 @@
 import os
 import re
 import sys
+from hashlib import sha256
 from pathlib import Path
 from types import NoneType
 
-from common.checkpoint import read_json
+from common.checkpoint import MANIFEST, read_json
 from common.config import UserError
 
 SCHEMA_VERSION = 1
@@ -96,6 +97,21 @@ def read_test(folder: Path, metric: str) -> dict | None:
         raise UserError(f"{path} is damaged: it has no metrics; evaluate the run again")
     check_metrics(metrics, f"{path} is damaged: its metrics")
     return metrics if isinstance(metrics.get(metric), int | float) else None
+
+
+def run_ids(runs) -> dict[str, str]:
+    """{name of a run folder: what its best checkpoint is told by}: the sha256 of its weights' own, "" where nothing says them.
+
+    What was made of a run is not of another that was trained under its name afterwards.
+    """
+    found = {}
+    for run in map(Path, runs):
+        path = run / "checkpoints" / "best" / MANIFEST
+        entries = read_json(path) if path.is_file() else None
+        entries = entries if isinstance(entries, dict) else {}
+        weights = sorted(str(entry) for name, entry in entries.items() if name.endswith(".safetensors"))
+        found[run.name] = sha256("".join(weights).encode()).hexdigest()[:16] if weights else ""
+    return found
 
 
 def readable(runs_dir: Path):
@@ -284,38 +300,6 @@ def read_sweep(folder: Path) -> dict | None:
         return {method: arm for method, arm in arms.items() if any(y is not None for y in arm["metric"])} or None
 
     return read_beside(folder / "sweep.json", check)
-
-
-def is_of(found: dict, runs: set[str]) -> bool:
-    """Whether what was made of two runs ("runs": the names of their folders, where it says them) was made of these."""
-    return {str(name) for name in found.get("runs", [])} <= runs
-
-
-def read_rank_curve(folder: Path, runs: set[str]) -> dict | None:
-    """rank_curve.json: {"metric", "split", "ranks": [r], "full": [r], "lora": [r]}; None: there is none of these runs."""
-
-    def check(found):
-        if not is_of(found, runs):
-            return None
-        check_numbers(found["ranks"], found["full"], found["lora"])
-        if not len(found["ranks"]) == len(found["full"]) == len(found["lora"]) > 0 or min(found["ranks"]) <= 0:
-            raise ValueError("a rank is without its metric, or not above 0")
-        return {key: found[key] for key in ("ranks", "full", "lora")} | {key: str(found[key])[:80] for key in ("metric", "split")}
-
-    return read_beside(folder / "rank_curve.json", check)
-
-
-def read_disagreements(folder: Path, runs: set[str]) -> list[dict]:
-    """disagreements.json: [{"file", "what", "full", "lora", "picture" or "audio" or "mesh": a file}] that are there of these."""
-
-    def check(found):
-        kinds = ("picture", "audio", "mesh")
-        found = [{key: str(x)[:300] for key, x in one.items() if key != "runs"} for one in found if is_of(one, runs)]
-        return [
-            one for one in found if all(Path(one[k]).name == one[k] and (folder / one[k]).is_file() for k in kinds if k in one)
-        ]
-
-    return read_beside(folder / "disagreements.json", check) or []
 
 
 def check_numbers(*lists) -> None:

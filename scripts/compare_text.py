@@ -171,6 +171,8 @@ def rest_of_page(record: dict) -> str:
         text += f"\n## Settings that differ\n\n{table(head, rows)}\n"
     if "agreement" in lora_of(record):
         text += f"\n## Who is right\n\n{table(*agreement_table(record))}\n"
+    for title, head, rows in behaviour_tables(record):
+        text += f"\n## {title}\n\n{table(head, rows)}\n"
     text += "\n## How to read it\n\n" + "".join(f"- {line}\n" for line in how_to_read([record]))
     return text + "\n" + "".join(f"- {run['label']}: `{each['folder']}`\n" for run in runs for each in run["runs"])
 
@@ -194,6 +196,23 @@ def agreement_table(record: dict) -> tuple[list[str], list[list[str]]]:
     head = [f"answers to {found['samples']} samples", f"{other} right", f"{other} wrong"]
     rows = [[f"{run['label']} right", cell("both"), cell("first")], [f"{run['label']} wrong", cell("second"), cell("neither")]]
     return head, rows
+
+
+def behaviour_tables(record: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """[(title, head, rows)] of what behaviour.py measured of one pair of runs; none where it did not."""
+    if not (found := record["behaviour"]):
+        return []
+    scores = [
+        ["as it is" if name == "none" else name, number(x["full"]), number(x["lora"]), signed(x["difference"])]
+        for name, x in found["corrupted"].items()
+    ]
+    names = {"base": "base", "full": "full", "lora": "LoRA beside its base", "lora_merged": "LoRA merged"}
+    moved = {"base": 0.0} | found["drift"] | {"lora_merged": found["drift"]["lora"]}
+    times_of = [[text, f"{found['milliseconds'][key]:.1f}", number(moved[key])] for key, text in names.items()]
+    return [
+        ("Under corrupted inputs", [f"{found['metric']}, {found['split']} split", "full", "LoRA", "LoRA minus full"], scores),
+        ("Time for one sample, drift from the base", ["", f"ms ({found['device']})", "drift"], times_of),
+    ]
 
 
 def how_to_read(records: list[dict]) -> list[str]:
@@ -221,6 +240,13 @@ def how_to_read(records: list[dict]) -> list[str]:
         lines += [
             "*ECE*, the expected calibration error: how far the probability that a model gives its answers is from how often "
             "they are right, on average (15 bins). Less is better. It has no interval here."
+        ]
+    if any(r["behaviour"] for r in records):
+        lines += [
+            "*Under corrupted inputs*: the runs of one seed, scored again with noise (half a channel's standard deviation), blur "
+            "(2 % of the longer side) or 0.4 of the contrast on what the model gets. The interval is of the samples alone.",
+            "*drift*: how far the features that the head gets have moved from the base's, as a share of their length: how much "
+            "of the base was left behind, not whether that does harm. *ms*: medians of calls with one sample, all taking turns.",
         ]
     if seeds > 1:
         lines += ["Where there are several seeds, numbers are means over them, and seeds are compared with themselves."]
@@ -290,10 +316,12 @@ def results_section(record: dict) -> str:
     """A comparison on the page of results: claim, methods, who is right, what a reader should know, how to repeat it."""
     parts = [f"## {record['task']} on {spoken(record['data'])}", record["claim"], table(*methods_table(record))]
     parts += [agreement_line(record)] if "agreement" in lora_of(record) else []
+    parts += [f"{title}:\n\n{table(head, rows)}" for title, head, rows in behaviour_tables(record)]
+    parts += [rank_line(record)] if record["rank_curve"] else []
     parts += [f"Note: {without_places(note)}" for note in record["notes"]]
     parts += [base_and_data(record)]
     commands = commands_of(record)
-    parts += ["\n".join(["```", *commands, "```"])] if commands else []
+    parts += ["\n".join(["```text", *commands, "```"])] if commands else []
     return "\n" + "\n\n".join(parts) + "\n"
 
 
@@ -304,6 +332,13 @@ def agreement_line(record: dict) -> str:
     total = sum(found[key] for key in ("both", "first", "second", "neither"))
     both, first, second, neither = (f"{100 * found[key] / total:.1f} %" for key in ("both", "first", "second", "neither"))
     return f"Of the answers both have {both} right, {run['label']} alone {first}, {other} alone {second}, neither {neither}."
+
+
+def rank_line(record: dict) -> str:
+    """The rank curve as one sentence."""
+    curve = record["rank_curve"]
+    points = ", ".join(f"{r}: {number(y)}" for r, y in zip(curve["ranks"], curve["full"], strict=True))
+    return f"The full run's update, cut to a rank without training ({curve['metric']}, {curve['split']} split): {points}."
 
 
 def commands_of(record: dict) -> list[str]:

@@ -23,6 +23,7 @@ from bootstrap import read_samples  # noqa: E402
 from common.checkpoint import read_json, write_json  # noqa: E402
 from common.config import Range, Threads, UserError, cli, one_line, parse  # noqa: E402
 from common.runtime import counted  # noqa: E402
+from compare_runs import run_ids  # noqa: E402
 from task_modules import METRICS, open_data, task_of  # noqa: E402
 
 LABELS = {"full": "full", "lora": "LoRA"}
@@ -142,8 +143,7 @@ def show_disagreements(config: DisagreementsConfig) -> Path:
     for path in folder.glob("disagreement_*"):  # of a call before
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shown = draw_all(chosen, task, found, split, config.data_dir, folder) if chosen else []
-    names = [run.name for run in runs.values()]
-    write_json(folder / "disagreements.json", [one | {"runs": names} for one in shown])
+    write_json(folder / "disagreements.json", [one | {"runs": run_ids(runs.values())} for one in shown])
     print(f"{counted(len(shown), 'sample')} of the {split} split on which the two differ most: {folder / 'disagreements.json'}")
     return folder
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.checkpoint import folder_bytes, read_json, write_json  # noqa: E402
 from common.config import Threads, UserError, cli, parse  # noqa: E402
+from compare_runs import run_ids  # noqa: E402
 from disagreements import LABELS, in_process, same_samples  # noqa: E402
 from task_modules import METRICS, load, open_data, score, task_of  # noqa: E402
 
@@ -122,6 +123,22 @@ def take_off(model) -> Adapter:
 # ---- the curve -------------------------------------------------------------------------------------------------------
 
 
+def full_and_lora(config) -> tuple[dict[str, Path], dict[str, tuple[Path, dict]]]:
+    """(method -> run folder, method -> its checkpoint and origin) of config.full and config.lora.
+
+    UserError where they are not a full run and one with an adapter, of one task and base.
+    """
+    runs = {method: Path(getattr(config, method)).expanduser().absolute() for method in LABELS}
+    found = {method: task_of(run) for method, run in runs.items()}
+    (_, full), (_, lora) = found.values()
+    if full["task"] != lora["task"] or full["base"]["sha256"] != lora["base"]["sha256"]:
+        raise UserError(f"{runs['full']} and {runs['lora']} are not of one task and base: their updates have nothing in common")
+    if (full["method"], lora["method"]) != ("full", "lora"):
+        methods = f"{full['method']} ({runs['full']}) and {lora['method']} ({runs['lora']})"
+        raise UserError(f"expected a full run and one with an adapter, got {methods}")
+    return runs, found
+
+
 def measure_rank_curve(config: RankCurveConfig) -> dict:
     """What rank_curve.json holds. This process is the runs' task's from then on.
 
@@ -130,14 +147,8 @@ def measure_rank_curve(config: RankCurveConfig) -> dict:
     from common.folders import check_data_dir
     from common.runtime import quiet
 
-    runs = {method: Path(getattr(config, method)).expanduser().absolute() for method in LABELS}
-    found = {method: task_of(run) for method, run in runs.items()}
-    (full_folder, full), (lora_folder, lora) = found.values()
-    if full["task"] != lora["task"] or full["base"]["sha256"] != lora["base"]["sha256"]:
-        raise UserError(f"{runs['full']} and {runs['lora']} are not of one task and base: their updates have nothing in common")
-    if (full["method"], lora["method"]) != ("full", "lora"):
-        methods = f"{full['method']} ({runs['full']}) and {lora['method']} ({runs['lora']})"
-        raise UserError(f"expected a full run and one with an adapter, got {methods}")
+    runs, found = full_and_lora(config)
+    (full_folder, full), (lora_folder, _) = found.values()
     task, (metric, higher) = full["task"], METRICS[full["task"]]
     split = same_samples(runs, config.split, metric)[0]
     check_data_dir(config.data_dir, full)
@@ -152,7 +163,7 @@ def measure_rank_curve(config: RankCurveConfig) -> dict:
     scores = {method: scores_at_ranks(task, update, processor, data, metric) for method, update in updates.items()}
     rest = folder_bytes(lora_folder) - 4 * adapter.numbers  # of a checkpoint: heads, settings, the model card
     return {
-        "runs": [run.name for run in runs.values()],
+        "runs": run_ids(runs.values()),
         "metric": metric,
         "higher_is_better": higher,
         "split": split,

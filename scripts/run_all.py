@@ -45,7 +45,7 @@ class RunAllConfig:
     methods: str = ",".join(METHODS)  # head (the new layers alone), lora, full
     data_dir: str = ""  # task=folder, with commas between; a task that is not named: its demo
     runs_dir: str = ""  # where the run folders go, for one experiment; empty: outputs/ beside common/
-    sweep_lr: bool = False  # first find the best learning rate of lora and of full, on the first seed's validation data
+    sweep_lr: bool = False  # first find the best learning rate of each method, on the first seed's validation data
     threads: Threads = 0  # CPU threads of each run; 0: as torch chooses
 
     def __post_init__(self):
@@ -139,7 +139,7 @@ def wanted_runs(tasks, seeds, methods, runs_dir="", data_dirs=None, extra=(), th
     rates = {}
     for task in tasks if sweep_lr else ():
         swept = {}
-        for method in [method for method in methods if method != "head"]:
+        for method in methods:  # the head alone, too: a rate that is wrong for it would make LoRA look needed
             arm = partial(planned_run, task, method, seeds[0], root, places.get(task, ""), extra, threads)
             swept[method] = sweep(arm)
             rates[task, method] = swept[method]["best"] if swept[method]["best"] != swept[method]["default"] else None

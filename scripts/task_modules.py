@@ -8,6 +8,7 @@ import sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -128,6 +129,31 @@ def score(task: str, model, processor, data: EvalData) -> dict:
     else:
         from metrics import evaluate
     return evaluate(model, *([processor] if task == "detection" else []), data.loader, *data.facts)
+
+
+def samples_of(task: str, model, processor, data: EvalData, metric: str) -> dict:
+    """What samples.json would hold of a model on the data (see bootstrap.read_samples)."""
+    from bootstrap import read_samples
+
+    enter_task(task)
+    dataset = data.loader.dataset
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.json"
+        if task in ("classification", "clip"):
+            from common.vision.scoring import predict, save_samples
+
+            save_samples(dataset, *predict(model, data.loader), path.parent)
+        elif task == "detection":
+            from metrics import coco_eval, predict, save_samples
+
+            found, _ = predict(model, processor, data.loader)
+            save_samples(coco_eval(dataset.samples, found, *data.facts), dataset.samples, *data.facts, path)
+        else:
+            from metrics import predict, save_samples
+
+            found = predict(model, data.loader)
+            save_samples(dataset, found[0] if task == "pose" else found, path)
+        return read_samples(path.parent, metric)
 
 
 def evaluate(folder: Path, model, processor, origin: dict, data_dir: str = "", split: str = "val") -> dict:

@@ -18,7 +18,9 @@ from planted_runs import plant, plant_task
 sys.path.insert(0, str(ROOT / "scripts"))
 from bootstrap import agreement, interval_of_mean, interval_over_seeds, intervals, read_samples  # noqa: E402
 from compare import compare_all, compared, main, rows_of  # noqa: E402
+from compare_beside import look_closer  # noqa: E402
 from compare_plots import draw_classes, draw_pareto, draw_ranks, draw_sweep  # noqa: E402
+from compare_runs import run_ids  # noqa: E402
 from compare_text import lora_of, without_places  # noqa: E402
 from compare_words import claim, judge, overall  # noqa: E402
 
@@ -306,6 +308,20 @@ def test_one_seeds_interval_of_few_samples_holds_the_truth_about_as_often_as_it_
     assert plain < 0.925 < 0.94 < np.mean(held) < 0.96, (plain, np.mean(held))
 
 
+BEHAVIOUR = {
+    "metric": "balanced_accuracy",
+    "split": "val",
+    "corrupted": {
+        "none": {"full": 0.9, "lora": 0.91, "difference": [-0.02, 0.03]},
+        "noise": {"full": 0.8, "lora": 0.7, "difference": [-0.14, -0.06]},
+    },
+    "milliseconds": {"base": 3.0, "full": 3.04, "lora": 4.5, "lora_merged": 3.0},
+    "device": "cpu",
+    "threads": 1,
+    "drift": {"full": 0.51, "lora": 0.32},
+}
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """(folder with the files of --all, what it printed) over four tasks, one of them without LoRA, and what may lie beside."""
@@ -318,14 +334,17 @@ def report(tmp_path_factory):
     (folder / "compare").mkdir()
     arm = {"rates": [1e-4, 1e-3, 1e-2], "metric": [0.7, 0.9, None], "best": 1e-3, "default": 1e-4}
     (folder / "sweep.json").write_text(json.dumps({"full": arm, "lora": arm}))
+    ids = run_ids([folder / "full_s0", folder / "lora_s0"])
     curve = {"metric": "balanced_accuracy", "split": "val", "ranks": [1, 2, 4], "full": [0.5, 0.8, 0.9], "lora": [0.6, 0.9, None]}
-    (folder / "compare" / "rank_curve.json").write_text(json.dumps(curve))
+    (folder / "compare" / "rank_curve.json").write_text(json.dumps(curve | {"runs": ids}))
+    (folder / "compare" / "behaviour.json").write_text(json.dumps(BEHAVIOUR | {"runs": ids}))
     Image.new("RGB", (20, 10)).save(folder / "compare" / "a.png")
     (folder / "compare" / "b.wav").write_bytes(b"RIFF")
     found = [{"file": "<script>", "what": "cat", "full": "cat 0.9", "lora": "dog 0.6", "picture": "a.png"}]
     found += [{"file": "b", "what": "x", "full": "1", "lora": "2", "audio": "b.wav"}]
     found += [{"file": "c", "what": "x", "full": "1", "lora": "2", "picture": "../full_s0/summary.json"}]
-    found += [{"file": "of another pair", "what": "x", "full": "1", "lora": "2", "runs": ["full_s0", "lora_r32"]}]
+    found = [one | {"runs": ids} for one in found]
+    found += [{"file": "of another pair", "what": "x", "full": "1", "lora": "2", "runs": ids | {"lora_r32": ""}}]
     (folder / "compare" / "disagreements.json").write_text(json.dumps(found))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: Image.new("L", (1, 1)).save(path))
@@ -486,10 +505,15 @@ def test_look_makes_what_is_missing_of_one_seed_that_both_have(tmp_path, monkeyp
         if len(made) == 1:
             place.mkdir()
             raise UserError("no data")
-        (place / "disagreements.json").write_text('[{"file": "a", "what": "b", "full": "1", "lora": "2"}]')
+        found = [{"file": "a", "what": "b", "full": "1", "lora": "2", "runs": run_ids([full, lora])}]
+        write_json(place / "disagreements.json", found)
+
+    def leave(name, content):
+        return lambda full, lora, place: write_json(place / f"{name}.json", content | {"runs": run_ids([full, lora])})
 
     monkeypatch.setattr("disagreements.disagreements", disagreements)
-    monkeypatch.setattr("rank_curve.rank_curve", lambda full, lora, place: write_json(place / "rank_curve.json", curve))
+    monkeypatch.setattr("rank_curve.rank_curve", leave("rank_curve", curve))
+    monkeypatch.setattr("behaviour.behaviour", leave("behaviour", BEHAVIOUR))
     flags = ["--task", "pose", "--runs_dir", str(tmp_path), "--output_dir", str(tmp_path / "out"), "--look"]
     records = []
     for _ in range(3):
@@ -498,8 +522,45 @@ def test_look_makes_what_is_missing_of_one_seed_that_both_have(tmp_path, monkeyp
     assert made == [("full_s1", "lora_s1", folder / "compare")] * 2  # the third time it is there
     assert "Not made, disagreements: no data." in records[0]["notes"]
     assert records[1]["disagreements"] == records[2]["disagreements"] != []
-    assert all(record["rank_curve"] == curve for record in records)
-    write_json(folder / "compare" / "rank_curve.json", curve | {"runs": ["full_s1", "lora_r32"]})
+    assert all(record["rank_curve"] == curve for record in records) and records[0]["behaviour"]["drift"] == BEHAVIOUR["drift"]
+    write_json(folder / "compare" / "rank_curve.json", curve | {"runs": {"full_s1": "", "lora_r32": ""}})
     main(flags)
     record = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert record["rank_curve"] is None and any("rank_curve.json is of other runs" in note for note in record["notes"])
+
+
+def test_what_was_made_of_weights_that_are_there_no_more_is_left_out_and_made_anew(tmp_path, monkeypatch, capsys):
+    folder = plant_task(tmp_path, seeds=(0,))
+    best, place = folder / "lora_s0" / "checkpoints" / "best", folder / "compare" / "behaviour.json"
+    best.mkdir(parents=True), place.parent.mkdir()
+    write_json(best / "manifest.json", {"adapter_model.safetensors": {"bytes": 1, "sha256": "a"}, "README.md": {"sha256": "b"}})
+    write_json(place, BEHAVIOUR | {"runs": run_ids([folder / "full_s0", folder / "lora_s0"])})
+    assert compare_task(folder)["behaviour"]["drift"] == BEHAVIOUR["drift"]
+    write_json(best / "manifest.json", {"adapter_model.safetensors": {"bytes": 1, "sha256": "a"}, "README.md": {"sha256": "c"}})
+    assert compare_task(folder)["behaviour"]  # the model card is no weight
+    write_json(best / "manifest.json", {"adapter_model.safetensors": {"bytes": 1, "sha256": "d"}})
+    record = compare_task(folder)
+    assert record["behaviour"] is None and "behaviour.json; --look makes it anew" in record["notes"][-1]
+
+    def behaviour(full, lora, place):
+        write_json(place / "behaviour.json", BEHAVIOUR | {"drift": {"full": 1.5, "lora": 2.5}, "runs": run_ids([full, lora])})
+
+    monkeypatch.setattr("behaviour.behaviour", behaviour)
+    for name in ("disagreements", "rank_curve"):
+        monkeypatch.setattr(f"{name}.{name}", lambda *_: None)
+    record = look_closer(record)
+    assert record["behaviour"]["drift"] == {"full": 1.5, "lora": 2.5} and not any("anew" in note for note in record["notes"])
+    assert "behaviour.json is of weights that are there no more: it is made anew" in capsys.readouterr().out
+
+
+def test_the_pages_say_how_the_two_behave(report):
+    text, page = ((report[0] / name).read_text() for name in ("results.md", "compare.html"))
+    lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|"))
+    rows = {name: cells for name, *cells in lines}
+    assert rows["noise"] == ["0.800", "0.700", "-0.140 to -0.060"] and rows["LoRA beside its base"] == ["4.5", "0.320"]
+    assert (
+        "Under corrupted inputs" in page
+        and "Under corrupted inputs:" in text
+        and "-0.140 to -0.060" in page
+        and "1: 0.500, 2: 0.800, 4: 0.900" in text
+    )

@@ -162,7 +162,7 @@ def test_a_sweep_goes_on_where_its_best_rate_is_at_an_end_and_seeds_run_at_it(to
     found = read(tmp_path / "runs" / "toy" / "sweep.json")["full"]
     assert found["rates"] == [0.0025, 0.005, 0.01, 0.02, 0.04, 0.08]  # the best, 0.04, was at an end
     assert found["best"] == 0.04 and found["default"] == 0.01 and found["metric"][4] == max(found["metric"])
-    assert [folder.name for folder in folders] == ["head_s0", "full_lr0.04_s0"]
+    assert [folder.name for folder in folders] == ["head_lr0.04_s0", "full_lr0.04_s0"]  # the head alone is swept, too
     swept = [path.name for path in (tmp_path / "runs" / "toy").glob("full*_s0")]
     assert len(swept) == 6 and "full_s0" in swept  # the default is a run like any other
     scored = {path.parent.name for path in (tmp_path / "runs" / "toy").glob("*/eval_test.json")}

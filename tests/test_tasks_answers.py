@@ -327,3 +327,27 @@ def test_an_update_at_its_whole_rank_scores_as_the_run_did(task, tmp_path):
     assert curve["lora_rank"] == rank and curve["energy"]["lora"][1] == pytest.approx(1)
     assert curve["lora"][1] == pytest.approx(curve["whole"]["lora"], abs=1e-6)  # flat from its rank on
     assert curve["bytes"][0] < curve["bytes"][1] == pytest.approx(lora.summary["checkpoint_bytes"], rel=0.01)
+
+
+def measure_behaviour_of(runs, path):
+    """For a fork: behaviour.json, each model timed three times."""
+    sys.path.append(str(ROOT / "scripts"))
+    import behaviour
+    from behaviour import BehaviourConfig, measure_behaviour
+
+    behaviour.SECONDS = 0.0
+    path.write_text(json.dumps(measure_behaviour(BehaviourConfig(*map(str, runs)))))
+
+
+@pytest.mark.parametrize("task", [TASKS[name] for name in ("detection", "voice_rvc")], ids=str)
+@pytest.mark.slow
+def test_without_a_corruption_runs_score_as_they_did_and_both_have_left_their_base(task, tmp_path):
+    """Of pictures that are padded, and of a task without a head."""
+    full, lora = (trained(task, method) for method in ("full", "lora"))
+    in_task(task, measure_behaviour_of, (full.folder, lora.folder), tmp_path / "behaviour.json")
+    found = read(tmp_path / "behaviour.json")
+    for method, run in (("full", full), ("lora", lora)):
+        assert found["corrupted"]["none"][method] == pytest.approx(run.summary["metrics"]["best"][task.metric], abs=2e-3)
+        assert 0 < found["drift"][method] < 10
+    assert found["corrupted"]["noise"]["lora"] != found["corrupted"]["none"]["lora"]
+    assert all(0 < ms < 60_000 for ms in found["milliseconds"].values()) and len(found["milliseconds"]) == 4
