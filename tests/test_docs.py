@@ -132,7 +132,7 @@ class Parsed(BaseException):
 
 
 def say_which_are_refused(named):
-    """Prints, for each list of arguments that its script's parser does not take, what it says. named: {script: lists}."""
+    """Prints each command that its script's parser does not take, and why. named: {script: {arguments: place}}."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_leave(*args, **kwargs):
@@ -140,9 +140,9 @@ def say_which_are_refused(named):
         raise Parsed
 
     argparse.ArgumentParser.parse_args = parse_and_leave
-    for script, argument_lists in named.items():
+    for script, commands_of_it in named.items():
         sys.path.insert(0, str(script.parent))
-        for place, arguments in argument_lists:
+        for arguments, place in commands_of_it.items():
             sys.argv = [script.name, *arguments]
             try:
                 runpy.run_path(str(script), run_name="__main__")
@@ -158,7 +158,7 @@ def forget_modules(folder: Path) -> None:
     """Another folder's modules may have the same names; what they import of torch and its like is imported once."""
     sys.path[:] = [path for path in sys.path if path != str(folder)]
     for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "").parent == folder:
+        if os.path.dirname(getattr(module, "__file__", None) or "") == str(folder):
             del sys.modules[name]
 
 
@@ -169,7 +169,7 @@ def test_scripts_take_the_flags_that_documents_name(tmp_path):
         if command.words[0] in ("python", "torchrun", "srun") and "-m" not in command.words[:2]:
             at = next(i for i, word in enumerate(command.words) if word.endswith(".py"))
             script = (command.folder / command.words[at]).resolve()
-            named.setdefault(script, []).append((command.place, command.words[at + 1 :]))
+            named.setdefault(script, {}).setdefault(command.words[at + 1 :], command.place)
     assert len(named) > 25
     child = Child(say_which_are_refused, named, log=tmp_path / "refused.txt")
     assert (child.wait(), child.text) == (0, "")
