@@ -124,9 +124,9 @@ def atomic_folder(path: Path):
 
 @contextmanager
 def made_alone(folder: Path):
-    """Yields the folder, made anew for this process alone; what is still there under its name on leaving goes, as after a kill.
+    """Yields the folder, made anew for this process alone; an error leaves nothing of it, and what a kill left goes first.
 
-    UserError where another process is in it.
+    UserError where another process is in it. Once it has another name, what stands under the old one may be another's.
     """
     if folder.exists():
         with locked(folder):
@@ -135,8 +135,9 @@ def made_alone(folder: Path):
     with locked(folder):
         try:
             yield folder
-        finally:
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 @contextmanager

@@ -244,12 +244,13 @@ def import_fault(module: str, pip: str = "") -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name in (module, package):
-            return f"{name}, which is not installed: pip install {pip or name}"
-        lacking = '"setuptools<81"' if error.name == "pkg_resources" else error.name
-        return f"{name}, and that {error.name}, which is not installed: pip install {lacking}"
     except Exception as error:  # whatever a broken package raises
+        missing = (error.name or "") if isinstance(error, ModuleNotFoundError) else ""
+        if missing in (module, package):
+            return f"{name}, which is not installed: pip install {pip or name}"
+        if missing and missing.partition(".")[0] != package:  # else it lacks a part of its own
+            lacking = '"setuptools<81"' if missing == "pkg_resources" else missing.partition(".")[0]
+            return f"{name}, and that {missing}, which is not installed: pip install {lacking}"
         fault = f"{type(error).__name__}: {one_line(error)[:150]}"
         return f"{name}, which is broken here ({fault}): pip install --force-reinstall {pip or name}"
     return ""

@@ -72,12 +72,14 @@ def measure_behaviour(config: BehaviourConfig) -> dict:
     """
     import torch
 
+    from common.folders import check_data_dir
     from common.runtime import quiet
 
     runs, found = full_and_lora(config)
     (full_folder, origin), (lora_folder, _) = found.values()
     task, (metric, higher) = origin["task"], METRICS[origin["task"]]
     split = same_samples(runs, config.split, metric)[0]
+    check_data_dir(config.data_dir, origin)
     with quiet():
         loaded = {method: load(folder, device=config.device) for method, (folder, _) in found.items()}
         models, processor = {method: each[0] for method, each in loaded.items()}, loaded["full"][1]
@@ -229,13 +231,16 @@ def features(task: str, model, layer: str, batch: dict) -> list:
 
 
 def main(argv=None):
+    from common.folders import check_place
+
     config = parse(BehaviourConfig, argv)
     if config.threads:
         import torch
 
         torch.set_num_threads(config.threads)
-    found = measure_behaviour(config)
     folder = Path(config.output_dir).expanduser() if config.output_dir else Path(config.full).expanduser().parent / "compare"
+    check_place("--output_dir", folder)
+    found = measure_behaviour(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "behaviour.json", found)
     print(in_lines(found))

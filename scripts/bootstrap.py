@@ -5,6 +5,7 @@ A bootstrap draws as many samples as there are, with replacement, a thousand tim
 """
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -92,11 +93,12 @@ def intervals(rows: list[dict[int | None, dict]], base: int) -> list[dict]:
                 bar.update()
     found, counted_right = [], all("right" in sample for sample in every_sample(rows))
     for row, values in zip(rows, drawn_rows, strict=True):
-        count = len({unit_of(sample) for sample in every_sample([row])})
+        labels = {unit_of(sample): sample.get("label") for sample in every_sample([row])}
+        count = len(labels)
         found.append({"samples": count})
         if count < FEWEST or any(np.isnan(v[0]) or np.isnan(v[1:]).all() for v in values.values()):
             continue
-        rest = unseen(count) if counted_right else 0.0
+        rest = unseen(Counter(labels.values()).values()) if counted_right else 0.0
         low, high = interval_of_mean(np.stack(list(values.values())), count, rest)
         found[-1]["interval"] = [max(0.0, low), min(1.0, high)] if counted_right else [low, high]
         pairs = pairs_of(row, rows[base])
@@ -106,12 +108,19 @@ def intervals(rows: list[dict[int | None, dict]], base: int) -> list[dict]:
     return found
 
 
-def unseen(samples: int) -> float:
-    """How often something may happen that has not in so many samples: the end of the exact binomial 95 % interval, 3.7 of them.
+def unseen(counts) -> float:
+    """How far below 1 a mean over classes of so many samples each may be, all of which were right: an exact 95 % interval's end.
 
-    (Clopper and Pearson 1934.) Where all answers are right, every draw of them is, too, and a bootstrap would be sure.
+    Of the shares p of right answers by which all are right in 2.5 of 100 cases (the product of p^n), those with the lowest mean:
+    p in proportion to n, and 1 at most. Of classes of one size that is the binomial interval of all N samples, about 3.7 / N
+    (Clopper and Pearson 1934). A bootstrap would be sure: where all answers are right, every draw of them is, too.
     """
-    return 1 - (0.5 - SEEN / 200) ** (1 / samples)
+    small, chance = sorted(counts), math.log(0.5 - SEEN / 200)
+    while True:
+        slope = math.exp((chance - sum(n * math.log(n) for n in small)) / sum(small))
+        if slope * small[-1] <= 1:
+            return sum(1 - slope * n for n in small) / len(counts)
+        small.pop()
 
 
 def interval_of_mean(values: np.ndarray, samples: int, rest: float = 0.0) -> list[float]:

@@ -107,6 +107,9 @@ def check_behaviour(found: dict, folder: Path) -> dict:
         for name, each in found["corrupted"].items()
     }
     times, moved = {key: found["milliseconds"][key] for key in TIMED}, {key: found["drift"][key] for key in ("full", "lora")}
-    check_numbers(times.values(), moved.values(), *([x["full"], x["lora"], *(x["difference"] or [])] for x in scores.values()))
+    ends = [x["difference"] for x in scores.values() if x["difference"] is not None]
+    check_numbers(times.values(), moved.values(), *([x["full"], x["lora"]] for x in scores.values()), *ends)
+    if None in times.values() or any(len(each) != 2 or None in each for each in ends):
+        raise ValueError("a time or an end of an interval is missing")
     said = {key: str(found[key])[:80] for key in ("metric", "split", "device", "threads")}
     return said | {"corrupted": scores, "milliseconds": times, "drift": moved}

@@ -29,6 +29,7 @@ KINDS = {  # of what is read of a summary, where it is there
     int: (
         *("parameters.trainable", "parameters.total", "checkpoint_bytes", "metrics.best.epoch", "peak_memory_bytes.cpu"),
         *("peak_memory_bytes.gpu", "config.batch_size", "config.gradient_accumulation_steps", "environment.processes"),
+        "environment.threads",
         *("config.seed", "data.train", "data.val"),
     ),
     list: ("notes",),

@@ -138,9 +138,12 @@ def tested(config, method: str, summary: dict) -> tuple[dict, dict]:
 
 def test_folder(config) -> Path:
     """The folder of the test pictures, drawn at the first call: 4,000 take some twenty seconds."""
-    folder = Path(config.output_dir).expanduser().resolve() / f"test_{config.test_pictures}"
-    draw = runpy.run_path(str(CLIP / "synthetic.py"))["make_demo_data"]  # by its path: other tasks have a synthetic.py as well
-    return make_once(folder, partial(draw, train=0, val=0, test=config.test_pictures))
+
+    def draw(folder: Path) -> None:
+        synthetic = runpy.run_path(str(CLIP / "synthetic.py"))  # by its path: other tasks have a synthetic.py as well
+        synthetic["make_demo_data"](folder, train=0, val=0, test=config.test_pictures)
+
+    return make_once(Path(config.output_dir).expanduser().resolve() / f"test_{config.test_pictures}", draw)
 
 
 def row(config, method: str) -> dict:

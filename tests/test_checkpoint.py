@@ -274,6 +274,20 @@ def test_a_full_disk_says_for_which_file_there_was_no_room(tmp_path):
     assert caught.value.filename == str(file) and file.read_text() == "old" and hidden(tmp_path) == []
 
 
+def test_what_another_process_begins_once_a_folder_has_its_name_is_left_alone(tmp_path, monkeypatch):
+    best, others = tmp_path / "best", tmp_path / ".best.tmp" / "a.txt"
+
+    def fsync(path):
+        if path == tmp_path and best.exists():  # just renamed
+            others.parent.mkdir()
+            others.write_text("another's")
+
+    monkeypatch.setattr(checkpoint, "fsync", fsync)
+    with atomic_folder(best) as aside:
+        (aside / "a.txt").write_text("mine")
+    assert (best / "a.txt").read_text() == "mine" and others.read_text() == "another's"
+
+
 def test_of_two_processes_that_save_one_folder_the_second_is_told(tmp_path):
     """And the first ends as if it had been alone; a lock dies with its process."""
     best = tmp_path / "best"

@@ -122,9 +122,15 @@ def test_a_tracker_that_is_not_there_is_named(monkeypatch):
 def test_a_pitch_tracker_that_is_broken_is_not_called_missing(monkeypatch, tmp_path, capsys):
     (tmp_path / "broken_tracker.py").write_text("raise OSError('libgomp.so.1: cannot open\\nshared object file')")
     (tmp_path / "half_a_tracker.py").write_text("import no_such_part")
+    (tmp_path / "torn_tracker.py").write_text("import torn_tracker.core")
+    (tmp_path / "shy_tracker.py").write_text("raise ModuleNotFoundError('no backend')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(__import__("f0").PACKAGES, "swift", "broken_tracker")
     monkeypatch.setitem(__import__("f0").PACKAGES, "crepe", "half_a_tracker")
+    for method, name in (("harvest", "torn"), ("dio", "shy")):
+        with monkeypatch.context() as patched, pytest.raises(UserError, match=f"{name}-tracker, which is broken here .ModuleNot"):
+            patched.setitem(__import__("f0").PACKAGES, method, f"{name}_tracker")
+            choose_f0(method)
     with pytest.raises(UserError, match=r"broken-tracker, which is broken here \(OSError: libgomp.so.1: cannot open shared"):
         choose_f0("swift")
     with pytest.raises(UserError, match="needs half-a-tracker, and that no_such_part, which is not installed: pip"):
