@@ -302,15 +302,15 @@ def answer(model) -> torch.Tensor:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def read_facts(folder: Path, config) -> dict:
-    """keypoints.json of a checkpoint, checked; config: of its backbone."""
+def read_facts(folder: Path, config=None) -> dict:
+    """keypoints.json of a checkpoint, checked; config: of its backbone, where it is at hand."""
     file = folder / KEYPOINT_FILE
     facts = read_json(file)
     check_fields(facts, KEYPOINT_FIELDS, file)
     KeypointSet.from_json(facts)
     if len(facts["sigmas"]) != len(facts["names"]):
         raise UserError(f"{file} is damaged: it has {len(facts['sigmas'])} sigmas for {len(facts['names'])} keypoints")
-    if not takes(config, facts["input_size"]):
+    if config is not None and not takes(config, facts["input_size"]):
         raise UserError(f"{file} is damaged: its input_size is {facts['input_size']}, which this base cannot take")
     return facts
 
