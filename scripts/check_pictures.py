@@ -47,12 +47,11 @@ def check_pictures(task: str, folder: Path, data_format: str, seed: int) -> Find
     facts, headers = look_at_all(every)
     for split in every:
         share(every[split], facts)
-    boxed = {s.path for samples in splits.values() for s in samples if kind == "detection" and len(s.boxes)}
     usable = {split: use(kind, samples, faults, split, findings) for split, samples in splits.items()}
     findings.splits = {split: len(samples) for split, samples in usable.items()}
     used = {sample.path for samples in usable.values() for sample in samples}
     findings.unusable = {path: None for paths in every.values() for path in paths if path not in used}
-    emptied = [s.path for samples in usable.values() for s in samples if s.path in boxed and not len(s.boxes)]
+    emptied = [s.path for samples in usable.values() for s in samples if kind == "detection" and s.annotated and not len(s.boxes)]
     findings.add("error", "picture that loses all its boxes, so that training takes it for background", emptied, "mend them")
     findings.unusable |= dict.fromkeys(emptied)
     findings.take(faults)

@@ -59,16 +59,16 @@ class Models:
 
         if not as_base:
             return of_task.Predictor(folder, device=self.device)
+        load_base, _, answer = of_task.Predictor.model_functions
 
         def load_as_base(_checkpoint, _base, _merge, device):
-            model, processor, about = base_as_it_is(self.task, origin, of_task.load_base)
+            model, processor, about = base_as_it_is(self.task, origin, load_base)
             return model.to(device), processor, about
 
-        loaded, of_task.load_checkpoint = of_task.load_checkpoint, load_as_base  # what a Predictor loads itself by
-        try:
-            return of_task.Predictor(folder, device=self.device)
-        finally:
-            of_task.load_checkpoint = loaded
+        class AsItIs(of_task.Predictor):
+            model_functions = load_base, load_as_base, answer
+
+        return AsItIs(folder, device=self.device)
 
 
 def base_as_it_is(task: str, origin: dict, load_base) -> tuple:

@@ -330,6 +330,19 @@ def test_yolo_rows_that_cannot_be_read_are_named(tmp_path, capsys):
     assert "left out, box that cannot be read (3): a.txt line 3, a.txt line 4, a.txt line 6" in text
 
 
+@pytest.mark.parametrize("layout", ["coco", "voc", "yolo"])
+def test_a_picture_whose_only_box_cannot_be_read_is_told_from_one_without_boxes(tmp_path, layout):
+    make(tmp_path, layout)
+    if layout == "coco":
+        write(tmp_path / "annotations" / "instances_train2017.json", coco({**SCENE, "a": [("cat", "left", 8, 8, 8)]}))
+    elif layout == "voc":
+        write(tmp_path / "Annotations" / "a.xml", xml("a", SCENE["a"][:1]).replace("<xmin>", "<xmin>left"))
+    else:
+        write(tmp_path / "labels" / "train" / "a.txt", "7 0.5 0.5 0.1 0.1\n")
+    samples = {s.path.stem: (s.annotated, len(s.boxes)) for s in read(tmp_path)[0]["train"]}
+    assert samples == {name: (bool(boxes), 0 if name == "a" else len(boxes)) for name, boxes in SCENE.items()}
+
+
 def test_a_data_yaml_outside_the_working_folder_is_read_with_its_absolute_paths(tmp_path, monkeypatch):
     make(tmp_path / "set", "yolo")
     write(tmp_path / "set" / "data.yaml", f"train: {tmp_path}/set/images/train\nval: images/val\nnames: [cat, dog]\n")

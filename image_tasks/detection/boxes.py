@@ -20,12 +20,13 @@ class Sample:
     crowd: np.ndarray
     area: np.ndarray
     relative: bool = False  # YOLO: boxes are fractions of width and height until the picture is opened
+    annotated: bool = False  # whether its annotation has a box, be it one that can be used or not
 
 
 def make_sample(path, size, rows, relative=False) -> Sample:
-    """rows: (x1, y1, x2, y2, label, crowd, area) for each box."""
-    table = np.array(rows, dtype=np.float64).reshape(-1, 7)
-    return Sample(path, size, table[:, :4], table[:, 4].astype(int), table[:, 5] > 0, table[:, 6], relative)
+    """rows: (x1, y1, x2, y2, label, crowd, area) for each box; None for one that cannot be read."""
+    table = np.array([row for row in rows if row], dtype=np.float64).reshape(-1, 7)
+    return Sample(path, size, table[:, :4], table[:, 4].astype(int), table[:, 5] > 0, table[:, 6], relative, bool(rows))
 
 
 def distinct_classes(classes: list[str], where) -> list[str]:

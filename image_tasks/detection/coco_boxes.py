@@ -16,6 +16,7 @@ from common.vision.foreign import program_hint
 from common.vision.pictures import picture_endings
 
 OTHER_TASKS = ("captions", "stuff", "panoptic", "image_info")  # how COCO's files without boxes begin
+UNTRAINED = "box of a class that the training data has not"
 
 
 # ---- finding the files -----------------------------------------------------------------------------------------------
@@ -196,7 +197,10 @@ def coco_boxes(path: Path, table: dict, classes: list[str], faults: Faults) -> d
             crowd, area = a.get("iscrowd") not in (0, None, "0"), float(a.get("area") or math.nan)
             rows[a["image_id"]].append((x, y, x + w, y + h, label, crowd, area))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError):
-            faults.add(box_fault(a, listed, index), f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}")
+            fault = box_fault(a, listed, index)
+            faults.add(fault, f"{path.name} annotation {a.get('id') if isinstance(a, dict) else a}")
+            if fault != UNTRAINED and isinstance(a, dict) and isinstance(a.get("image_id"), (int, float, str)):
+                rows[a["image_id"]].append(None)
             continue
         if not box:
             faults.note("outline without a bbox: the box around it counts", f"{path.name} annotation {a.get('id')}")
@@ -208,7 +212,7 @@ def box_fault(annotation, listed: set[str], known) -> str:
     category = same_id(annotation["category_id"]) if isinstance(annotation, dict) and "category_id" in annotation else None
     if category is None or category in known:
         return "box that cannot be read"
-    return "box of a class that the training data has not" if category in listed else "box of a category that is not listed"
+    return UNTRAINED if category in listed else "box of a category that is not listed"
 
 
 def outline_box(segmentation) -> tuple[float, float, float, float]:

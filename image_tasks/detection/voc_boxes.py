@@ -33,11 +33,11 @@ def read_voc(data_dir: Path, faults: Faults):
         if picture := find_picture(finder, file.relative_to(data_dir), named, faults):
             parts = (*file.relative_to(data_dir).parts[:-1], *picture.relative_to(data_dir).parts[:-1])
             parsed[split or next(filter(None, map(split_of, parts)), "train")].append((picture, size, boxes))
-    classes = sorted({box[4] for rows in parsed.values() for _, _, boxes in rows for box in boxes})
+    classes = sorted({box[4] for rows in parsed.values() for _, _, boxes in rows for box in boxes if box})
     numbers, splits = {name: number for number, name in enumerate(classes)}, {}
     for split in (split for split in SPLIT_NAMES if split in parsed):
         splits[split] = [
-            make_sample(path, size, [(*b[:4], numbers[b[4]], b[5], math.nan) for b in boxes])
+            make_sample(path, size, [b and (*b[:4], numbers[b[4]], b[5], math.nan) for b in boxes])
             for path, size, boxes in parsed[split]
         ]
     return splits, classes
@@ -98,7 +98,7 @@ def find_picture(finder: FileFinder, annotation: Path, named: str, faults: Fault
 def read_voc_file(file: Path, faults: Faults):
     """((width, height) or None, <filename>, [(x1, y1, x2, y2, name, difficult)]) of an annotation.
 
-    BadFile or ValueError where it is none, OSError where it cannot be opened.
+    None stands for a box that cannot be read. BadFile or ValueError where it is none, OSError where it cannot be opened.
     """
     root, boxes = parse_xml(file, faults), []
     if root.tag != "annotation":
@@ -116,6 +116,7 @@ def read_voc_file(file: Path, faults: Faults):
             boxes.append((*corners, name, thing.findtext("difficult", "0").strip() == "1"))
         except (TypeError, ValueError, AttributeError):
             faults.add("box that cannot be read", f"{file.name} object {number + 1}")
+            boxes.append(None)
     return size if min(size) > 0 else None, (root.findtext("filename") or root.findtext("path") or "").strip(), boxes
 
 

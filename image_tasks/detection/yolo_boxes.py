@@ -87,12 +87,14 @@ class LabelReader:
                 label, *box = yolo_row(line.split(), self.posed) if line.strip() else [None]
             except ValueError:
                 self.faults.add("box that cannot be read", f"{file.name} line {number}")
+                rows.append(None)
                 continue
             if label in self.index:
                 self.counts[label] += 1
                 rows.append((*box, self.index[label], False, math.nan))
             elif label is not None:
                 self.unknown[label] += 1
+                rows.append(None)
                 self.faults.add("box of a class number without a name", f"{file.name} line {number}: {label:g}")
         return make_sample(picture, None, rows, relative=True)
 
