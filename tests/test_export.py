@@ -686,7 +686,7 @@ def test_another_package_named_common_on_pythonpath(place):
         assert result.returncode == 0 and "--config" in result.stdout and "another common" not in result.stdout, result.stderr
 
 
-@each(SCRIPTS)
+@each(SCRIPTS, fast=[CLASSIFICATION])
 def test_one_file_defines_all_that_it_uses_and_uses_all_that_it_imports(script, place):
     kind = asked_of(script.name)
     text = (copies(script.parent, place)[f"{script.name} {kind}"] / script.name).read_text(encoding="utf-8")
@@ -700,6 +700,7 @@ def test_one_file_defines_all_that_it_uses_and_uses_all_that_it_imports(script, 
     assert not {s.get_name() for s in top.get_symbols() if s.is_imported()} - used
 
 
+@pytest.mark.slow
 def test_a_copy_without_the_demo_says_that_it_needs_data(place):
     bare = [copies(folder, place)["train_lora.py bare"] for folder in FOLDERS]
     for copy in bare:
@@ -709,6 +710,7 @@ def test_a_copy_without_the_demo_says_that_it_needs_data(place):
     assert done.stderr.startswith("error: this copy came without the demo: name your own data with --data_dir")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("ruff"), reason="ruff is not installed; the test above finds most of what it would")
 def test_one_file_passes_ruff(place):
     for folder in FOLDERS:

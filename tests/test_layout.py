@@ -62,6 +62,7 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@cache
 def imports(path: Path) -> list[tuple[str, ast.stmt]]:
     """(module, statement) of every import, also inside functions."""
     found = []
@@ -124,6 +125,7 @@ def test_local_imports_have_the_form_that_export_can_follow(path):
             assert all(alias.asname is None for alias in node.names), f"{short(path)}:{node.lineno}: an import under another name"
 
 
+@cache
 def defined_in(path: Path) -> set[str]:
     """The names that a module's top level makes itself."""
     names = set()

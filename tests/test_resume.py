@@ -140,7 +140,7 @@ def test_sigterm_and_ctrl_c_save_and_resume(tmp_path, undisturbed):
     assert bits(run) == undisturbed
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, workers):
     child = start_toy(tmp_path, "--pause", "20", "--num_workers", workers)
     child.wait_for(lambda: "at work" in child.text)
@@ -441,7 +441,7 @@ def test_a_second_run_that_was_killed_before_its_first_save_is_the_one_to_go_on_
     assert bits(tmp_path / "toy" / "full_2") == first == bits(tmp_path / "toy" / "full")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path, workers):
     flags = ["--pause", "0.05", "--num_workers", workers]
     child = start_toy(tmp_path, *flags)

@@ -386,6 +386,7 @@ def test_a_finished_run_is_kept(tmp_path):
     assert len(list((tmp_path / "toy" / "full" / "tb").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_run_is_replaced_leaves_the_old_run_or_the_new_one(tmp_path):
     """At every point where the disk is touched; whatever is left, the same command goes through, and --resume finds a run."""
     start, whole = tmp_path / "start", tmp_path / "start" / "toy" / "full"

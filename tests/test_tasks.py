@@ -40,6 +40,7 @@ from tasks import (
 )
 
 SCRIPTS = [f"{name}{lora}.py" for name in ("train", "eval", "infer") for lora in ("", "_lora")]
+TWINS = ("train.py", "eval_lora.py", "infer_lora.py")  # what is in them is in the other one of the pair, too
 # Of the summary's schema: rows that say "voice: ..." of one task alone.
 ONE_TASKS_OWN = {"data.most_boxes", "data.minutes", "data.val_minutes", "data.speakers", "data.organs", "data.every"}
 ONE_TASKS_OWN |= {"data.coverage", *(f"data.{part}{what}" for part in ("", "val_") for what in ("patients", "cases"))}
@@ -53,8 +54,14 @@ def task(request):
 # ---- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", ROWS, ids=str)  # the heavy ones, too
-@pytest.mark.parametrize("script", SCRIPTS)
+HELPFUL = [  # fast: of each task what its other scripts import and say, too
+    pytest.param(task, script, marks=pytest.mark.slow if task is not ROWS[0] and script in TWINS else (), id=f"{script}-{task}")
+    for task in ROWS  # the heavy ones, too
+    for script in SCRIPTS
+]
+
+
+@pytest.mark.parametrize("task, script", HELPFUL)
 def test_help_answers_at_once_and_explains_every_setting(task, script):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run_script(task.folder, script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1", "COLUMNS": "200"})

@@ -54,7 +54,7 @@ def event():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("f0, slack", [(62, 3), (220, 3), (650, 15)])
+@pytest.mark.parametrize("f0, slack", [(62, 3), pytest.param(220, 3, marks=pytest.mark.slow), (650, 15)])
 def test_a_pitch_is_found_from_bass_to_soprano_without_octave_errors(method, f0, slack):
     found = extract_f0(sing(f0), method)
     assert found.shape == (201,) and found.dtype == np.float32 and (found > 0).mean() > 0.9
