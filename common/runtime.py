@@ -208,7 +208,7 @@ def in_time(seconds: float) -> str:
 
 def counted(count: int, what: str) -> str:
     """A count with its word: "1 picture", "12 boxes"."""
-    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith(("s", "x", "sh", "ch")) else "s")
+    return f"{count} {what}" + ("" if count == 1 else "es" if what.endswith(("s", "x", "sh", "tch")) else "s")
 
 
 def cores() -> int:

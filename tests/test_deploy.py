@@ -302,7 +302,7 @@ def refusals(full, lora, head, folder):
 
     import extract_lora
     import merge_lora
-    from common import bases
+    from common import saved_models
     from common.config import UserError
     from task_modules import enter_task
 
@@ -339,7 +339,7 @@ def refusals(full, lora, head, folder):
     save_file(tensors, folder / "broken" / "model.safetensors", metadata={"format": "pt"})
     attempt("not finite", extract_lora, folder / "broken")
     attempt("head", merge_lora, head)
-    save_whole = bases.save_model
+    save_whole = saved_models.save_model
 
     def save_wrong(aside, model, *rest):
         save_whole(aside, model, *rest)
@@ -349,7 +349,7 @@ def refusals(full, lora, head, folder):
         save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
         (aside / "manifest.json").unlink()
 
-    bases.save_model = save_wrong
+    saved_models.save_model = save_wrong
     attempt("planted", merge_lora, lora)
     return said
 

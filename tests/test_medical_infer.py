@@ -20,7 +20,7 @@ from infer import main, names_for_files  # noqa: E402
 from meshes import open_edges, read_mesh  # noqa: E402
 from nifti_header import Geometry  # noqa: E402
 from organs import crop_organ  # noqa: E402
-from predictor import organ_of, read_volume  # noqa: E402
+from predictor import Predictor, organ_of, read_volume  # noqa: E402
 from processor import Frame, OrganProcessor, Sample  # noqa: E402
 from reconstruct import reconstruct, seen  # noqa: E402
 
@@ -140,7 +140,9 @@ class Echo(torch.nn.Module):
 def run(tmp_path, monkeypatch, capsys):
     """infer.py with a model that answers with its input: (rows, folder of results, what was printed)."""
     about = {"task": "medical_sam3d", "method": "full", "base": {"name": "demo", "sha256": "0"}}
-    monkeypatch.setattr("predictor.load_checkpoint", lambda *_: (Echo(), OrganProcessor(resolution=8), about))
+    load_base, _, answer = Predictor.model_functions
+    functions = load_base, lambda *_: (Echo(), OrganProcessor(resolution=8), about), answer
+    monkeypatch.setattr(Predictor, "model_functions", functions)
     monkeypatch.setattr("common.saved_models.choose_checkpoint", lambda *_: ("a/checkpoint", about))
     monkeypatch.setattr("pages.draw_planes", lambda shown, path, own: path.write_text(", ".join(item.title for item in shown)))
 

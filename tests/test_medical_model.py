@@ -178,7 +178,7 @@ def test_a_checkpoint_that_lacks_a_tensor_or_has_another_is_refused(official, tm
         with pytest.raises(UserError):
             load_checkpoint(tmp_path / "full")
         (tmp_path / "full" / "manifest.json").unlink(missing_ok=True)
-        with pytest.raises(UserError, match=f"{wrong}. is missing"):
+        with pytest.raises(UserError, match=f"{wrong} is missing"):
             load_base(str(tmp_path / "full"))
 
 

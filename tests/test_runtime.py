@@ -266,5 +266,8 @@ def test_what_is_said_quietly_is_not_printed(capsys):
 
 
 def test_one_of_a_thing_is_not_many():
-    told = [runtime.counted(count, what) for count, what in ((1, "box"), (2, "box"), (0, "clip"), (3, "mesh"), (1, "such line"))]
-    assert told == ["1 box", "2 boxes", "0 clips", "3 meshes", "1 such line"]
+    told = [
+        runtime.counted(count, what)
+        for count, what in ((1, "box"), (2, "box"), (0, "clip"), (3, "mesh"), (2, "epoch"), (1, "such line"))
+    ]
+    assert told == ["1 box", "2 boxes", "0 clips", "3 meshes", "2 epochs", "1 such line"]
