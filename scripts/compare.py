@@ -190,13 +190,15 @@ def remarks(summaries: list[dict], rows: list[dict]) -> list[str]:
         before, best = row["metric_before"], row["metric_best"]
         if before is not None and best is not None and (best <= before if up else best >= before):
             found.append(f"{row['label']} did not get better than before training ({number(before)}, best {number(best)}).")
+    said = {}  # what a run says of itself -> the runs that say it
     for s in summaries:
-        name = str(s.get("run_name"))[:80]
-        found += [f"{name}: {str(note)[:300]}." for note in s.get("notes") or []]
+        texts = [f": {str(note)[:300]}." for note in s.get("notes") or []]
         if left := value(s, "data.left_out"):
-            found.append(
-                f"{name} left out: " + ", ".join(f"{str(count)[:20]} with {fault[:80]}" for fault, count in left.items()) + "."
-            )
+            faults = (f"{str(count)[:20]} with {fault[:80]}" for fault, count in left.items())
+            texts.append(f" left out: {', '.join(faults)}.")
+        for text in texts:
+            said.setdefault(text, []).append(str(s.get("run_name"))[:80])
+    found += [", ".join(names) + text for text, names in said.items()]
     for key in ("device", "torch", "threads", "processes"):
         values = [str(value(s, f"environment.{key}"))[:60] for s in summaries]
         if any(v != values[0] for v in values):

@@ -217,7 +217,7 @@ def label_of(row: list[tuple[Path, dict]]) -> str:
     names = [str(summary.get("run_name")) for _, summary in row]
     if len(row) == 1:
         return names[0]
-    return re.sub(r"([_-](s|seed)?)?[_-]?$", "", os.path.commonprefix(names)) or str(row[0][1].get("method"))
+    return re.sub(r"(^|[_-])(s|seed)?[_-]?$", "", os.path.commonprefix(names)) or str(row[0][1].get("method"))
 
 
 def find_pair(runs: list[tuple[Path, dict]], runs_dir: Path, task: str) -> list[tuple[Path, dict]]:

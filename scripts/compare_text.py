@@ -94,7 +94,7 @@ def methods_table(record: dict) -> tuple[list[str], list[list[str]]]:
             signed(run["difference"]) if "difference" in run else "",
             megabytes(run["checkpoint_bytes"]),
             interval(run["interval"]) if "interval" in run else "",
-            over_seeds(run),
+            over_seeds(run, record["higher_is_better"]),
             str(len(run["seeds"])),
             "" if p is None else p_value(p),
             number(run["metrics"]["ece"]) if run["metrics"].get("ece") is not None else "",
@@ -111,10 +111,11 @@ def before_name(record: dict) -> str:
     return "before training" if record["task"] in NEW_HEADS else "base as it is"
 
 
-def over_seeds(run: dict) -> str:
+def over_seeds(run: dict, higher_is_better: bool) -> str:
+    """Student's interval, cut where no metric can be: errors are not below 0, shares (accuracy, mAP, Dice) not above 1."""
     values = [each["metric"] for each in run["runs"]]
     ends = interval_over_seeds(values) if None not in values else None
-    return "" if ends is None else interval(ends)
+    return "" if ends is None else interval([max(ends[0], 0.0), min(ends[1], 1.0) if higher_is_better else ends[1]])
 
 
 def all_table(records: list[dict]) -> tuple[list[str], list[list[str]]]:

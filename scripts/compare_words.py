@@ -18,7 +18,7 @@ def number(x, unit: str = "") -> str:
     if isinstance(x, int):
         text = f"{x:,}"
     elif 0 < abs(x) < 0.01:
-        text = f"{x:.3g}"
+        text = f"{x:.2g}"
     else:
         text = f"{x:,.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.3f}"
     return text + (f" {unit}" if unit else "")
@@ -51,7 +51,11 @@ def interval(ends) -> str:
 
 
 def signed(ends) -> str:
-    return "unknown" if ends is None else f"{ends[0]:+.3f} to {ends[1]:+.3f}"
+    """The ends of a difference: "-0.037 to +0.040"; with a digit more where both are small."""
+    if ends is None:
+        return "unknown"
+    digits = 3 if max(map(abs, ends)) >= 0.01 else 4
+    return f"{ends[0]:+.{digits}f} to {ends[1]:+.{digits}f}"
 
 
 # One run, or the runs of one method, against another -------------------------------------------------------------------

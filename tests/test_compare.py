@@ -240,6 +240,12 @@ def test_the_same_batch_by_other_means_is_alike(tmp_path):
     compare_pair(tmp_path, {"config.batch_size": 2, "config.gradient_accumulation_steps": 2, "environment.processes": 2})
 
 
+def test_what_several_runs_note_is_said_once(tmp_path):
+    left_out = {"data.left_out": {"corrupt picture": 3}}
+    assert compare_pair(tmp_path, left_out, left_out).count("left out") == 1
+    assert "Note: full, lora left out: 3 with corrupt picture." in (tmp_path / "out" / "compare.md").read_text()
+
+
 def test_notes_say_what_makes_numbers_doubtful(tmp_path):
     lora = {"metrics.best.map_50": 0.02, "environment.device": "NVIDIA X", "data.left_out": {"corrupt picture": 3}}
     lora["notes"] = ["curves.png could not be made: MemoryError: no room for 6 GB"]

@@ -20,9 +20,9 @@ from bootstrap import agreement, interval_of_mean, interval_over_seeds, interval
 from compare import compare_all, compared, main, rows_of  # noqa: E402
 from compare_beside import look_closer  # noqa: E402
 from compare_plots import draw_classes, draw_pareto, draw_ranks, draw_sweep  # noqa: E402
-from compare_runs import run_ids  # noqa: E402
-from compare_text import lora_of, without_places  # noqa: E402
-from compare_words import claim, judge, overall  # noqa: E402
+from compare_runs import label_of, run_ids  # noqa: E402
+from compare_text import lora_of, over_seeds, without_places  # noqa: E402
+from compare_words import claim, judge, overall, signed  # noqa: E402
 
 
 def compare_task(folder):
@@ -85,6 +85,26 @@ def test_the_interval_over_seeds_is_students():
     values = [0.91, 0.93, 0.90, 0.95]
     assert interval_over_seeds(values) == pytest.approx(t.interval(0.95, 3, np.mean(values), sem(values)))
     assert interval_over_seeds([0.9]) is None
+    run = {"runs": [{"metric": value} for value in (1.0, 1.0, 0.958)]}
+    assert over_seeds(run, higher_is_better=True) == "0.926 to 1.000", "no accuracy is above 1"
+    assert over_seeds(run, higher_is_better=False) == "0.926 to 1.046"
+
+
+def test_small_ends_keep_a_digit_more():
+    assert (signed([-0.037, 0.04]), signed([-0.00268, -0.00049])) == ("-0.037 to +0.040", "-0.0027 to -0.0005")
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (["lora_s0", "lora_s1"], "lora"),
+        (["s0_lora", "s1_lora"], "lora"),
+        (["a-seed1", "a-seed2"], "a"),
+        (["classes0", "classes1"], "classes"),
+    ],
+)
+def test_the_runs_of_several_seeds_are_called_by_what_their_names_share(tmp_path, names, label):
+    assert label_of([(tmp_path / name, {"run_name": name, "method": "lora"}) for name in names]) == label
 
 
 def answers(right):

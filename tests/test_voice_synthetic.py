@@ -43,7 +43,8 @@ def test_files_depend_on_the_seed_and_their_own_names_alone(tmp_path):
 
 
 def test_the_files_are_what_the_layout_says_and_not_clipped(tmp_path):
-    folder = make_demo_data(tmp_path / "demo", train=1, val=1, test=2)
+    folder = make_demo_data(tmp_path / "demo", train=1, val=1, test=2, sources=1)
+    assert sorted(path.name for path in (folder / "source" / "test").iterdir()) == ["birch_test_001.wav", "fir_test_001.wav"]
     for path in folder.rglob("*.wav"):
         info, (wave, _) = soundfile.info(path), soundfile.read(path)
         assert (info.samplerate, info.channels, info.subtype) == (SAMPLE_RATE, 1, "PCM_16")

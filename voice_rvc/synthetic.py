@@ -80,11 +80,12 @@ def speakers(*names) -> list[Speaker]:
     return [Speaker(name, *VOICES[name]) for name in names or [name for name in VOICES if name != TARGET]]
 
 
-def make_demo_data(folder, seed=0, train=12, val=4, test=6):
+def make_demo_data(folder, seed=0, train=12, val=4, test=20, sources=6):
     """Writes `target/{split}/{split}_001.wav` and `source/{val,test}/{speaker}_{split}_001.wav`; returns `folder`.
 
-    16 kHz, 16 bit, about two seconds each. Files whose names end alike are the same sentence. A file depends on (seed, split, its
-    number, its speaker) alone. FileExistsError where `folder` exists and is not empty.
+    16 kHz, 16 bit, about two seconds each. Files whose names end alike are the same sentence; the sources say the first `sources`
+    of a split. A file depends on (seed, split, its number, its speaker) alone. FileExistsError where `folder` exists and is not
+    empty.
     """
     import soundfile
 
@@ -93,7 +94,7 @@ def make_demo_data(folder, seed=0, train=12, val=4, test=6):
         for number in range(1, count + 1):
             sentence, name = compose(sentence_rng(seed, split, number)), f"{split}_{number:03d}.wav"
             files = {folder / "target" / split / name: speakers(TARGET)[0]}
-            if split != "train":
+            if split != "train" and number <= sources:
                 files |= {folder / "source" / split / f"{who.name}_{name}": who for who in speakers(*DEMO_SOURCES)}
             for path, speaker in files.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
