@@ -40,6 +40,7 @@ BADGES = {
     "few": "too few samples",
     "unknown": "unknown",
 }
+LONG = 22  # characters of a cell that may take several lines, in a column that is wide enough for them
 
 
 def html_page(title: str, sentence: str, records: list[dict], notes: list[str], picture: Path | None = None) -> str:
@@ -119,7 +120,8 @@ def note(words: str) -> str:
 
 def scroll(head: list[str], rows: list[list[str]]) -> str:
     """A table in a box of its own, which scrolls where the screen is narrow."""
-    looks = ['class="words"' if i in columns_of_words(rows) else "" for i in range(len(head))]
+    words, lengths = columns_of_words(rows), [max(map(len, column)) for column in zip(*rows, strict=True)]
+    looks = [f'class="{"words " * (i in words)}{"long" * (lengths[i] > LONG)}"' for i in range(len(head))]
     lines = ["".join(f"<td {look}>{text(cell)}</td>" for look, cell in zip(looks, row, strict=True)) for row in rows]
     names = (text(name).replace("_", "_<wbr>") for name in head)
     head = "".join(f'<th scope="col" {look}>{name}</th>' for look, name in zip(looks, names, strict=True))
