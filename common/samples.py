@@ -171,6 +171,11 @@ def readable(name: str) -> str:
     return decode_bytes(os.fsencode(name))[0]
 
 
+def printable(name: str) -> str:
+    """The same as one line: line feeds, and what would command a terminal, are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in readable(name))
+
+
 def decode_bytes(content: bytes) -> tuple[str, bool]:
     """(text, whether its encoding is a guess) of UTF-8, with or without a byte order mark, or else Windows-1252."""
     try:
@@ -317,10 +322,13 @@ def note_alike(classes: list[str], faults: Faults) -> None:
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """What to call files where people read it: by name, or by path from the folder that holds all if two are named alike."""
+    """What to call files where people read it: by name, or by path from the folder that holds all if two are named alike.
+
+    Each is a line that can be printed.
+    """
     paths = [path.absolute() for path in paths]
     different = set(paths)
     if len({path.name for path in different}) == len(different):
-        return [path.name for path in paths]
+        return [printable(path.name) for path in paths]
     root = Path(os.path.commonpath([path.parent for path in different]))
-    return [path.relative_to(root).as_posix() for path in paths]
+    return [printable(path.relative_to(root).as_posix()) for path in paths]

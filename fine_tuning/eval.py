@@ -77,7 +77,7 @@ def main(argv=None, method="full", doc=None):
     scores = score_table(metrics, len(labels), zero_shot)
     summary = [f"{name}, {config.split} split, {counted(len(labels), 'picture')}, {len(classes)} classes", scores]
     if zero_shot:
-        results["answers"] = zero_shot_comparison(labels, logits, baseline, classes)
+        results["answers"] = zero_shot_comparison(labels, logits, baseline)
         summary.append("right answers: " + ", ".join(f"{key.replace('_', ' ')} {n}" for key, n in results["answers"].items()))
     write_json(folder / "evaluation_results.json", results)
     write_text(folder / "evaluation_report.txt", "\n\n".join([*summary, text]))

@@ -33,7 +33,7 @@ def main(argv=None, method="full", doc=None):
     from common.checkpoint import write_json, write_text
     from common.folders import predictions_folder
     from common.runtime import counted, start_accelerator
-    from common.samples import Faults
+    from common.samples import Faults, printable
     from common.saved_models import choose_checkpoint
     from common.vision.pages import draw_answer
     from common.vision.pictures import find_pictures
@@ -50,7 +50,7 @@ def main(argv=None, method="full", doc=None):
     for path, answers, ms in predictor.classify_files(paths, config.top_k, config.batch_size, faults):
         results.append({"file_name": str(path), "milliseconds": round(ms, 2), "predictions": answers})
         total += ms
-        lines += [f"{path}  ({ms:.1f} ms)"]
+        lines += [f"{printable(str(path))}  ({ms:.1f} ms)"]
         lines += [f"  {a['class']:28} {a['probability']:7.4f}  {'#' * round(40 * a['probability'])}" for a in answers]
         if config.pictures:
             draw_answer(path, answers, root / f"{len(results):04d}_{path.stem[:60]}.png")

@@ -47,7 +47,7 @@ def draw_results(model, dataset, folder: Path) -> None:
     draw_some(dataset, labels, logits, folder / "predictions" / "validation.png")
 
 
-def zero_shot_comparison(labels, tuned, base, classes: list[str]) -> dict:
+def zero_shot_comparison(labels, tuned, base) -> dict:
     """How many pictures both models get right, only one of them, or none: {"both", "only_tuned", "only_zero_shot", "neither"}."""
     ours, theirs = tuned.argmax(axis=1) == labels, base.argmax(axis=1) == labels
     counts = {"both": ours & theirs, "only_tuned": ours & ~theirs, "only_zero_shot": ~ours & theirs, "neither": ~ours & ~theirs}

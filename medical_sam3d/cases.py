@@ -84,7 +84,7 @@ def find_cases(folder, faults: Faults, organs: str = "", excluded: Exclusions | 
     if not cases:
         unclear = f"; names do not say which mask is of which image: expected {LAYOUTS}"
         alike = unclear if MASK_ALONE in faults.found else faults.reason()
-        raise UserError(f"--data_dir {folder}: none of its {counted(len(found), 'case')} can be used{alike}")
+        raise UserError(f"--data_dir {folder}: of its {counted(len(found), 'case')} none can be used{alike}")
     patients = len({case.patient for case in cases})
     many = f"{counted(len(cases), 'case')} of {counted(patients, 'patient')}"
     say(f"{folder}: {many} ({layout}){f'; splits as in {source}' if source else ''}")

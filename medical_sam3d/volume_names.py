@@ -5,7 +5,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.samples import SPLIT_FILLERS, readable, split_of
+from common.samples import SPLIT_FILLERS, printable, readable, split_of
 from volumes import volume_stem
 
 MASK_WORDS = frozenset(
@@ -46,7 +46,7 @@ class VolumeFile:
 
 def name_as_text(name: str) -> str:
     """A name as one line that can be printed, written and compared: NFC, line feeds and bytes that are no text escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in unicodedata.normalize("NFC", readable(name)))
+    return printable(unicodedata.normalize("NFC", readable(name)))
 
 
 def path_below(path: Path, root: Path) -> str:

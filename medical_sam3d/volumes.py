@@ -46,7 +46,7 @@ def look(path: Path) -> Stored:
     Of the voxels only how many bytes the file has is compared with what the header claims.
     """
     path = header_file(Path(path))
-    with faults_named(path), open_stream(path) as (stream, packed):
+    with faults_named(), open_stream(path) as (stream, packed):
         stored = parse_header(stream.read(544))
         voxels = path if stored.single else image_file(path)
     size = os.path.getsize(voxels)
@@ -128,7 +128,7 @@ def pieces(path: Path, stored: Stored, notes: list[str]):
     path = header_file(Path(path))
     path = path if stored.single else image_file(path)
     size = stored.dtype.itemsize
-    with faults_named(path), open_stream(path) as (stream, _):
+    with faults_named(), open_stream(path) as (stream, _):
         skip(stream, stored.offset)
         for start in range(0, stored.voxels, PIECE):
             wanted = min(PIECE, stored.voxels - start) * size
@@ -187,7 +187,7 @@ def check_is_mask(labels: np.ndarray, counts: np.ndarray, notes: list[str]) -> N
 
 
 @contextmanager
-def faults_named(path: Path):
+def faults_named():
     """What zlib, gzip and the system say of a file becomes a BadVolume."""
     try:
         yield
@@ -217,7 +217,7 @@ def open_stream(path: Path):
 
 
 def is_packed(path: Path) -> bool:
-    with faults_named(path), open_stream(path) as (_, packed):
+    with faults_named(), open_stream(path) as (_, packed):
         return packed
 
 

@@ -72,9 +72,6 @@ def state_of(path: Path, ids: dict[str, str]) -> str:
         content = read_json(path)
     except UserError:
         return "others"
-    if content == []:
-        return "these"  # two runs that differ on no sample
-    content = content[0] if isinstance(content, list) else content
     runs = content.get("runs", []) if isinstance(content, dict) else None
     if not isinstance(runs, list | dict) or not {str(name) for name in runs} <= ids.keys():
         return "others"
@@ -92,11 +89,10 @@ def check_rank_curve(found: dict, folder: Path) -> dict:
     return {key: found[key] for key in ("ranks", "full", "lora")} | {key: str(found[key])[:80] for key in ("metric", "split")}
 
 
-def check_disagreements(found: list, folder: Path) -> list[dict]:
+def check_disagreements(found: dict, folder: Path) -> list[dict]:
     """[{"file", "what", "full", "lora", "picture" or "audio" or "mesh": a file}] of disagreements.json, whose files are there."""
     kinds = ("picture", "audio", "mesh")
-    first = found[0]["runs"] if found else None
-    found = [{key: str(x)[:300] for key, x in one.items() if key != "runs"} for one in found if one["runs"] == first]
+    found = [{key: str(x)[:300] for key, x in one.items()} for one in found["samples"]]
     return [one for one in found if all(Path(one[k]).name == one[k] and (folder / one[k]).is_file() for k in kinds if k in one)]
 
 

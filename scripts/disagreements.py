@@ -43,13 +43,13 @@ class DisagreementsConfig:
 
 
 def disagreements(full: Path, lora: Path, folder: Path, most: int = 12, split: str = "", data_dir: str = "") -> list[dict]:
-    """[{"file", "what", "full", "lora", "runs", "picture" | "audio" | "mesh": file in `folder`}], by a process: one task each.
+    """[{"file", "what", "full", "lora", "picture" | "audio" | "mesh": file in `folder`}], by a process: one task each.
 
     UserError, in one line, where the runs cannot be compared so.
     """
     flags = {"full": full, "lora": lora, "output_dir": folder, "most": most, "split": split, "data_dir": data_dir}
     in_process(Path(__file__), {name: value for name, value in flags.items() if value})
-    return read_json(Path(folder) / "disagreements.json")
+    return read_json(Path(folder) / "disagreements.json")["samples"]
 
 
 def in_process(script: Path, flags: dict) -> None:
@@ -143,7 +143,7 @@ def show_disagreements(config: DisagreementsConfig) -> Path:
     for path in folder.glob("disagreement_*"):  # of a call before
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     shown = draw_all(chosen, task, found, split, config.data_dir, folder) if chosen else []
-    write_json(folder / "disagreements.json", [one | {"runs": run_ids(runs.values())} for one in shown])
+    write_json(folder / "disagreements.json", {"runs": run_ids(runs.values()), "samples": shown})
     print(f"{counted(len(shown), 'sample')} of the {split} split on which the two differ most: {folder / 'disagreements.json'}")
     return folder
 

@@ -59,13 +59,8 @@ def shares_of(singular: torch.Tensor) -> torch.Tensor:
     return squares.cumsum(0) / squares.sum() if squares.any() else torch.ones_like(squares)
 
 
-def rank_for(delta: torch.Tensor, energy: float) -> int:
-    """The least rank that keeps this share of a matrix's squared length, 0 to 1; 0 for a matrix of zeros."""
-    return rank_at(energies(delta), energy) if delta.any() else 0
-
-
 def rank_at(shares: torch.Tensor, energy: float) -> int:
-    """The same by the shares of `energies`."""
+    """The least rank that keeps this share (0 to 1) of a matrix's squared length. shares: of `energies`."""
     return min(int((shares < energy - ROUNDING).sum()) + 1, len(shares))
 
 

@@ -149,7 +149,11 @@ class Worker:
     def stop(self) -> None:
         if self.process is not None:
             self.process.terminate()
-            self.process.wait()
+            try:
+                self.process.wait(timeout=5)
+            except subprocess.TimeoutExpired:  # busy with a model in code that hears no signal
+                self.process.kill()
+                self.process.wait()
 
 
 class Desk:

@@ -374,9 +374,7 @@ def report(tmp_path_factory):
     found = [{"file": "<script>", "what": "cat", "full": "cat 0.9", "lora": "dog 0.6", "picture": "a.png"}]
     found += [{"file": "b", "what": "x", "full": "1", "lora": "2", "audio": "b.wav"}]
     found += [{"file": "c", "what": "x", "full": "1", "lora": "2", "picture": "../full_s0/summary.json"}]
-    found = [one | {"runs": ids} for one in found]
-    found += [{"file": "of another pair", "what": "x", "full": "1", "lora": "2", "runs": ids | {"lora_r32": ""}}]
-    (folder / "compare" / "disagreements.json").write_text(json.dumps(found))
+    (folder / "compare" / "disagreements.json").write_text(json.dumps({"runs": ids, "samples": found}))
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
         patch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **options: Image.new("L", (1, 1)).save(path))
         main(["--all", "--runs_dir", str(runs), "--output_dir", str(out), "--results", str(out / "results.md")])
@@ -410,7 +408,6 @@ def test_the_page_needs_nothing_else(report):
     images = re.findall(r"<img [^>]*>", page)
     assert len(images) >= 7 and all(re.search(r'alt="[^"]{10,}"', image) for image in images)
     assert page.count("<audio") == 1 and page.count("data:audio/wav") == 1
-    assert "of another pair" not in page
     assert page.count("<table") == page.count('<div class="scroll"') and "prefers-color-scheme: dark" in page
     assert "summary.json" not in page  # what lies outside its folder is not shown
 
@@ -537,8 +534,8 @@ def test_look_makes_what_is_missing_of_one_seed_that_both_have(tmp_path, monkeyp
         if len(made) == 1:
             place.mkdir()
             raise UserError("no data")
-        found = [{"file": "a", "what": "b", "full": "1", "lora": "2", "runs": run_ids([full, lora])}]
-        write_json(place / "disagreements.json", found)
+        found = [{"file": "a", "what": "b", "full": "1", "lora": "2"}] if len(made) == 2 else []
+        write_json(place / "disagreements.json", {"runs": run_ids([full, lora]), "samples": found})
 
     def leave(name, content):
         return lambda full, lora, place: write_json(place / f"{name}.json", content | {"runs": run_ids([full, lora])})
@@ -573,6 +570,9 @@ def test_what_was_made_of_weights_that_are_there_no_more_is_left_out_and_made_an
     write_json(best / "manifest.json", {"adapter_model.safetensors": {"bytes": 1, "sha256": "d"}})
     record = compare_task(folder)
     assert record["behaviour"] is None and "behaviour.json; --look makes it anew" in record["notes"][-1]
+    write_json(place.with_name("disagreements.json"), {"runs": dict.fromkeys(("full_s0", "lora_s0"), "of before"), "samples": []})
+    record = compare_task(folder)
+    assert "disagreements.json, behaviour.json; --look makes it anew" in record["notes"][-1]
 
     def behaviour(full, lora, place):
         write_json(place / "behaviour.json", BEHAVIOUR | {"drift": {"full": 1.5, "lora": 2.5}, "runs": run_ids([full, lora])})

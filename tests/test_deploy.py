@@ -133,9 +133,9 @@ def test_a_layer_takes_the_pair_of_its_change_whatever_it_is(kind):
 
 def test_the_rank_grows_with_the_energy():
     delta = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # squares 9, 4, 1, 0
-    ranks = {energy: low_rank.rank_for(delta, energy) for energy in (0.1, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)}
+    shares = low_rank.energies(delta)
+    ranks = {energy: low_rank.rank_at(shares, energy) for energy in (0.1, 9 / 14, 0.65, 13 / 14, 0.95, 1.0)}
     assert ranks == {0.1: 1, 9 / 14: 1, 0.65: 2, 13 / 14: 2, 0.95: 3, 1.0: 3}
-    assert low_rank.rank_for(torch.zeros(3, 4), 0.9) == 0
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------

@@ -750,5 +750,5 @@ def test_folders_without_a_case_are_refused_in_one_line(tmp_path):
         find_cases(tmp_path / "mixed", Faults())
     saved(tmp_path / "bad/images/a.nii.gz", b"no volume")
     saved(tmp_path / "bad/labels/a.nii.gz", MASK)
-    with pytest.raises(UserError, match="none of its 1 case can be used, all for one reason: not a NIfTI"):
+    with pytest.raises(UserError, match="of its 1 case none can be used, all for one reason: not a NIfTI"):
         find_cases(tmp_path / "bad", Faults())

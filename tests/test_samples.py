@@ -22,7 +22,18 @@ from common.config import UserError
 from common.file_finder import FileFinder
 from common.runtime import cores
 from common.sample_cache import SampleCache, cache_limit, first_readable, free_memory
-from common.samples import BadFile, Faults, choose_layout, files_below, hold_out, read_text, split_folders, split_of, split_off
+from common.samples import (
+    BadFile,
+    Faults,
+    choose_layout,
+    files_below,
+    hold_out,
+    read_text,
+    short_names,
+    split_folders,
+    split_of,
+    split_off,
+)
 from common.scan import FileReader, check_files
 
 # A kind of file for these tests: "<count> <value>", e.g. "3 7" for three bytes of value 7. "bad" in it: fine until it is read.
@@ -97,6 +108,12 @@ def touch(folder, *names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder
+
+
+def test_a_name_on_the_screen_is_one_line_and_commands_no_terminal():
+    assert short_names([Path("a\x1b[2J.png"), Path("b\n.png"), Path("ä.png")]) == ["a\\x1b[2J.png", "b\\n.png", "ä.png"]
+    alike = [Path("x\x07/1.png"), Path("y/1.png")]
+    assert short_names(alike) == ["x\\x07/1.png", "y/1.png"]
 
 
 def test_files_are_found_in_the_first_folder_that_has_them_and_never_outside(tmp_path):

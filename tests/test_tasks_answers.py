@@ -278,7 +278,7 @@ def test_the_samples_on_which_two_runs_differ_most_are_shown(task, tmp_path):
     runs = [trained(task, method).folder for method in ("full", "lora")]
     said = in_task(task, show_disagreements_of, runs, tmp_path)
     assert "left out: gone, which the data has no more" in said and "could not be made" not in said, said
-    shown, samples = read(tmp_path / "disagreements.json"), [read(run / "samples.json") for run in runs]
+    shown, samples = read(tmp_path / "disagreements.json")["samples"], [read(run / "samples.json") for run in runs]
     rows = [{row["file"]: row for row in record["rows"]} for record in samples]
     assert 1 <= len(shown) <= 2 and all(one["full"] != one["lora"] for one in shown)
     kind = {"voice_rvc": "audio", "medical_sam3d": "mesh"}.get(task.name, "picture")

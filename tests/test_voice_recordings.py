@@ -171,5 +171,5 @@ def test_names_of_every_kind_are_told_apart_on_one_line(tmp_path):
 def test_a_fault_that_all_files_have_is_said_once(tmp_path):
     for name in ("a.wav", "b.mp3", "c.flac"):
         (tmp_path / name).write_text("<html>")
-    with pytest.raises(UserError, match="none of its 3 recordings can be used, all for one reason: not sound$"):
+    with pytest.raises(UserError, match="of its 3 recordings none can be used, all for one reason: not sound$"):
         find_recordings(tmp_path, Faults())

@@ -200,7 +200,7 @@ def encode(model, original: Original, f0, silent, listen, options: Conversion) -
     ahead = None  # what the block before says of the first frames of the next, and how much it counts there
     for start, stop in zip(cuts, cuts[1:], strict=False):
         first, last = max(0, start - HEARD), min(stop + HEARD, original.frames)
-        coded = encode_block(model, original, f0, silent, listen, options, first, last)
+        coded = encode_block(model, f0, silent, listen, options, first, last)
         mine = coded[..., start - first : stop - first].clone()
         if ahead is not None:
             fade = min(FADE, ahead.shape[-1], mine.shape[-1])
@@ -212,7 +212,7 @@ def encode(model, original: Original, f0, silent, listen, options: Conversion) -
         yield mean + logs.exp() * latent * options.noise
 
 
-def encode_block(model, original, f0, silent, listen, options, first: int, last: int) -> torch.Tensor:
+def encode_block(model, f0, silent, listen, options, first: int, last: int) -> torch.Tensor:
     """(2, inter, frames): mean and logarithm of the standard deviation of frames first to last; zeros where all is silent."""
     device, count = model.emb_g.weight.device, last - first
     if silent[first:last].all():

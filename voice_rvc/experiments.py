@@ -12,6 +12,7 @@ import numpy as np
 
 from common.config import UserError
 from common.file_finder import name_parts
+from common.runtime import counted
 from common.samples import BadFile, Faults, attempt, read_text, readable, short_names, visible_entries
 from common.scan import in_parts
 from content import align
@@ -123,7 +124,7 @@ def slices_as_recordings(folder: Path, faults: Faults) -> tuple[list[Recording],
     """(slices, names of the speakers) as find_recordings gives them: for a voice that the folder's features are not for."""
     paths = slices_of(folder)
     speakers, speaker_of = read_speakers(folder, layout_of(folder), paths, faults)
-    names = map(readable, short_names(paths))
+    names = short_names(paths)
     found = zip(paths, names, strict=True)
     return [Recording(path, name, speaker_of[path.name], group=recording_of(path.stem)) for path, name in found], speakers
 
@@ -161,7 +162,7 @@ def read_experiment(folder: Path, voice, faults: Faults) -> tuple[list[Experimen
         except BadFile as error:
             faults.add_error(str(error), slice_.path.name)
     if not clips:
-        raise UserError(f"{folder}: none of its {len(paths)} slices can be used")
+        raise UserError(f"{folder}: of its {counted(len(paths), 'slice')} none can be used")
     return clips, speakers, {"program": layout.program, "content": embedder(folder)}
 
 

@@ -7,7 +7,7 @@ from audio_files import AUDIO_ENDINGS, is_audio
 from common.config import UserError
 from common.exclude import Exclusions
 from common.runtime import counted, say
-from common.samples import Faults, data_folder, files_below, readable, short_names, split_of, visible_entries
+from common.samples import Faults, data_folder, files_below, printable, short_names, split_of, visible_entries
 from common.scan import Scan
 from copies import exact_copies, near_copies, sound_reader
 
@@ -54,11 +54,10 @@ def find_recordings(
         raise UserError(f"--data_dir {data_dir}: no recording in it (looked for {', '.join(AUDIO_ENDINGS)})")
     splits, owners = zip(*(place_of(path.relative_to(root).parts[:-1]) for path in files), strict=True)
     voices, rows = name_voices(owners, speakers, voice)
-    names = [printable(name) for name in short_names(files)]
-    every = [Recording(*facts) for facts in zip(files, names, rows, splits, strict=True)]
+    every = [Recording(*facts) for facts in zip(files, short_names(files), rows, splits, strict=True)]
     found = one_of_each_sound(*read_all(every, faults), faults)
     if not found:
-        raise UserError(f"--data_dir {data_dir}: none of its {counted(len(every), 'recording')} can be used{faults.reason()}")
+        raise UserError(f"--data_dir {data_dir}: of its {counted(len(every), 'recording')} none can be used{faults.reason()}")
     minutes = sum(recording.seconds for recording in found) / 60
     many = "one voice" if len(voices) == 1 else f"{len(voices)} voices: {', '.join(voices)}"
     say(f"recordings: {len(found)}, {minutes:.1f} minutes, of {many}")
@@ -106,11 +105,6 @@ def one_of_each_sound(recordings: list[Recording], facts: list, faults: Faults) 
             faults.note("same sound as another recording, on its side of the split", f"{recording.name} ({first.name})")
         found.append(replace(recording, group=first.name))
     return sorted(found, key=lambda recording: recording.path.parts)
-
-
-def printable(name: str) -> str:
-    """A name as one line of text that tells files apart: line feeds and bytes that are no text are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in readable(name))
 
 
 def shows_layout(entry) -> bool:
