@@ -45,6 +45,8 @@ def reads(task: str, folder: Path) -> bool:
 
 def recognise(folder: Path) -> str:
     """The task that a folder is for. UserError where none reads it, or several do."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        raise UserError(f"{folder} is empty")
     command = [sys.executable, str(Path(__file__).resolve())]
     asked = {
         task: subprocess.Popen([*command, task, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -324,6 +324,8 @@ def test_what_cannot_be_checked_ends_in_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     assert "there is no folder" in one_line(run(tmp_path / "nowhere", expect=2))
     assert "name the folder" in one_line(run(expect=2))
+    (tmp_path / "bare").mkdir()
+    assert "bare is empty" in one_line(run(tmp_path / "bare", expect=2))
     assert "no training pictures" in one_line(run(tmp_path, "--task", "classification", expect=2))
     assert "to write" in one_line(run(tmp_path, "--report", tmp_path / "no" / "r.json", expect=2))
 

@@ -259,6 +259,8 @@ def test_an_adapter_gives_a_plain_model(task, tmp_path):
     said = call(task, "merge_lora.py", run.folder, "--output_dir", out, folder=SCRIPTS).stdout
     found_in(task, look_at_merged, run.best, out)
     assert "merged from disk" in said and said.splitlines()[-1] == str(out)
+    gaps = re.findall(r", merged +(\S+)  of", said)
+    assert max(map(float, gaps)) > 0, "an adapter beside its base rounds otherwise than the sum: the two were compared"
     assert (out / "voice.index").is_file() == (run.folder / "voice.index").is_file()
     assert {path.name for path in out.iterdir()} >= {
         "model.safetensors",

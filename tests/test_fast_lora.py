@@ -18,6 +18,7 @@ from common.fast_lora import (
     conv_pays,
     lora_conv,
     lora_linear,
+    unmerged,
 )
 
 SCALING = 1.7
@@ -73,6 +74,8 @@ def test_the_form_follows_the_shape_and_low_precision_is_always_fused():
     limit = MERGED_FROM * 96 // 2
     assert form_of(limit, 96, 96) == "MergedLinearBackward" and form_of(limit - 1, 96, 96) == "FusedLinearBackward"
     assert form_of(10 * limit, 96, 96, torch.bfloat16) == "FusedLinearBackward"
+    with unmerged():
+        assert form_of(limit, 96, 96) == "FusedLinearBackward"
 
 
 @pytest.mark.parametrize("tokens", [10, 200])
@@ -248,3 +251,6 @@ def test_convolutions_are_merged_where_they_are_narrow_or_have_many_positions_in
     assert pays(4, nn.Conv2d(CONV_NARROW, 512, 3)) and not pays(4, nn.Conv2d(CONV_NARROW + 1, 512, 3))
     with torch.autocast("cpu", torch.bfloat16):
         assert not pays(side)
+    with unmerged():
+        assert not pays(side)
+    assert pays(side)
