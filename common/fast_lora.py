@@ -12,7 +12,6 @@ and LoRAFusion (arXiv:2510.00206) write such backward passes, too.
 """
 
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch.nn.functional import linear
@@ -26,17 +25,17 @@ MERGED_FROM = 8
 CONV_FROM = 12
 # Up to so many channels (the fewer of in and out) it pays at any number: 1.3 against 1.9, for r channels cost nearly as much.
 CONV_NARROW = 64
-MAY_MERGE = ContextVar("MAY_MERGE", default=True)
+ALLOWED = {"merged": True}  # forms; see `unmerged`
 
 
 @contextmanager
 def unmerged():
     """Inside, no form adds s B A to W, even where that pays: an adapter beside its base, to hold a merged model against."""
-    token = MAY_MERGE.set(False)
+    ALLOWED["merged"] = False
     try:
         yield
     finally:
-        MAY_MERGE.reset(token)
+        ALLOWED["merged"] = True
 
 
 def lora_linear(x, weight, bias, lora_A, lora_B, scaling: float) -> torch.Tensor:
@@ -50,14 +49,14 @@ def lora_linear(x, weight, bias, lora_A, lora_B, scaling: float) -> torch.Tensor
     out_features, in_features = weight.shape
     many = flat.shape[0] * (in_features + out_features) >= MERGED_FROM * in_features * out_features
     exact = x.dtype in (torch.float32, torch.float64)
-    form = MergedLinear if many and exact and MAY_MERGE.get() else FusedLinear
+    form = MergedLinear if many and exact and ALLOWED["merged"] else FusedLinear
     return form.apply(flat, weight, bias, lora_A, lora_B, scaling).view(*x.shape[:-1], out_features)
 
 
 def conv_pays(x, conv) -> bool:
     """Whether `lora_conv` is faster than two convolutions: float32 on a CPU, with few channels or many positions for them."""
     if (
-        not MAY_MERGE.get()
+        not ALLOWED["merged"]
         or x.device.type != "cpu"
         or torch.is_autocast_enabled("cpu")
         or x.dtype not in (torch.float32, torch.float64)

@@ -78,8 +78,9 @@ class Forecast:
         few, reading = min(UNTIMED, batches), 0.0
         with some_batches(loader, few):
             if loader.num_workers == 0:
+                next(iter(loader))  # what is paid for once
                 (_, first), (_, again) = timed(lambda: [None for _ in loader]), timed(lambda: [None for _ in loader])
-                reading = max(0.0, first - again) / few * (batches - few)
+                reading = max(0.0, first - again) / max(1, few - 1) * (batches - few)
             _, seconds = timed(evaluate)
         if self.config.dry_run:
             part = from_main(lambda: max(1, min(batches, int(few * AT_MOST / seconds))))

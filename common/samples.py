@@ -324,11 +324,15 @@ def note_alike(classes: list[str], faults: Faults) -> None:
 def short_names(paths: list[Path]) -> list[str]:
     """What to call files where people read it: by name, or by path from the folder that holds all if two are named alike.
 
-    Each is a line that can be printed.
+    Each is a line that can be printed, and no two files have the same.
     """
     paths = [path.absolute() for path in paths]
     different = set(paths)
-    if len({path.name for path in different}) == len(different):
-        return [printable(path.name) for path in paths]
-    root = Path(os.path.commonpath([path.parent for path in different]))
-    return [printable(path.relative_to(root).as_posix()) for path in paths]
+    names = {path: path.name for path in different}
+    if len(set(names.values())) < len(different):
+        root = Path(os.path.commonpath([path.parent for path in different]))
+        names = {path: path.relative_to(root).as_posix() for path in different}
+    shown = {path: printable(name) for path, name in names.items()}
+    if len(set(shown.values())) < len(different):  # of an e with an accent, one in UTF-8 and one in Windows-1252
+        shown = {path: ascii(name)[1:-1] for path, name in names.items()}
+    return [shown[path] for path in paths]

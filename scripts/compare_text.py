@@ -249,6 +249,10 @@ def how_to_read(records: list[dict]) -> list[str]:
             "*drift*: how far the features that the head gets have moved from the base's, as a share of their length: how much "
             "of the base was left behind, not whether that does harm. *ms*: medians of calls with one sample, all taking turns.",
         ]
+    if not all(r["sweep"] for r in records):
+        lines += [
+            "No rate was searched where there is no table of rates: *lr* is then that of the runs, mostly the script's default."
+        ]
     if seeds > 1:
         lines += ["Where there are several seeds, numbers are means over them, and seeds are compared with themselves."]
     else:
@@ -303,7 +307,8 @@ def results_page(sentence: str, records: list[dict], notes: list[str], picture: 
     picture: the name of a file beside the page, sizes against metrics.
     """
     text = f"# Results: full fine-tuning against LoRA\n\n**{sentence}**\n\n{table(*all_table(records))}\n\n"
-    text += "*checkpoint*, *memory* and *time*: what LoRA takes for what full fine-tuning takes. Each row has a section below;"
+    text += "*checkpoint*, *memory* and *time* (which tells of the machine's other work, too): what LoRA takes for what full "
+    text += "fine-tuning takes. Each row has a section below;"
     text += " [comparing](comparing.md) says what the words claim, and where the intervals come from.\n\n"
     text += f"![checkpoint size against the metric, a panel for each comparison]({picture})\n\n"
     text += f"Machine and versions: {'; '.join(dict.fromkeys(map(versions_of, records)))}. Made from run folders of "

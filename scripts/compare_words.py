@@ -203,20 +203,17 @@ def overall(records: list[dict]) -> str:
         names = [r["title"] + (f" by at least {number(r['judgement']['by'])} {r['metric']}" if extent else "") for r in found]
         return f"{len(found)} ({', '.join(names)})"
 
-    parts = [f"shows no difference to full fine-tuning in {len(kinds['none'])}"] if "none" in kinds else []
-    parts += [f"is worse in {named('worse', True)}"] if "worse" in kinds else []
-    parts += [f"is better in {named('better', True)}"] if "better" in kinds else []
-    parts += [f"cannot be judged by so few samples in {named('few')}"] if "few" in kinds else []
-    parts += [f"cannot be judged without samples in {named('unknown')}"] if "unknown" in kinds else []
+    parts = [f"no difference is shown in {len(kinds['none'])}"] if "none" in kinds else []
+    parts += [f"LoRA is worse in {named('worse', True)}"] if "worse" in kinds else []
+    parts += [f"LoRA is better in {named('better', True)}"] if "better" in kinds else []
+    parts += [f"samples are too few to judge in {named('few')}"] if "few" in kinds else []
+    parts += [f"there are no samples to judge by in {named('unknown')}"] if "unknown" in kinds else []
     listed = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
-    text = f"Of {counted(len(records), 'comparison')} LoRA {listed}"
+    text = f"Of {counted(len(records), 'comparison')} of LoRA with full fine-tuning, {listed}"
     if factors := sorted(1 / share for share in shares(records, "checkpoint_bytes")):
         text += f"; its checkpoints are {' to '.join(sizes(factors[0], factors[-1]))}"
-    costs = {"memory": shares(records, "peak_memory_bytes"), "time": shares(records, "train_seconds")}
-    ends = {
-        what: " to ".join(dict.fromkeys(times(x) for x in (min(found), max(found)))) for what, found in costs.items() if found
-    }
-    text += "; training takes " * bool(ends) + " and ".join(f"{share} the {what}" for what, share in ends.items())
+    if memory := shares(records, "peak_memory_bytes"):  # time is in the tables: it tells of the machine's other work, too
+        text += f"; training takes {' to '.join(dict.fromkeys(times(x) for x in (min(memory), max(memory))))} the memory"
     single = [r["title"] for r in records if r["judgement"]["seeds"] == 1]
     if single:
         text += "; one seed only" + ("" if len(single) == len(records) else f" of {', '.join(single)}")

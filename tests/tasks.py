@@ -281,6 +281,12 @@ one_fast = pytest.mark.parametrize(
 )
 
 
+def every_task(name: str, all_by, first_by):
+    """Parametrizes "task" and `name`: all tasks with the value all_by, the first, which alone is not slow, with first_by, too."""
+    pairs = [pytest.param(task, all_by, marks=pytest.mark.slow if task is not ROWS[0] else ()) for task in ROWS]
+    return pytest.mark.parametrize(f"task, {name}", [*pairs, pytest.param(ROWS[0], first_by)], ids=str)
+
+
 # ---- small runs ------------------------------------------------------------------------------------------------------
 
 LR_HEAD = 0.02  # more than any demo's lr

@@ -219,22 +219,23 @@ def judged(title, kind, by=None, seeds=3, full=1_000_000, memory=None):
     [
         (
             [judged("a", "none", 0.1, memory=60), judged("b", "none", 0.1, full=3_200_000, memory=95)],
-            "Of 2 comparisons LoRA shows no difference to full fine-tuning in 2; its checkpoints are 10.0x to 32x smaller; "
-            "training takes 0.60x to 0.95x the memory.",
+            "Of 2 comparisons of LoRA with full fine-tuning, no difference is shown in 2; its checkpoints are 10.0x to 32x "
+            "smaller; training takes 0.60x to 0.95x the memory.",
         ),
         (
             [judged("a", "none", 0.1), judged("b", "worse", 0.02), judged("c", "better", 0.3, 1), judged("d", "few")],
-            "Of 4 comparisons LoRA shows no difference to full fine-tuning in 1, is worse in 1 (b by at least 0.020 acc), is "
-            "better in 1 (c by at least 0.300 acc) and cannot be judged by so few samples in 1 (d); its checkpoints are 10.0x "
-            "smaller; one seed only of c.",
+            "Of 4 comparisons of LoRA with full fine-tuning, no difference is shown in 1, LoRA is worse in 1 (b by at least "
+            "0.020 acc), LoRA is better in 1 (c by at least 0.300 acc) and samples are too few to judge in 1 (d); its "
+            "checkpoints are 10.0x smaller; one seed only of c.",
         ),
         (
             [judged("a", "unknown", seeds=0, full=None)],
-            "Of 1 comparison LoRA cannot be judged without samples in 1 (a).",
+            "Of 1 comparison of LoRA with full fine-tuning, there are no samples to judge by in 1 (a).",
         ),
         (
             [judged("a", "worse", 0.02, 1, full=50_000)],
-            "Of 1 comparison LoRA is worse in 1 (a by at least 0.020 acc); its checkpoints are 2.0x larger; one seed only.",
+            "Of 1 comparison of LoRA with full fine-tuning, LoRA is worse in 1 (a by at least 0.020 acc); its checkpoints are "
+            "2.0x larger; one seed only.",
         ),
     ],
 )
@@ -385,9 +386,9 @@ def test_the_report_over_all_tasks_opens_with_one_sentence(report):
     out, printed = report
     sentence = printed.splitlines()[0]
     assert sentence.startswith(
-        "Of 3 comparisons LoRA shows no difference to full fine-tuning in 1, is worse in 1 (pose by at least"
+        "Of 3 comparisons of LoRA with full fine-tuning, no difference is shown in 1, LoRA is worse in 1 (pose by at least"
     )
-    assert "so few samples in 1 (medical_sam3d)" in sentence and sentence.endswith("one seed only of pose.")
+    assert "too few to judge in 1 (medical_sam3d)" in sentence and sentence.endswith("one seed only of pose.")
     assert "clip on demo is not compared: no finished lora run of clip" in printed
     record = json.loads((out / "compare.json").read_text())
     assert record["sentence"] == sentence and [r["task"] for r in record["comparisons"]] == [

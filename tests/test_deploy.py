@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from tasks import EACH, TASKS, call, in_task, one_fast, read, small_data, tensors, trained
+from tasks import EACH, TASKS, call, every_task, in_task, one_fast, read, small_data, tensors, trained
 
 from common.config import UserError
 from common.lora import put_lora
@@ -272,8 +272,9 @@ def test_an_adapter_gives_a_plain_model(task, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, method", [("extract_lora.py", "full"), ("merge_lora.py", "lora")])
-def test_what_comes_out_is_a_checkpoint_for_eval_and_infer(task, script, method, tmp_path):
+@every_task("script", "extract_lora.py", "merge_lora.py")
+def test_what_comes_out_is_a_checkpoint_for_eval_and_infer(task, script, tmp_path):
+    method = "full" if script == "extract_lora.py" else "lora"
     out, files = tmp_path / "out", tmp_path / "files"
     files.mkdir()
     call(task, script, trained(task, method).folder, "--output_dir", out, folder=SCRIPTS)

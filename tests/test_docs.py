@@ -222,6 +222,7 @@ def as_run(command) -> tuple[Path, list[str]] | None:
     if script.parts[-2:] == ("voice_rvc", "preprocess.py"):
         arguments += ["--model", "demo"]
     more = SMALL if script.name in ("train.py", "train_lora.py") else PLAIN if script.name.startswith(("eval", "infer")) else ()
+    more += ("--sources", "2") if script.parent.name == "voice_rvc" and script.name.startswith("eval") else ()
     is_trouble = command.place.startswith(name_of(TROUBLE))
     arguments = [*more, *arguments] if is_trouble else [*arguments, *more]  # of a flag that is given twice the second counts
     return script, [re.sub("^~", str(home()), word) for word in arguments]

@@ -27,7 +27,6 @@ FINDER = "ROOT = next((p for p in Path(__file__).resolve().parents if (p / 'comm
 # Calls that only make a value: fine in a constant.
 PLAIN_CALLS = {
     "Range",
-    "ContextVar",
     "Path",
     "Path().resolve",
     "re.compile",

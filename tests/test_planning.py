@@ -83,7 +83,7 @@ def test_a_part_of_the_validation_is_spread_over_all_of_it():
 
 @pytest.mark.parametrize("dry, seen", [(False, [4, 100]), (True, [4, 16, 16])])
 def test_validation_is_timed_warm_and_by_a_dry_run_on_a_part(monkeypatch, dry, seen):
-    """The first evaluation takes 5 s, then each batch 0.5 s, and 0.25 s more where it is read for the first time."""
+    """The first evaluation takes 5 s, then each batch 0.5 s, and 0.25 s more where it is read first; the very first 9 s more."""
     clock, evaluated, known = [0.0], [], set()
 
     class Files:
@@ -91,7 +91,7 @@ def test_validation_is_timed_warm_and_by_a_dry_run_on_a_part(monkeypatch, dry, s
 
         def __iter__(self):
             for batch in self.batch_sampler:
-                clock[0] += 0.25 * (str(batch) not in known)
+                clock[0] += 0.25 * (str(batch) not in known) + 9 * (not known)
                 known.add(str(batch))
                 yield batch
 
@@ -107,7 +107,7 @@ def test_validation_is_timed_warm_and_by_a_dry_run_on_a_part(monkeypatch, dry, s
     assert found.validate(evaluate, loader) == {"score": len(seen)}
     assert evaluated == seen and len(loader.batch_sampler) == 100 and found.validation == 50
     # Of the run, but for what comes first: what it will have taken by then.
-    assert clock[0] - found.extra == (50 if dry else 5 + 50 + 100 * 0.25)
+    assert clock[0] - found.extra == (50 if dry else 9 + 5 + 50 + 100 * 0.25)
 
 
 def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(tmp_path):

@@ -114,6 +114,8 @@ def test_a_name_on_the_screen_is_one_line_and_commands_no_terminal():
     assert short_names([Path("a\x1b[2J.png"), Path("b\n.png"), Path("ä.png")]) == ["a\\x1b[2J.png", "b\\n.png", "ä.png"]
     alike = [Path("x\x07/1.png"), Path("y/1.png")]
     assert short_names(alike) == ["x\\x07/1.png", "y/1.png"]
+    for pair in (["é", "\udce9"], ["a\nb", "a\\nb"]):
+        assert len(set(short_names([Path(name) for name in pair]))) == 2, "two files never have one name"
 
 
 def test_files_are_found_in_the_first_folder_that_has_them_and_never_outside(tmp_path):

@@ -25,6 +25,7 @@ from tasks import (
     call,
     demo,
     digests,
+    every_task,
     in_task,
     is_drawn,
     one_fast,
@@ -207,8 +208,7 @@ def test_two_processes_do_what_one_does(task, method):
         same_numbers(summary["metrics"]["final"], whole.summary["metrics"]["final"], 10 * task.rounding)
 
 
-@one_fast
-@both
+@every_task("method", "lora", "full")
 def test_a_run_starts_from_the_weights_of_another(task, method):
     """Its metrics before training are those of the checkpoint, and its base is found without --model."""
     run, name = trained(task, method), f"on_{method}"
@@ -324,8 +324,7 @@ def test_the_demo_runs_in_a_fresh_process(task, tmp_path):
     assert is_drawn(tmp_path / task.name / "lora" / "curves.png")
 
 
-@one_fast
-@pytest.mark.parametrize("flags", [(), ("--single_file",)], ids=["files", "one file"])
+@every_task("flags", ("--single_file",), ())
 def test_an_exported_copy_trains_outside_the_project_and_leaves_its_outputs_beside_it(task, tmp_path, flags):
     """Started in another folder, one from where neither common/ nor the task's modules can be seen."""
     copy, elsewhere = tmp_path / "copy", tmp_path / "elsewhere"
