@@ -73,7 +73,7 @@ class Faults:
         for what, table in (("left out", self.found), ("note", self.notes)):
             for fault, places in sorted(table.items()):
                 more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-                say(f"{what}, {fault} ({len(places)}): {', '.join(places[:3])}{more}")
+                say(f"{what}, {fault} ({len(places)}): {', '.join(map(printable, places[:3]))}{more}")
 
 
 class BadFile(ValueError):

@@ -110,10 +110,14 @@ def touch(folder, *names):
     return folder
 
 
-def test_a_name_on_the_screen_is_one_line_and_commands_no_terminal():
+def test_a_name_on_the_screen_is_one_line_and_commands_no_terminal(capsys):
     assert short_names([Path("a\x1b[2J.png"), Path("b\n.png"), Path("ä.png")]) == ["a\\x1b[2J.png", "b\\n.png", "ä.png"]
     alike = [Path("x\x07/1.png"), Path("y/1.png")]
     assert short_names(alike) == ["x\\x07/1.png", "y/1.png"]
+    faults = Faults()
+    faults.add("bad file", "c\x1b[2J.png")
+    faults.report()
+    assert "left out, bad file (1): c\\x1b[2J.png\n" in capsys.readouterr().out
     for pair in (["é", "\udce9"], ["a\nb", "a\\nb"]):
         assert len(set(short_names([Path(name) for name in pair]))) == 2, "two files never have one name"
 
