@@ -4,6 +4,7 @@ from conftest import ROOT, run_script
 """
 
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -146,6 +147,7 @@ class Child:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            gc.freeze()  # a collection would touch a million objects of the parent's, and copy the pages that they lie on
             code = 99
             try:
                 sys.stdout = sys.stderr = open(self.log, "w", buffering=1)

@@ -137,7 +137,6 @@ class Task:
     new_head: bool = False  # the demo's data wants layers with new weights
     frozen: bool = False  # train.py, too, leaves a part of the model as it is
     processor: str = "preprocessor_config.json"  # file of a checkpoint that says how the model wants its input
-    heavy: bool = False  # its small runs take so long that the contract is for whoever waits for the slow tests
     code_blocks: int = 2  # in the model card: with the libraries alone, and with this project
     left: tuple = ()  # files of a run, beside those of every task
     left_by_eval: tuple = ()  # in eval_val/
@@ -239,7 +238,6 @@ ROWS = (
         samples="target",
         teaches="gen",
         new_head=True,
-        heavy=True,
         processor="voice.json",
         code_blocks=1,
         left=("samples.json", "voice.index", "plots/f0.png"),
@@ -263,7 +261,6 @@ ROWS = (
         samples="target",
         training="s0001",
         frozen=True,
-        heavy=True,
         processor="processor.json",
         code_blocks=1,
         left=("samples.json",),
@@ -274,8 +271,8 @@ ROWS = (
     ),
 )
 TASKS = {task.name: task for task in ROWS}
-# What tests are run with: all tasks, of which the heavy ones are slow; of what is the same code in all, one that is not slow.
-EACH = [pytest.param(task, marks=pytest.mark.slow if task.heavy else ()) for task in ROWS]
+# What tests are run with: all tasks, a classifier and a detector of them not slow; of what is the same code in all, one fast.
+EACH = [pytest.param(task, marks=pytest.mark.slow if task not in ROWS[:2] else ()) for task in ROWS]
 one_fast = pytest.mark.parametrize(
     "task", [pytest.param(task, marks=pytest.mark.slow if task is not ROWS[0] else ()) for task in ROWS], ids=str
 )

@@ -63,6 +63,7 @@ def look(checkpoint, other):
     return {"task": origin["task"], "metric": metric, "value": evaluate(folder, model, processor, origin)[metric[0]]}
 
 
+@pytest.mark.slow
 def test_a_script_gets_real_samples_answers_and_the_metrics_of_any_task(task):
     run = trained(task, "lora")
     other = "pose" if task.name != "pose" else "clip"

@@ -286,6 +286,7 @@ def run_program(document, content) -> None:
     exec(compile(content, str(document), "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.slow
 def test_the_readme_says_how_to_train_compare_and_copy():
     run_commands(ROOT / "README.md", {"train.py", "train_lora.py", "eval_lora.py", "infer_lora.py", "compare.py", "export.py"})
 

@@ -175,6 +175,7 @@ QUICK = ("classification", "medical_sam3d")
 EACH = [pytest.param(task, id=str(task), marks=[] if str(task) in QUICK else [pytest.mark.slow]) for task in TASKS.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", EACH)
 def test_adapters_of_any_kind_answer_on_one_base_as_each_does_alone(task, tmp_path):
     folders = {name: tmp_path / (name or "first") for name in ADAPTERS}

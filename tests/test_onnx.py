@@ -70,6 +70,7 @@ def made_up(session, count: int) -> dict:
     return inputs | {name: np.full(count, value) for name, value in {"phone_lengths": 30, "ds": 0}.items() if name in inputs}
 
 
+@pytest.mark.slow
 def test_a_graph_takes_any_number_at_once_and_each_gets_its_own_answer(task):
     session = exported(task).session
     assert [each.name for each in session.get_outputs()] == OUTPUTS[task.name]
@@ -103,6 +104,7 @@ def test_the_file_itself_says_what_a_program_needs(task):
         assert inside["threshold"] == origin.get("threshold", 0.5)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_stays_beside_the_weights_is_not_called_merged(tmp_path):
     task, out = TASKS["classification"], tmp_path / "beside.onnx"
     words = list(map(str, flags(task, out)))
@@ -162,6 +164,7 @@ def answers(task, picture) -> list[list]:
     return json.loads(in_task(task, ask).splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", chosen("classification", "detection", "pose", "clip"), ids=str)
 def test_the_lines_beside_a_graph_say_of_a_picture_what_the_project_says(task, tmp_path):
     photo = tmp_path / "photo.png"
@@ -277,6 +280,7 @@ def test_the_lines_beside_a_voice_make_the_sound_that_the_model_makes(tmp_path):
 # ---- what is not kept ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_graph_that_answers_otherwise_leaves_no_file(tmp_path):
     task = TASKS["classification"]
     out = tmp_path / "new" / "model.onnx"

@@ -441,6 +441,7 @@ def test_a_second_run_that_was_killed_before_its_first_save_is_the_one_to_go_on_
     assert bits(tmp_path / "toy" / "full_2") == first == bits(tmp_path / "toy" / "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path, workers):
     flags = ["--pause", "0.05", "--num_workers", workers]

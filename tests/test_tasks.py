@@ -57,7 +57,7 @@ def task(request):
 
 HELPFUL = [  # fast: of each task what its other scripts import and say, too
     pytest.param(task, script, marks=pytest.mark.slow if task is not ROWS[0] and script in TWINS else (), id=f"{script}-{task}")
-    for task in ROWS  # the heavy ones, too
+    for task in ROWS  # the slow ones, too
     for script in SCRIPTS
 ]
 
@@ -189,8 +189,7 @@ def test_a_killed_run_ends_with_the_same_bytes(task):
     assert summary["metrics"] == whole.summary["metrics"]
 
 
-@one_fast
-@both
+@every_task("method", "lora", "full")
 def test_two_processes_do_what_one_does(task, method):
     """With half of each batch, as torchrun starts them."""
     whole, port, name = trained(task, method), free_port(), f"two_{method}"
@@ -306,21 +305,25 @@ def test_training_errors_are_one_line_and_exit_code_two(task, tmp_path):
 # ---- as a user starts them -------------------------------------------------------------------------------------------
 
 
+def check_demo(summary, said):
+    assert summary["status"] == "finished" and summary["steps"] == 2
+    assert summary["base"]["name"] == summary["data"]["name"] == "demo"
+    assert "base: demo" in said and "data: demo (" in said
+
+
 @one_fast
-@both
-def test_without_arguments_it_is_the_demo(task, method):
-    run = demo(task, method)
-    assert run.summary["status"] == "finished" and run.summary["steps"] == 2
-    assert run.summary["base"]["name"] == run.summary["data"]["name"] == "demo" and run.said.stderr == ""
-    assert "base: demo" in run.said.stdout and "data: demo (" in run.said.stdout
+def test_without_arguments_it_is_the_demo(task):
+    run = demo(task, "full")
+    check_demo(run.summary, run.said.stdout)
+    assert run.said.stderr == ""
 
 
 @one_fast
 def test_the_demo_runs_in_a_fresh_process(task, tmp_path):
     """With nothing imported before, and with all its pictures."""
-    run_script(task.folder, "train_lora.py", "--output_dir", tmp_path, "--epochs", 1, "--max_steps_per_epoch", 2)
-    found = read(tmp_path / task.name / "lora" / "summary.json")
-    same_numbers(found["metrics"], demo(task, "lora").summary["metrics"], 1e-5)
+    flags = ["--output_dir", tmp_path, "--epochs", 1, "--max_steps_per_epoch", 2]
+    said = run_script(task.folder, "train_lora.py", *flags).stdout
+    check_demo(read(tmp_path / task.name / "lora" / "summary.json"), said)
     assert is_drawn(tmp_path / task.name / "lora" / "curves.png")
 
 

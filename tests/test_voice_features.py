@@ -53,6 +53,7 @@ def event():
 # ---- F0 --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("f0, slack", [(62, 3), pytest.param(220, 3, marks=pytest.mark.slow), (650, 15)])
 def test_a_pitch_is_found_from_bass_to_soprano_without_octave_errors(method, f0, slack):
@@ -62,6 +63,7 @@ def test_a_pitch_is_found_from_bass_to_soprano_without_octave_errors(method, f0,
     assert np.mean(np.abs(found[found > 0] / f0 - 1) > 0.1) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_neither_hum_nor_noise_nor_silence_is_taken_for_a_voice(method):
     voice = sing(110)
@@ -74,6 +76,7 @@ def test_neither_hum_nor_noise_nor_silence_is_taken_for_a_voice(method):
         assert not extract_f0(silence, method).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_long_sounds_in_parts_have_the_f0_of_the_whole(method, monkeypatch):
     glide = sing(np.linspace(100, 300, 40000), 2.5)

@@ -136,6 +136,7 @@ def test_settings_without_effect_are_said(voices, talks, tmp_path, capsys):
     assert "--index_rate has no effect" in said and "--protect has no effect" in said
 
 
+@pytest.mark.slow
 def test_several_adapters_answer_one_after_the_other(voices, talks, tmp_path):
     named = f"{voices / 'one'},{voices / 'two'}"
     infer("--input", talks / "a.wav", "--checkpoint", named, "--output_dir", tmp_path / "both")
