@@ -234,9 +234,9 @@ def describe_trainable(model, method: str) -> None:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def origin(method: str, model: ClipClassifier, base: dict, config) -> dict:
-    """What origin.json says of a checkpoint of the model."""
-    details = {"classes": model.classes, "scale": model.scale, "prompts": config.prompts, "tower": type(model.tower).__name__}
+def origin(method: str, classes: list[str], model: ClipClassifier, base: dict, config) -> dict:
+    """What origin.json says of a checkpoint of the model. classes: in the order of its logits."""
+    details = {"classes": classes, "scale": model.scale, "prompts": config.prompts, "tower": type(model.tower).__name__}
     return make_origin("clip", method, base, config, **details, quantize=getattr(config, "quantize", "none"))
 
 

@@ -80,7 +80,7 @@ def main(argv=None):
         freeze_unused(model, answer)
         groups = layer_groups(model, config.lr, config.layer_decay)
         start_from(config.start_from, model)
-        about = origin(run.method, model, base_facts, config)
+        about = origin(run.method, classes, model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), groups, new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

@@ -90,7 +90,7 @@ def main(argv=None):
         model = add_adapter(model, adapter, (HEAD,), frozen_dtype=config.frozen_dtype)
         describe_trainable(model, config.peft_method)
         start_from(config.start_from, model)
-        about = origin("lora" if config.lora_r else "head", model, base_facts, config)
+        about = origin("lora" if config.lora_r else "head", classes, model, base_facts, config)
         optimizer, scheduler = build_optimizer(model, config, run.total_steps(train_loader), new=model.new_layers)
         model, optimizer, scheduler = run.prepare(model, optimizer, scheduler)
 

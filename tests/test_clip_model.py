@@ -329,7 +329,7 @@ def test_the_width_of_the_whole_models_config_counts(copied_clip, tmp_path):
     (copied_clip / "config.json").write_text(json.dumps(config))
     model, processor, facts = fresh(copied_clip)
     assert model.tower.visual_projection.out_features == SHARED and torch.equal(outputs(model), before)
-    save_model(tmp_path / "best", model, processor, origin("full", model, facts, SETTINGS))
+    save_model(tmp_path / "best", model, processor, origin("full", model.classes, model, facts, SETTINGS))
     assert torch.equal(outputs(load_checkpoint(tmp_path / "best")[0]), before)
 
 
@@ -414,7 +414,12 @@ def test_an_adapter_starts_at_zero_learns_and_comes_back(made, method, kind, whi
         assert p.requires_grad == (name in adapters or ".classifier." in name), name
         assert (name not in idle) == p.requires_grad, name
 
-    save_lora(tmp_path / "adapter", model, processor, origin("lora", model.base_model.model, facts, SETTINGS))
+    save_lora(
+        tmp_path / "adapter",
+        model,
+        processor,
+        origin("lora", model.base_model.model.classes, model.base_model.model, facts, SETTINGS),
+    )
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     trained = model.base_model.model.classifier
     assert torch.equal(saved["base_model.model.classifier.weight"], trained.weight) and not torch.equal(trained.weight, head)
@@ -463,7 +468,7 @@ def saved(made, tmp_path_factory):
     for method in ("full", "lora"):
         plain, processor, facts = made["clip"]
         model = copy.deepcopy(plain)
-        about = origin(method, model, facts, SETTINGS)
+        about = origin(method, model.classes, model, facts, SETTINGS)
         if method == "full":
             save_model(place / method, model, processor, about)
         else:
@@ -486,7 +491,7 @@ def test_a_fully_trained_model_is_saved_and_loaded_as_it_is(made, kind, tmp_path
     model, before = copy.deepcopy(plain), outputs(plain)
     after = outputs(train(model))
     assert (after - before).abs().max() > 1e-2 and all(p.requires_grad for p in model.parameters())
-    save_model(tmp_path / "best", model, processor, origin("full", model, facts, SETTINGS))
+    save_model(tmp_path / "best", model, processor, origin("full", model.classes, model, facts, SETTINGS))
     again, _, found = load_checkpoint(tmp_path / "best")
     assert torch.equal(outputs(again), after) and found["classes"] == CLASSES and not again.training
     assert found["scale"] == model.scale == again.scale and found["prompts"] == PROMPT and found["base"] == facts
