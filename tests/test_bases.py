@@ -265,7 +265,6 @@ def test_train_mode_keeps_every_kind_of_batch_norm_in_eval():
     assert [layer.training for layer in model] == [True] + [False] * len(kinds)
 
 
-@pytest.mark.slow
 def test_a_base_with_code_of_its_own_is_refused_without_a_question(tmp_path):
     """transformers would ask on the terminal, and run the code after a y."""
     code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
